@@ -1,0 +1,37 @@
+# make demo   install into .venv, train on handwritten digits, measure, and name the files to look at
+# make test   the tests; make lint: ruff and mypy; make proofs: every slow proof; make proof NAME=digits: one
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m genlight
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint proof proofs install
+
+install: $(STAMP)
+
+# torch first and alone: on machines whose index has a CPU build for the pinned version nothing larger is pulled in afterwards
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) fit run.name=demo run.overwrite=true
+	$(RUN) validate run.name=demo run.overwrite=true ckpt_path=runs/demo/fit
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+proof: $(STAMP)
+	$(BIN)/python tools/proofs/$(NAME).py
+
+proofs: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+	for proof in tools/proofs/*.py; do $(BIN)/python $$proof || exit 1; done
