@@ -1,0 +1,3 @@
+"""genlight: make an existing generator cheaper. See `python -m genlight --help`."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,190 @@
+"""The command line: parse → compose → check → run. Nothing heavy is imported before the config is accepted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from genlight.config_check import ConfigError, check, nearest
+from genlight.errors import UserError
+
+COMMANDS = {
+    "fit": "train: gradients (a generator, a student, a predictor, a feature extractor)",
+    "validate": "measure, search, calibrate: no gradients",
+}
+USAGE_ERROR = 2
+FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--version", "--hydra-help", "--shell-completion", "-sc")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+
+
+def entry_point() -> None:
+    """Console entry: exits with the code of `main`."""
+    sys.exit(main())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong usage, 130/143 interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command, words = split_command(arguments)
+        if command is None:
+            from genlight.help import help_text
+
+            sys.stdout.write(help_text())
+            return 0
+        return _run_hydra(flags_first([f"command={command}", *words]))
+    except UserError as error:
+        if "traceback=true" in arguments:
+            raise
+        _print_error(error)
+        return USAGE_ERROR
+
+
+def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command word and the rest; the command is None where help is asked for.
+
+    Raises:
+        UserError: no command or an unknown one.
+    """
+    if not arguments or any(a in ("-h", "--help", "help") for a in arguments):
+        return None, []
+    if "--experimental-rerun" in arguments:
+        raise UserError("--experimental-rerun reads a pickle, which genlight never does; repeat the command instead")
+    for index, word in enumerate(arguments):
+        if word.startswith("command="):
+            word = word.removeprefix("command=")
+        elif "=" in word or word.startswith(("-", "~")) or _is_option_value(arguments, index):
+            continue
+        if word not in COMMANDS:
+            raise UserError(f"there is no command '{word}'{nearest(word, list(COMMANDS))} ({', '.join(COMMANDS)})")
+        return word, [*arguments[:index], *arguments[index + 1 :]]
+    raise UserError(f"no command is given: the first word is one of {', '.join(COMMANDS)} (--help shows more)")
+
+
+def _is_option_value(arguments: list[str], index: int) -> bool:
+    return index > 0 and arguments[index - 1] in FLAGS_WITH_VALUE
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """The same words with flags and their values before the overrides: Hydra's parser takes no other order.
+
+    Raises:
+        UserError: an unknown flag.
+    """
+    flags, overrides = [], []
+    for index, word in enumerate(words):
+        if word.startswith("-"):
+            known = [*FLAGS, *FLAGS_WITH_VALUE]
+            if word.split("=")[0] not in known:
+                raise UserError(f"there is no flag '{word}'{nearest(word, known)}")
+            flags.append(word)
+        elif _is_option_value(words, index):
+            flags.append(word)
+        else:
+            overrides.append(word)
+    return [*flags, *overrides]
+
+
+def _run_hydra(overrides: list[str]) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    OmegaConf.register_new_resolver("genlight.cache", cache_folder, replace=True)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, which print them in one line
+    codes: list[int] = []
+
+    def job(config: Any) -> None:
+        codes.append(_run_job(config, overrides))
+
+    original = sys.argv
+    sys.argv = [original[0], *overrides]
+    try:
+        hydra.main(config_path="pkg://genlight.conf", config_name="config", version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        from genlight.config_errors import explain
+
+        if "traceback=true" in overrides:
+            raise
+        with _composing():
+            raise explain(error, overrides) from None
+    except ValueError as error:  # Hydra's own checks of its flags
+        raise UserError(str(error)) from None
+    finally:
+        sys.argv = original
+    return max(codes, default=0)
+
+
+def _composing() -> Any:
+    """Hydra's compose API needs an initialized search path, also after hydra.main gave up."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    return initialize_config_module("genlight.conf", version_base="1.3")
+
+
+def _run_job(config: Any, overrides: list[str]) -> int:
+    """One accepted config: the only place from which torch is imported."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
+        OmegaConf.update(config, "run.dir", hydra_config.runtime.output_dir, force_add=True)
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(plain, dict)
+        check(plain, allow=_typed_allow(overrides))
+    except (ConfigError, OmegaConfBaseException) as error:
+        _print_error(_with_place(error, dict(hydra_config.runtime.choices), overrides))
+        return USAGE_ERROR
+    from genlight.runner import run
+
+    return run(config, choices=dict(hydra_config.runtime.choices), overrides=list(hydra_config.overrides.task))
+
+
+def _typed_allow(overrides: list[str]) -> list[str]:
+    """``targets.allow`` counts only where a person typed it, never from a file."""
+    import yaml
+
+    typed = [o.split("=", 1)[1] for o in overrides if o.lstrip("+").startswith("targets.allow=")]
+    return [str(name) for text in typed for name in (yaml.safe_load(text) or [])]
+
+
+def _with_place(error: Exception, choices: dict[str, Any], overrides: list[str]) -> UserError:
+    """The error with the file and line, or the override, that set the key."""
+    from pathlib import Path
+
+    from genlight.config_errors import explain, locate
+
+    if not isinstance(error, ConfigError):
+        error = explain(error, overrides)
+    key = getattr(error, "key", "")
+    if not key:
+        return UserError(str(error))
+    if any(o.lstrip("+").split("=")[0] == key for o in overrides):
+        return UserError(f"{error} (set on the command line)")
+    folders = tuple(
+        Path(overrides[i + 1]) for i, o in enumerate(overrides[:-1]) if o in ("--config-dir", "-cd")
+    )
+    place = locate(key, choices, folders)
+    return UserError(f"{error} (set in {place})" if place else str(error))
+
+
+def cache_folder() -> str:
+    """Where features, statistics and decoded data are kept: ``GENLIGHT_CACHE``, or the user's cache folder."""
+    named = os.environ.get("GENLIGHT_CACHE")
+    if named:
+        return named
+    from platformdirs import user_cache_dir
+
+    return user_cache_dir("genlight")
+
+
+def _print_error(error: Exception) -> None:
+    text = " ".join(str(error).split())
+    sys.stderr.write(f"error: {text}\n")

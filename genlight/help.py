@@ -1,0 +1,52 @@
+"""The text of `--help`: commands, config groups with their options, experiments with a line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from genlight.cli import COMMANDS
+from genlight.config_errors import CONF, options_of
+
+GROUPS = ("data", "module", "metrics", "trainer", "callbacks", "method", "logger", "strategy")
+
+
+def first_comment(file: Path) -> str:
+    """The first comment line of a YAML file that is no package directive: its description."""
+    for line in file.read_text().splitlines():
+        if line.startswith("#") and not line.startswith("# @package"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def help_text() -> str:
+    """What a person sees who types `python -m genlight --help`."""
+    lines = [
+        "genlight: make an existing generator cheaper (fewer steps, fewer bits, fewer experts, less training)",
+        "",
+        "  python -m genlight fit|validate [key=value ...]",
+        "",
+        "commands",
+        *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+        "",
+        "experiments, chosen by experiment=<name>",
+        *_descriptions("experiment"),
+        "",
+        "config groups, chosen by <group>=<option>; single values by key=value (data.batch_size=64)",
+        *(f"  {group:<10} {', '.join(options_of(group))}" for group in GROUPS),
+        "",
+        "for every command",
+        "  run.name=<name>      results go to runs/<name>/<command>; run.overwrite=true replaces them",
+        "  ckpt_path=<path>     weights to measure: a run folder, a .ckpt, a diffusers folder",
+        "  resume=true          continue an interrupted run; dry_run=true: three steps and an estimate of the cost",
+        "  --cfg job            print the composed config; --multirun seed=0,1,2: one run for each value",
+        "  traceback=true       show where in the code an error arose",
+        "  --hydra-help         flags of Hydra, which composes the config",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _descriptions(group: str) -> list[str]:
+    names = options_of(group)
+    width = max(map(len, names), default=0)
+    return [f"  {name:<{width}}  {first_comment(CONF / group / f'{name}.yaml')}" for name in names]
