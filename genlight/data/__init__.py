@@ -1,0 +1,1 @@
+"""LightningDataModules: real images to train on, common random numbers to evaluate with."""
