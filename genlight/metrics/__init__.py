@@ -1,0 +1,1 @@
+"""Metrics of generated images: torchmetrics with a feature extractor of choice. Nothing here knows Lightning."""
