@@ -1,0 +1,210 @@
+"""The diffusers scheduler that belongs to a noise schedule and a prediction type, and back.
+
+A diffusers scheduler repeats the noise schedule in its own words; if the two disagree, sampling goes wrong silently.
+So schedulers are only built here, from the schedule. In a diffusers pipeline folder the scheduler's config is the one
+record of what the network was trained on; `read_scheduler` turns it back.
+
+The network is called the same way under all of them: network(scheduler.scale_model_input(x, t), t) for each t of
+`scheduler.timesteps`, which are values of `NoiseSchedule.model_timestep`. Flow matching has no `scale_model_input`.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
+
+_ALL_VP = ("epsilon", "v_prediction", "sample")
+_NO_SAMPLE = ("epsilon", "v_prediction")
+_ALL_FLOW = ("flow", "epsilon", "sample")
+_EDM = ("edm", "v_prediction")
+
+# family -> scheduler class -> prediction types that the class handles for that family. Left out, in diffusers 0.42:
+# DEIS and SASolver on flow matching, which never remove the noise of their last step (its sigma is repeated), and
+# KDPM2Ancestral, which asks the network for the timestep nan under the cosine schedule.
+_SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "vp": {
+        "DDIMScheduler": _ALL_VP,
+        "DDIMParallelScheduler": _ALL_VP,
+        "DDPMScheduler": _ALL_VP,
+        "DDPMParallelScheduler": _ALL_VP,
+        "DEISMultistepScheduler": _ALL_VP,
+        "DPMSolverMultistepScheduler": _ALL_VP,
+        "DPMSolverSinglestepScheduler": _ALL_VP,
+        "EulerAncestralDiscreteScheduler": _NO_SAMPLE,
+        "EulerDiscreteScheduler": _NO_SAMPLE,
+        "HeunDiscreteScheduler": _NO_SAMPLE,
+        "KDPM2DiscreteScheduler": _NO_SAMPLE,
+        "LCMScheduler": _ALL_VP,
+        "LMSDiscreteScheduler": _NO_SAMPLE,
+        "PNDMScheduler": _NO_SAMPLE,
+        "SASolverScheduler": _ALL_VP,
+        "TCDScheduler": _ALL_VP,
+        "UniPCMultistepScheduler": _ALL_VP,
+    },
+    "edm": {
+        "EDMDPMSolverMultistepScheduler": _EDM,
+        "EDMEulerScheduler": _EDM,
+        "EulerDiscreteScheduler": ("v_prediction",),
+    },
+    "flow": {
+        "DPMSolverMultistepScheduler": _ALL_FLOW,
+        "DPMSolverSinglestepScheduler": _ALL_FLOW,
+        "FlowMatchEulerDiscreteScheduler": ("flow",),
+        "FlowMatchHeunDiscreteScheduler": ("flow",),
+        "UniPCMultistepScheduler": _ALL_FLOW,
+    },
+}
+# the classes that know rescale_betas_zero_snr
+_ZERO_TERMINAL_SNR = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+_FAMILY_NAMES = {"vp": "variance-preserving", "edm": "EDM", "flow": "flow-matching"}
+# options that would change the noise schedule or the meaning of the network's output behind the schedule's back
+_RESERVED = ("trained_betas", "prediction_type", "use_flow_sigmas", "flow_shift", "shift", "timestep_type")
+
+
+def build_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_type: str, /, **options: Any) -> Any:
+    """A diffusers scheduler that samples what `schedule` and `prediction_type` train.
+
+    Args:
+        scheduler: a class of diffusers, its name ("DDIMScheduler") or dotted path.
+        options: further constructor arguments, such as `timestep_spacing`. Defaults are those of diffusers, except that
+            a schedule of zero terminal SNR gets timestep_spacing "trailing": any other may skip its noisiest step.
+
+    Raises:
+        ValueError: the three do not belong together (`check_scheduler`), an option that the class does not have, or one
+            that contradicts the schedule.
+    """
+    check_scheduler(scheduler, schedule, prediction_type)
+    import diffusers
+
+    name = _name(scheduler)
+    cls = getattr(diffusers, name)
+    config = _config(name, schedule, prediction_type)
+    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
+    for key, value in options.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; it has {', '.join(known)}"
+            raise ValueError(f"scheduler.{key}: {name} has no such option{hint}")
+        if (key in config or key in _RESERVED) and config.get(key) != value:
+            raise ValueError(
+                f"scheduler.{key} = {value!r} contradicts noise_schedule = {schedule!r} with "
+                f"prediction_type = {prediction_type!r}, which decide it; leave it out"
+            )
+    if getattr(schedule, "rescale_zero_terminal_snr", False) and "timestep_spacing" in known:
+        options.setdefault("timestep_spacing", "trailing")
+    return cls(**{**options, **config})
+
+
+def check_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_type: str) -> None:
+    """Raise ValueError, in one sentence that names what would be right, if the three do not belong together."""
+    name, family = _name(scheduler), schedule.family
+    kind = _FAMILY_NAMES[family]
+    supported = _SUPPORTED[family]
+    if not any(name in classes for classes in _SUPPORTED.values()):
+        raise ValueError(f"scheduler = {name!r} is not known here; for {kind} schedules use {_choice(supported)}")
+    if name not in supported:
+        others = [_FAMILY_NAMES[other] for other, classes in _SUPPORTED.items() if name in classes]
+        raise ValueError(
+            f"scheduler = {name!r} samples {' and '.join(others)} schedules, not {kind} ones such as {schedule!r}; "
+            f"use {_choice(supported)}"
+        )
+    if prediction_type not in supported[name]:
+        others = [other for other, types in supported.items() if prediction_type in types]
+        hint = f", or for {prediction_type!r} scheduler {_choice(others)}" if others else ""
+        raise ValueError(
+            f"scheduler = {name!r} on a {kind} schedule cannot take prediction_type = {prediction_type!r}; "
+            f"use {_choice(supported[name])}{hint}"
+        )
+    if isinstance(schedule, EDMSchedule) and prediction_type == "v_prediction" and schedule.sigma_data != 1:
+        raise ValueError(
+            f"prediction_type = 'v_prediction' on an EDM schedule needs noise_schedule.sigma_data = 1, "
+            f"not {schedule.sigma_data:g}; use prediction_type edm"
+        )
+    if isinstance(schedule, VPSchedule) and schedule.rescale_zero_terminal_snr:
+        if prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type = 'epsilon' says nothing of the image where the signal is zero, as at the end of a "
+                "schedule with rescale_zero_terminal_snr; use v_prediction or sample"
+            )
+        if name not in _ZERO_TERMINAL_SNR:
+            raise ValueError(
+                f"scheduler = {name!r} cannot sample a schedule with rescale_zero_terminal_snr; "
+                f"use {_choice(_ZERO_TERMINAL_SNR)}"
+            )
+
+
+def read_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
+    """The noise schedule and prediction type that a diffusers scheduler, or its config, stands for.
+
+    Args:
+        scheduler: a scheduler instance, or its config as a mapping with "_class_name".
+
+    Raises ValueError for a class or an option that no schedule here describes.
+    """
+    config: Mapping[str, Any] = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    name = str(config.get("_class_name", type(scheduler).__name__))
+    families = [family for family, classes in _SUPPORTED.items() if name in classes]
+    if not families:
+        known = sorted({name for classes in _SUPPORTED.values() for name in classes})
+        raise ValueError(f"scheduler = {name!r} is not known here; known are {_choice(known)}")
+    if config.get("trained_betas") is not None:
+        raise ValueError(f"scheduler.trained_betas: a {name} with its own table of betas is not supported")
+
+    prediction_type = str(config.get("prediction_type", "epsilon"))
+    if "vp" not in families and "edm" in families:
+        schedule: NoiseSchedule = EDMSchedule(config["sigma_min"], config["sigma_max"], config["sigma_data"])
+        prediction_type = "edm" if prediction_type == "epsilon" else prediction_type
+    elif config.get("timestep_type") == "continuous":
+        schedule = EDMSchedule(config["sigma_min"], config["sigma_max"], sigma_data=1.0)
+    elif config.get("use_flow_sigmas"):
+        schedule = FlowSchedule(config["num_train_timesteps"], config["flow_shift"])
+        prediction_type = "flow" if prediction_type == "flow_prediction" else prediction_type
+    elif "vp" not in families:
+        schedule, prediction_type = FlowSchedule(config["num_train_timesteps"], config["shift"]), "flow"
+    else:
+        keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        zero_snr = bool(config.get("rescale_betas_zero_snr", False))
+        schedule = VPSchedule(**{key: config[key] for key in keys}, rescale_zero_terminal_snr=zero_snr)
+    check_scheduler(name, schedule, prediction_type)
+    return schedule, prediction_type
+
+
+def _config(name: str, schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
+    """Schedule and prediction type in the words of the class `name`."""
+    config = {**schedule.scheduler_config(), "prediction_type": prediction_type}
+    if schedule.family == "vp" and name not in _ZERO_TERMINAL_SNR:
+        del config["rescale_betas_zero_snr"]
+    elif schedule.family == "edm" and name == "EulerDiscreteScheduler":
+        # its continuous timesteps with v_prediction are EDM preconditioning of sigma_data 1; karras is EDM's grid
+        del config["sigma_data"]
+        config.update(timestep_type="continuous", use_karras_sigmas=True)
+    elif schedule.family == "edm":
+        config["prediction_type"] = {"edm": "epsilon"}.get(prediction_type, prediction_type)
+    elif schedule.family == "flow" and name.startswith("FlowMatch"):
+        del config["prediction_type"]
+    elif schedule.family == "flow":
+        config.update(use_flow_sigmas=True, flow_shift=config.pop("shift"))
+        config["prediction_type"] = {"flow": "flow_prediction"}.get(prediction_type, prediction_type)
+    return config
+
+
+def _name(scheduler: str | type) -> str:
+    return scheduler.rsplit(".", 1)[-1] if isinstance(scheduler, str) else scheduler.__name__
+
+
+def _choice(names: Any) -> str:
+    names = sorted(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
