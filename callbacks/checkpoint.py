@@ -1,0 +1,56 @@
+"""Checkpoints by optimizer step, the last step included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every ``every_n_train_steps`` optimizer steps and after the last one, and keeps the newest ``save_top_k``.
+
+    Lightning's own callback leaves out the end of a training whose length is no multiple of the interval. The end is
+    caught in ``on_train_batch_end``: later, weight averaging has put the average in the place of the trained weights.
+
+    Args:
+        dirpath: folder of the checkpoints, ``step=000250.ckpt`` and so on.
+        every_n_train_steps: the interval, at least 1.
+        save_top_k: how many of the newest are kept, -1 for all.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int = 250, save_top_k: int = 2) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"callbacks.checkpoint.every_n_train_steps={every_n_train_steps} must be at least 1")
+        if save_top_k < -1 or save_top_k == 0:
+            raise ValueError(f"callbacks.checkpoint.save_top_k={save_top_k} must be at least 1, or -1 to keep all")
+        super().__init__(
+            dirpath=dirpath,
+            filename="step={step:06d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if _is_last(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _is_last(trainer: Trainer) -> bool:
+    if trainer.fit_loop._should_accumulate():
+        return False
+    loop = trainer.fit_loop.epoch_loop
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    last_epoch = epochs > 0 and trainer.current_epoch + 1 >= epochs and loop.batch_progress.is_last_batch
+    return trainer.should_stop or trainer.global_step == trainer.max_steps or last_epoch

@@ -1,0 +1,337 @@
+"""One run, one folder, one process: who holds it, what it is a run of, and how it ended.
+
+A kernel lock keeps a second process out and is freed when its holder dies. `run.json` records the command and the
+resolved config with secrets masked; it is read back only to compare and to report, never to build anything.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from genlight import io
+from genlight.errors import UserError
+
+RUN_FILE = "run.json"
+OWNER_FILE = "owner.json"
+LOCK_FILE = ".lock"
+MASK = "***"
+STATUSES = ("running", "finished", "failed", "interrupted")
+_KIND = "run"
+_VERSION = 1
+_SECRET_KEY = re.compile(
+    r"(^|[._-])(.*token|secret.*|.*_secret|.*password|passwd|.*api_?key|.*access_?key|.*private_?key|credentials?)$",
+    re.IGNORECASE,
+)
+_NOT_A_RUN = {LOCK_FILE, OWNER_FILE, ".hydra"}
+_ABSENT = "(absent)"
+# A lock that is garbage collected is let go: a folder stays held until `close`, even if nobody keeps the object.
+_held: dict[int, Any] = {}
+
+
+class RunFolder:
+    """The folder of one run, held by this process. Use `open`, then `close`, or a `with` block.
+
+    Attributes:
+        path: the folder.
+        resumed: whether it continues an earlier run.
+        fingerprint: hash of the config, without the ignored keys and the values of secrets.
+    """
+
+    def __init__(self, path: Path, lock: Any, record: dict[str, Any], resumed: bool) -> None:
+        self.path = path
+        self.resumed = resumed
+        self._lock = lock
+        _held[id(lock)] = lock
+        self._record = record
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        command: Sequence[str],
+        config: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+        ignore_keys: Iterable[str] = (),
+    ) -> "RunFolder":
+        """Take a folder for one run and record it as running.
+
+        Args:
+            path: the folder, created where it is missing. Make it with `run_path` if its name comes from the user.
+            command: the command line, word by word.
+            config: the resolved config, plain values only.
+            resume: continue the run that is there; an empty folder starts a new one.
+            overwrite: remove the run that is there first.
+            ignore_keys: dotted keys that a resumed run may change, e.g. "resume" or "trainer.max_steps"; a key covers
+                all below it.
+
+        Raises:
+            UserError: another process holds the folder, it is occupied, or `resume` meets another config (the message
+                shows the first differing keys).
+            CorruptFileError: its run.json is not whole.
+        """
+        if resume and overwrite:
+            raise UserError("resume=true and overwrite=true exclude each other: continue the run or replace it")
+        path = io.create_folder(path)
+        lock = _take_lock(path)
+        try:
+            masked = _plain(mask_secrets(dict(config)))
+            record = _new_record(mask_command(command), masked, tuple(ignore_keys))
+            old = _old_record(path, resume, overwrite)
+            if old is not None and resume:
+                _check_same_config(path, old, record, tuple(ignore_keys))
+                record["created"] = old["created"]
+                record["earlier"] = [
+                    *old["earlier"],
+                    {key: old[key] for key in ("command", "started", "ended", "status")},
+                ]
+            io.remove_leftovers(path)
+            if old is not None and overwrite:
+                _empty(path)
+            io.atomic_write_json(path / OWNER_FILE, _owner())
+            io.atomic_write_json(path / RUN_FILE, record)
+            return cls(path, lock, record, resumed=old is not None and resume)
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self._record["fingerprint"])
+
+    def close(self, status: str = "finished") -> None:
+        """Record how the run ended ("finished", "failed" or "interrupted") and let go of the folder. A second call does
+        nothing.
+
+        Raises:
+            ValueError: an unknown status.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"a run is one of {', '.join(STATUSES)}, got {status!r}")
+        if not self._lock.is_locked:
+            return
+        try:
+            self._record = {**self._record, "status": status, "ended": _now()}
+            io.atomic_write_json(self.path / RUN_FILE, self._record)
+        finally:
+            self._lock.release()
+            _held.pop(id(self._lock), None)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_stop = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close("finished" if kind is None else "interrupted" if is_stop else "failed")
+
+
+def run_path(root: str | os.PathLike[str], name: str) -> Path:
+    """The folder of the run `name` below `root`.
+
+    Raises:
+        UserError: the name would lead out of `root`, or is longer than a file system takes.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise UserError(f"run.name must be a text of 1 to 200 characters, got {name!r}")
+    try:
+        return io.resolve_below(root, name)
+    except UserError as error:
+        raise UserError(f"run.name: {error}") from None
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of a run folder, as data.
+
+    Raises:
+        CorruptFileError: there is none, or it is not whole.
+        UserError: written by a newer version.
+    """
+    file = Path(path) / RUN_FILE
+    if not file.is_file():
+        raise io.CorruptFileError(f"{path} has no {RUN_FILE}: it is not a run folder of genlight")
+    record = io.read_json(file)
+    if not isinstance(record, dict) or record.get("kind") != _KIND:
+        raise io.CorruptFileError(f"{file} is not the record of a run")
+    if record.get("version") != _VERSION:
+        raise UserError(f"{file} has version {record.get('version')!r}; version {_VERSION} is known here")
+    if not set(_new_record([], {}, ())) <= set(record):
+        raise io.CorruptFileError(f"{file} lacks fields of a run")
+    return record
+
+
+def process_rank(environ: Mapping[str, str] | None = None) -> int:
+    """The rank that torchrun, SLURM or Lightning's launcher gave this process; 0 where none did. Only rank 0 opens the
+    run folder."""
+    environ = os.environ if environ is None else environ
+    for name in ("RANK", "SLURM_PROCID"):
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    local = environ.get("LOCAL_RANK", "")
+    return int(local) if local.isdigit() else 0
+
+
+def is_secret(key: str) -> bool:
+    """Whether a config key names a secret: token, secret, password, api_key and their like."""
+    return bool(_SECRET_KEY.search(key)) and not key.lower().endswith(
+        ("num_token", "pad_token", "eos_token", "bos_token", "unk_token", "mask_token")
+    )
+
+
+def mask_secrets(value: Any) -> Any:
+    """A copy of a config in which the values of secret keys read `***`. Empty ones stay, so that one sees that none was
+    given."""
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if is_secret(str(key)) and inner not in (None, "") else mask_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [mask_secrets(inner) for inner in value]
+    return value
+
+
+def mask_command(words: Sequence[str]) -> list[str]:
+    """A command line in which the values of secret overrides read `***`."""
+    masked = []
+    for word in words:
+        key, sign, value = word.partition("=")
+        masked.append(f"{key}={MASK}" if sign and value and is_secret(key.lstrip("+~")) else word)
+    return masked
+
+
+def config_fingerprint(config: Mapping[str, Any], ignore_keys: Iterable[str] = ()) -> str:
+    """SHA-256 of a config, independent of the order of its keys, without the ignored ones."""
+    text = json.dumps(_flat(config, tuple(ignore_keys)), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _flat(value: Any, ignore: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values; lists by index, so that the first differing entry can be shown."""
+    if any(prefix == key or prefix.startswith(key + ".") for key in ignore):
+        return {}
+    pairs: Iterable[tuple[Any, Any]]
+    if isinstance(value, Mapping) and value:
+        pairs = value.items()
+    elif isinstance(value, list | tuple) and value:
+        pairs = enumerate(value)
+    elif not prefix:
+        return {}
+    else:
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    flat: dict[str, Any] = {}
+    for key, inner in pairs:
+        flat |= _flat(inner, ignore, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """The same value in what JSON can hold; what it has no form for becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _take_lock(path: Path) -> Any:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK_FILE, timeout=0.5, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{path} is in use by {_owner_named(path)}: wait for it, stop it, or choose another run.name"
+        ) from None
+    return lock
+
+
+def _owner() -> dict[str, Any]:
+    return {"kind": "owner", "version": 1, "host": platform.node(), "pid": os.getpid(), "started": _now()}
+
+
+def _owner_named(path: Path) -> str:
+    try:
+        owner = io.read_json(path / OWNER_FILE)
+        return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+    except (OSError, io.CorruptFileError, KeyError, TypeError):
+        return "another process that has just started"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _new_record(command: list[str], config: dict[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
+    now = _now()
+    return {
+        "kind": _KIND,
+        "version": _VERSION,
+        "fingerprint": config_fingerprint(config, ignore),
+        "status": "running",
+        "command": command,
+        "created": now,
+        "started": now,
+        "ended": None,
+        "earlier": [],
+        "config": config,
+    }
+
+
+def _old_record(path: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The run that is in the folder, or None where it is free; refuses what neither flag allows."""
+    if not (path / RUN_FILE).exists():
+        others = sorted(
+            inner.name for inner in path.iterdir() if inner.name not in _NOT_A_RUN and not _is_leftover(inner)
+        )
+        if others:
+            raise UserError(
+                f"{path} holds files that are no run of genlight ({', '.join(others[:3])}): choose another run.name"
+            )
+        return None
+    if overwrite:
+        return {}
+    record = read_run(path)
+    if not resume:
+        raise UserError(
+            f"{path} holds a run already (status {record['status']}, started {record['started']}): "
+            "add resume=true to continue it, overwrite=true to replace it, or choose another run.name"
+        )
+    return record
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and ".tmp-" in path.name
+
+
+def _check_same_config(path: Path, old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...]) -> None:
+    before, now = _flat(old["config"], ignore), _flat(new["config"], ignore)
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key, _ABSENT) != now.get(key, _ABSENT))
+    if not keys:
+        return
+    shown = "; ".join(f"{key}: was {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}" for key in keys[:3])
+    more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
+    raise UserError(
+        f"{path} cannot be resumed with another config: {shown}{more}; give the same values, or choose another run.name"
+    )
+
+
+def _empty(path: Path) -> None:
+    """Remove an old run. Its run.json goes last: a process killed in between leaves a folder that still counts as a
+    run."""
+    inner = [entry for entry in sorted(path.iterdir()) if entry.name not in (LOCK_FILE, RUN_FILE)]
+    for entry in [*inner, path / RUN_FILE]:
+        io.remove_path(entry)

@@ -1,0 +1,1 @@
+"""Plugins for Lightning's trainer: how checkpoints are stored, how devices work together, where numbers are logged."""
