@@ -1,0 +1,49 @@
+"""Validation of generators: sample from the batch's own noise, feed the metrics, keep a few images to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRID_IMAGES = 64
+
+
+class GeneratorValidation:
+    """Mixin for LightningModules that have ``sample(noise, label)``.
+
+    Attributes:
+        metrics: None, or an object with reset, update(images), compute() and to(device), set from outside. It is no
+            submodule: its feature network reaches neither the checkpoint nor the optimizer.
+        grid_images: the first images of the last validation on this rank, at most 64, on the CPU.
+    """
+
+    metrics: Any = None
+    grid_images: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "metrics":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def on_validation_epoch_start(self) -> None:
+        self.grid_images = None
+        if self.metrics is not None:
+            self.metrics.to(self.device)  # type: ignore[attr-defined]
+            self.metrics.reset()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
+        images = self.sample(batch["noise"], batch.get("label"))  # type: ignore[attr-defined]
+        if self.metrics is not None:
+            self.metrics.update(images)
+        kept = [] if self.grid_images is None else [self.grid_images]
+        self.grid_images = torch.cat([*kept, images.cpu()])[:GRID_IMAGES]
+
+    def on_validation_epoch_end(self) -> None:
+        if self.metrics is not None and not self.trainer.sanity_checking:  # type: ignore[attr-defined]
+            # computed over all ranks already: equal everywhere
+            values = {f"val/{name}": float(value) for name, value in self.metrics.compute().items()}
+            self.log_dict(values)  # type: ignore[attr-defined]

@@ -1,0 +1,28 @@
+"""Learning-rate schedules that torch lacks as one class."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
+    """Linear rise over ``warmup_steps``, then half a cosine to ``final_factor`` of the rate at ``total_steps``.
+
+    Raises:
+        ValueError: ``warmup_steps`` is negative, or ``final_factor`` lies outside [0, 1].
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"module.lr_scheduler.warmup_steps must not be negative, got {warmup_steps}")
+    if not 0.0 <= final_factor <= 1.0:
+        raise ValueError(f"module.lr_scheduler.final_factor must be in [0, 1], got {final_factor}")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        return final_factor + (1.0 - final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,280 @@
+"""Reading diffusers folders: network, noise schedule and VAE as data, never as code."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genlight.diffusion.noise_schedules import NoiseSchedule
+from genlight.diffusion.schedulers import build_scheduler, read_scheduler
+from genlight.errors import UserError
+from genlight.io import parse_json, read_json, verify_folder
+from genlight.modules.exported_pipeline import Network, network_style
+from genlight.modules.latents import FrozenVAE
+from genlight.modules.networks import check_label_rows, differences, first_of, label_rows, plain_config, prepare_network
+
+NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+# Transformer2DModel is what published DiT folders of before 2024 name their DiTTransformer2DModel
+LEGACY_CLASSES = {"Transformer2DModel": "DiTTransformer2DModel"}
+VAE_CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
+# key of the denoised image's decoder in the pipelines that have one
+VAE_KEYS = ("vae", "vqvae")
+RECORD = "genlight.json"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline folder holds. ``record`` is the folder's genlight.json, empty for other people's folders."""
+
+    source: str
+    network: Network
+    vae: Network | None
+    noise_schedule: NoiseSchedule
+    prediction_type: str
+    scheduler: functools.partial[Any]
+    record: dict[str, Any]
+
+    def apply_to(self, module: Any) -> None:
+        """Give a DiffusionModule what it lacks; UserError naming the first keys in which the two disagree."""
+        self._check_schedule(module)
+        num_classes = self._num_classes(module)
+        network = self._checked_network(num_classes)
+        if module.network is None:
+            module.network = network
+        else:
+            what = f"the network of {self.source} is not the module's"
+            _check_same(what, network, module.network, "; module.network=null takes it")
+            module.network.load_state_dict(network.state_dict())
+        if self.vae is None and (module.vae is not None or module.vae_source is not None):
+            raise UserError(f"module.vae is set, but {self.source} has no VAE: its network works in pixels")
+        if self.vae is not None:
+            if module.vae is not None:
+                _check_same(f"module.vae and the VAE of {self.source} differ", module.vae.network, self.vae)
+            module.vae, module.vae_source = FrozenVAE(self.vae), None
+        module.noise_schedule, module.prediction_type = self.noise_schedule, self.prediction_type
+        module.scheduler = module.scheduler or self.scheduler
+        module.num_classes, module.class_conditional = num_classes, num_classes is not None
+        module.class_names = self.record.get("class_names") or module.class_names
+        module.build_scheduler()
+
+    def _check_schedule(self, module: Any) -> None:
+        found: dict[str, Any] = {}
+        wanted: dict[str, Any] = {}
+        if module.noise_schedule is not None:
+            found["noise_schedule"] = {"family": self.noise_schedule.family, **self.noise_schedule.definition()}
+            wanted["noise_schedule"] = {"family": module.noise_schedule.family, **module.noise_schedule.definition()}
+        if module.prediction_type is not None:
+            found["prediction_type"], wanted["prediction_type"] = self.prediction_type, module.prediction_type
+        if different := differences(found, wanted, "module."):
+            raise UserError(
+                f"{self.source} was trained otherwise than the module is configured: {first_of(different)}; "
+                "null takes what the folder says"
+            )
+
+    def _num_classes(self, module: Any) -> int | None:
+        """Classes of the network. A class table of unknown origin is taken to hold no null class, unless it must."""
+        rows = label_rows(self.network)
+        if module.class_conditional is False or rows is None:
+            if module.class_conditional:
+                raise UserError(f"module.class_conditional is true, but the network of {self.source} has no classes")
+            return None
+        if network_style(self.network) == "dit":
+            found: int | None = rows - 1
+            if self.record.get("num_classes", found) is None and module.class_conditional is None:
+                return None
+        else:
+            found = self.record.get("num_classes", module.num_classes if rows - 1 == module.num_classes else rows)
+        if module.num_classes not in (None, found):
+            raise UserError(f"module.num_classes = {module.num_classes}, but {self.source} has {found} classes")
+        return found
+
+    def _checked_network(self, num_classes: int | None) -> Network:
+        try:
+            check_label_rows(self.network, num_classes)
+            return prepare_network(self.network, num_classes)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.source}: {error}") from error
+
+
+def read_pipeline(source: str | Path) -> Pipeline:
+    """Read a diffusers pipeline folder, or a hub id.
+
+    Raises:
+        UserError: not found, not a pipeline of the kinds known here, damaged, or its weights do not fit its config.
+    """
+    folder = _folder_of(source)
+    index = _object(folder / "model_index.json")
+    key = next((key for key in ("unet", "transformer") if _class_name(index, key)), None)
+    if key is None:
+        raise UserError(f"{source}: model_index.json names neither a unet nor a transformer")
+    network = _load(_component(folder, key), _class_name(index, key), NETWORK_CLASSES)
+    vae_key = next((key for key in VAE_KEYS if _class_name(index, key)), None)
+    vae = None if vae_key is None else _load(_component(folder, vae_key), _class_name(index, vae_key), VAE_CLASSES)
+    config = _scheduler_config(_component(folder, "scheduler") / "scheduler_config.json")
+    try:
+        defaults = _scheduler_defaults(str(config.get("_class_name")))
+        schedule, prediction_type = read_scheduler({**defaults, **config})
+        scheduler = _scheduler_partial({**defaults, **config}, schedule, prediction_type)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: scheduler_config.json cannot be used: {error}") from error
+    record = _object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    return Pipeline(str(source), network, vae, schedule, prediction_type, scheduler, record)
+
+
+def _component(folder: Path, key: str) -> Path:
+    """Folder of a component: its own, or in old pipelines with one network the pipeline's."""
+    return folder / key if (folder / key).is_dir() else folder
+
+
+def load_autoencoder(source: str | Path) -> Network:
+    """The VAE of a folder or hub id: of an autoencoder's own folder, or the ``vae`` of a pipeline folder.
+
+    Raises:
+        UserError: not found, not an autoencoder known here, or damaged.
+    """
+    folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
+    for sub in ("", *VAE_KEYS):
+        if (folder / sub / "config.json").is_file():
+            return _load(folder / sub, str(_object(folder / sub / "config.json").get("_class_name")), VAE_CLASSES)
+    raise UserError(f"module.vae = {source} holds no config.json of an autoencoder, nor does a folder vae in it")
+
+
+def _folder_of(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{source} is not a diffusers pipeline folder: it has no model_index.json")
+        if (folder / "manifest.json").is_file():
+            verify_folder(folder)
+        return folder
+    path = _from_hub(str(source))
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{source} on the hub is not a diffusers pipeline: it has no model_index.json")
+    return path
+
+
+def _from_hub(source: str) -> Path:
+    """The hub's files of a model, configs and safetensors only, in the cache of huggingface_hub."""
+    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"{source} is not a folder: expected a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
+        )
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    patterns = ["model_index.json", RECORD, "*config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        # asked once first: a download tries again for half a minute before it gives up
+        get_session().head(constants.ENDPOINT, timeout=10.0)
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # httpx, huggingface_hub and the system each raise their own
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+        except Exception:
+            reason = f"{_line(error)} ({constants.ENDPOINT})"
+            raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
+
+
+def _load(folder: Path, name: str, allowed: tuple[str, ...]) -> Network:
+    """A network from its folder, weights as safetensors, every key accounted for."""
+    network_class = _diffusers_class(str(folder), name, allowed)
+    _object(folder / "config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no weights as safetensors; pickled weights are not read")
+    try:
+        return _from_pretrained(network_class, folder)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own class, diffusers OSError, torch RuntimeError
+        raise UserError(f"{folder} cannot be loaded as {network_class.__name__}: {_line(error)}") from error
+
+
+def _from_pretrained(network_class: Any, source: str | Path) -> Network:
+    network, info = network_class.from_pretrained(
+        str(source), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
+    problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
+    problems += [f"{entry[0]} has another shape" for entry in info["mismatched_keys"]]
+    if problems:
+        raise UserError(f"the weights of {source} do not fit its config.json: {first_of(problems)}")
+    return network
+
+
+def _diffusers_class(where: str, name: str, allowed: tuple[str, ...]) -> Any:
+    import diffusers
+
+    name = LEGACY_CLASSES.get(name, name)
+    if name not in allowed:
+        raise UserError(f"{where} is of class {name}; known here are {', '.join(allowed)} of diffusers")
+    return getattr(diffusers, name)
+
+
+def _class_name(index: Mapping[str, Any], key: str) -> str:
+    """Class of a component in model_index.json, "" if it has none; only diffusers' own classes are known here."""
+    entry = index.get(key)
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
+        return entry[1] if entry[0] == "diffusers" else f"{entry[0]}.{entry[1]}"
+    return ""
+
+
+def _scheduler_config(path: Path) -> dict[str, Any]:
+    """The scheduler's config; diffusers writes one default as -Infinity, which is no JSON and is left out here."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    if path.stat().st_size > 1_000_000:
+        raise UserError(f"{path} is too long for the config of a scheduler")
+    text = path.read_text("utf-8", errors="replace")
+    config = parse_json(re.sub(r'"lambda_min_clipped":\s*-Infinity', '"lambda_min_clipped": null', text), str(path))
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    if config.get("lambda_min_clipped", "") is None:
+        del config["lambda_min_clipped"]
+    return config
+
+
+def _scheduler_defaults(name: str) -> dict[str, Any]:
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _scheduler_partial(
+    config: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str
+) -> functools.partial[Any]:
+    """The scheduler class with those options that the schedule does not decide already."""
+    import diffusers
+
+    scheduler_class = getattr(diffusers, str(config["_class_name"]))
+    plain = build_scheduler(scheduler_class, schedule, prediction_type).config
+    options = {key: value for key, value in config.items() if key in plain and not key.startswith("_")}
+    changed = {key: value for key, value in options.items() if _plain(plain[key]) != _plain(value)}
+    return functools.partial(scheduler_class, **changed)
+
+
+def _check_same(what: str, found: Network, wanted: Network, hint: str = "") -> None:
+    one, two = ({"class": type(network).__name__, **plain_config(network)} for network in (found, wanted))
+    if different := differences(one, two):
+        raise UserError(f"{what}: {first_of(different)}{hint}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
