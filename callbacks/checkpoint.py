@@ -15,7 +15,7 @@ class StepCheckpoint(ModelCheckpoint):
     caught in ``on_train_batch_end``: later, weight averaging has put the average in the place of the trained weights.
 
     Args:
-        dirpath: folder of the checkpoints, ``step=000250.ckpt`` and so on.
+        dirpath: folder of the checkpoints, ``step-000250.ckpt`` and so on.
         every_n_train_steps: the interval, at least 1.
         save_top_k: how many of the newest are kept, -1 for all.
 
@@ -30,7 +30,7 @@ class StepCheckpoint(ModelCheckpoint):
             raise ValueError(f"callbacks.checkpoint.save_top_k={save_top_k} must be at least 1, or -1 to keep all")
         super().__init__(
             dirpath=dirpath,
-            filename="step={step:06d}",
+            filename="step-{step:06d}",
             auto_insert_metric_name=False,
             monitor="step",
             mode="max",

@@ -8,11 +8,8 @@ from typing import Any
 
 from genlight.config_check import ConfigError, check, nearest
 from genlight.errors import UserError
+from genlight.help import COMMANDS, help_text
 
-COMMANDS = {
-    "fit": "train: gradients (a generator, a student, a predictor, a feature extractor)",
-    "validate": "measure, search, calibrate: no gradients",
-}
 USAGE_ERROR = 2
 FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--version", "--hydra-help", "--shell-completion", "-sc")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
@@ -29,8 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command, words = split_command(arguments)
         if command is None:
-            from genlight.help import help_text
-
             sys.stdout.write(help_text())
             return 0
         return _run_hydra(flags_first([f"command={command}", *words]))

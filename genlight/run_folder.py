@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,18 +17,14 @@ from typing import Any
 
 from genlight import io
 from genlight.errors import UserError
+from genlight.secrets import masked, masked_override
 
 RUN_FILE = "run.json"
 OWNER_FILE = "owner.json"
 LOCK_FILE = ".lock"
-MASK = "***"
 STATUSES = ("running", "finished", "failed", "interrupted")
 _KIND = "run"
 _VERSION = 1
-_SECRET_KEY = re.compile(
-    r"(^|[._-])(.*token|secret.*|.*_secret|.*password|passwd|.*api_?key|.*access_?key|.*private_?key|credentials?)$",
-    re.IGNORECASE,
-)
 _NOT_A_RUN = {LOCK_FILE, OWNER_FILE, ".hydra"}
 _ABSENT = "(absent)"
 # A lock that is garbage collected is let go: a folder stays held until `close`, even if nobody keeps the object.
@@ -84,8 +79,8 @@ class RunFolder:
         path = io.create_folder(path)
         lock = _take_lock(path)
         try:
-            masked = _plain(mask_secrets(dict(config)))
-            record = _new_record(mask_command(command), masked, tuple(ignore_keys))
+            plain = _plain(masked(dict(config)))
+            record = _new_record([masked_override(word) for word in command], plain, tuple(ignore_keys))
             old = _old_record(path, resume, overwrite)
             if old is not None and resume:
                 _check_same_config(path, old, record, tuple(ignore_keys))
@@ -179,35 +174,6 @@ def process_rank(environ: Mapping[str, str] | None = None) -> int:
             return int(environ[name])
     local = environ.get("LOCAL_RANK", "")
     return int(local) if local.isdigit() else 0
-
-
-def is_secret(key: str) -> bool:
-    """Whether a config key names a secret: token, secret, password, api_key and their like."""
-    return bool(_SECRET_KEY.search(key)) and not key.lower().endswith(
-        ("num_token", "pad_token", "eos_token", "bos_token", "unk_token", "mask_token")
-    )
-
-
-def mask_secrets(value: Any) -> Any:
-    """A copy of a config in which the values of secret keys read `***`. Empty ones stay, so that one sees that none was
-    given."""
-    if isinstance(value, Mapping):
-        return {
-            key: MASK if is_secret(str(key)) and inner not in (None, "") else mask_secrets(inner)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [mask_secrets(inner) for inner in value]
-    return value
-
-
-def mask_command(words: Sequence[str]) -> list[str]:
-    """A command line in which the values of secret overrides read `***`."""
-    masked = []
-    for word in words:
-        key, sign, value = word.partition("=")
-        masked.append(f"{key}={MASK}" if sign and value and is_secret(key.lstrip("+~")) else word)
-    return masked
 
 
 def config_fingerprint(config: Mapping[str, Any], ignore_keys: Iterable[str] = ()) -> str:

@@ -24,6 +24,7 @@ from genlight.io.primitives import (
     read_lines,
     remove_leftovers,
     remove_path,
+    rename,
 )
 from genlight.io.strict_json import parse_json, read_json
 from genlight.io.tensors import load_state, load_tensors, read_labels, save_state, save_tensors
@@ -47,6 +48,7 @@ __all__ = [
     "read_lines",
     "remove_leftovers",
     "remove_path",
+    "rename",
     "resolve_below",
     "save_state",
     "save_tensors",

@@ -114,6 +114,12 @@ def remove_path(path: Path_) -> None:
     sync_folder(path.parent)
 
 
+def rename(source: Path_, target: Path_) -> None:
+    """Give a file or folder another name in its folder, durably; a file of that name is replaced."""
+    _rename(Path(source), Path(target))
+    sync_folder(Path(target).parent)
+
+
 @contextmanager
 def no_space_explained(path: Path, needed: int) -> Iterator[None]:
     """Turn "no space left" into one line with the figures; every other error passes unchanged."""

@@ -15,7 +15,7 @@ class GeneratorValidation:
     """Mixin for LightningModules that have ``sample(noise, label)``.
 
     Attributes:
-        metrics: None, or an object with reset, update(images), compute() and to(device), set from outside. It is no
+        metrics: None, or an object with reset, update(images, index), compute() and to(device), set from outside. It is no
             submodule: its feature network reaches neither the checkpoint nor the optimizer.
         grid_images: the first images of the last validation on this rank, at most 64, on the CPU.
     """
@@ -38,7 +38,7 @@ class GeneratorValidation:
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
         images = self.sample(batch["noise"], batch.get("label"))  # type: ignore[attr-defined]
         if self.metrics is not None:
-            self.metrics.update(images)
+            self.metrics.update(images, batch.get("index"))
         kept = [] if self.grid_images is None else [self.grid_images]
         self.grid_images = torch.cat([*kept, images.cpu()])[:GRID_IMAGES]
 

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from genlight.run_folder import mask_secrets
+from genlight.secrets import masked
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class ResilientWandbLogger(WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         plain = vars(params) if isinstance(params, Namespace) else dict(params)
-        self._safely(lambda: super(ResilientWandbLogger, self).log_hyperparams(mask_secrets(plain)))
+        self._safely(lambda: super(ResilientWandbLogger, self).log_hyperparams(masked(plain)))
 
     @override
     @rank_zero_only

@@ -4,7 +4,7 @@ The processes write into a staging folder beside the final one. When all are thr
 writes the manifest (SHA-256 and size of every file) and renames, by `genlight.io.atomic_folder`. A folder without a
 manifest was not written here: its shards may be pickled files, and it is refused.
 
-    step=000500.ckpt/
+    step-000500.ckpt/
       manifest.json
       trainer.safetensors      the trainer's state: loops, callbacks, schedulers
       weights.safetensors      the whole model in fp32, whatever the number of processes

@@ -1,0 +1,101 @@
+"""The times of a solver schedule as levels of signal and noise on one noise schedule."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genlight.diffusion.noise_schedules import NoiseSchedule
+from genlight.diffusion.solver.decisions import SolverSchedule, check_clean_end
+from genlight.diffusion.solver.phi import Scalar
+
+# λ that pure noise (α = 0) counts as in finite differences and φ functions: that of σ = 1 - 1e-6 in flow matching, where
+# diffusers starts its multistep solvers
+PURE_NOISE_HALF_LOG_SNR = math.log(1e-6) - math.log1p(-1e-6)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One time: x_t = α x_0 + σ ε, λ = ln(α/σ) in [-inf, inf]; `time` is None for a clean image beyond the schedule."""
+
+    time: Scalar | None
+    half_log_snr: Scalar
+    alpha: Scalar
+    sigma: Scalar
+
+    @property
+    def finite_half_log_snr(self) -> Scalar:
+        """λ, of pure noise the value that stands for it in expansions."""
+        return PURE_NOISE_HALF_LOG_SNR if self.half_log_snr == -math.inf else self.half_log_snr
+
+    @property
+    def signal_share(self) -> Scalar:
+        """α/(α + σ), which is 1 - σ in flow matching: from 0 for pure noise to 1 for a clean image."""
+        return self.alpha / (self.alpha + self.sigma)
+
+    @property
+    def noise_share(self) -> Scalar:
+        """σ/(α + σ) = 1 - signal_share."""
+        return self.sigma / (self.alpha + self.sigma)
+
+
+def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Tensor | None = None) -> list[Level]:
+    """The N + 1 levels of a solver schedule.
+
+    Args:
+        times: float64 [N + 1] in the schedule's time domain, to take the place of `schedule.times` and carry gradients;
+            infinite ends keep what the schedule says. Levels are then tensors.
+
+    Raises ValueError for times outside the noise schedule, infinite ends that it does not have, levels that do not rise.
+    """
+    given = [index for index, time in enumerate(schedule.times) if time is not None]
+    if times is None:
+        values = torch.tensor([schedule.times[index] for index in given], dtype=torch.float64)
+    else:
+        if times.shape != (len(schedule.times),) or times.dtype != torch.float64:
+            raise ValueError(f"times: a float64 tensor [{len(schedule.times)}] is needed, not {times.dtype} {times.shape}")
+        values = times[given]
+    time = noise_schedule.t_of_half_log_snr(values) if schedule.time_domain == "half_log_snr" else values
+    # a time that missed the range by rounding has been clamped to it; α, σ and λ then belong to the clamped one
+    time = time.clamp(noise_schedule.t_min, noise_schedule.t_max) if times is None else time
+    columns = [time, noise_schedule.half_log_snr(time), noise_schedule.alpha(time), noise_schedule.sigma(time)]
+    rows = zip(*(column.tolist() for column in columns)) if times is None else zip(*columns)
+    levels = [Level(*row) for row in rows]
+    levels = [_constant(level) if math.isinf(float(level.half_log_snr)) else level for level in levels]
+    if schedule.times[0] is None:
+        levels.insert(0, _pure_noise(noise_schedule))
+    if schedule.times[-1] is None:
+        levels.append(Level(None, math.inf, 1.0, 0.0))
+    _check(schedule, levels)
+    return levels
+
+
+def _constant(level: Level) -> Level:
+    """An infinite end without gradients, which are not defined there."""
+    return Level(*(float(value) for value in (level.time, level.half_log_snr, level.alpha, level.sigma)))
+
+
+def _pure_noise(noise_schedule: NoiseSchedule) -> Level:
+    if noise_schedule.alpha(noise_schedule.t_max) != 0:
+        raise ValueError(
+            f"times[0] = null asks for pure noise, which {noise_schedule!r} does not reach: "
+            f"use half_log_snr = {noise_schedule.half_log_snr(noise_schedule.t_max):.6g}"
+        )
+    return Level(noise_schedule.t_max, -math.inf, 0.0, noise_schedule.sigma(noise_schedule.t_max))
+
+
+def _check(schedule: SolverSchedule, levels: list[Level]) -> None:
+    for index, step in enumerate(schedule.steps):
+        source, latest, target = levels[index + 1 + step.source], levels[index], levels[index + 1]
+        # of the finite λ, so that no level lies between pure noise and the λ that stands for it
+        if not (target.finite_half_log_snr > source.finite_half_log_snr and target.half_log_snr >= latest.half_log_snr):
+            raise ValueError(
+                f"times[{index + 1}] = {schedule.times[index + 1]}: the step from {schedule.times[index + 1 + step.source]} "
+                f"has λ from {float(source.finite_half_log_snr):.9g} to {float(target.finite_half_log_snr):.9g}, "
+                "which does not rise"
+            )
+    if levels[-1].sigma == 0:
+        check_clean_end(schedule.steps[-1], len(schedule.steps) - 1)
+    if any(level.sigma == 0 for level in levels[:-1]):
+        raise ValueError("times: the network cannot be evaluated at sigma = 0; only the last time may be there")

@@ -1,0 +1,1 @@
+"""What `validate` can run: a plain measurement, and later searches and calibrations."""

@@ -1,0 +1,1 @@
+"""Predictors that rank candidates before they are measured."""

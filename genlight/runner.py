@@ -1,0 +1,150 @@
+"""One run: build what the config names, see that it fits together, train or measure, report."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from genlight import io
+from genlight.context import Run
+from genlight.errors import UserError
+from genlight.run_folder import RunFolder, process_rank, run_path
+
+# what a resumed run may change
+FREE_KEYS = (
+    "resume",
+    "dry_run",
+    "traceback",
+    "run",
+    "paths",
+    "logger",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.enable_model_summary",
+    "callbacks.progress",
+)
+FAILURE = 1
+
+
+def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
+    """Carry out one accepted config; returns the exit code. Faults are told in one line, details go to a file."""
+    from omegaconf import OmegaConf
+
+    started = time.monotonic()
+    trace = bool(config.traceback)
+    folder: RunFolder | None = None
+    state = "failed"
+    try:
+        with tempfile.TemporaryDirectory(prefix="genlight-") as scratch:
+            if config.dry_run:
+                OmegaConf.update(config, "run.dir", scratch)
+            plain = OmegaConf.to_container(config, resolve=True)
+            assert isinstance(plain, dict)
+            run_path(config.run.root, config.run.name)  # refuses a name that leads out of the root
+            words = ["python", "-m", "genlight", config.command]
+            words += [o for o in overrides if not o.startswith("command=")]
+            experiment, path = str(choices.get("experiment")), Path(plain["run"]["dir"])
+            this = Run(config, plain, _recorded(config, plain), config.command, words, experiment, path, started)
+            if process_rank() == 0:
+                folder = _open_folder(this)
+                this.fingerprint = folder.fingerprint
+            _carry_out(this)
+            state = "finished"
+            return 0
+    except SystemExit as stop:
+        state = "interrupted"
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        state = "interrupted"
+        return 130
+    except Exception as error:
+        if trace:
+            raise
+        _tell(error, folder)
+        return FAILURE
+    finally:
+        if folder is not None:
+            folder.close(state)
+
+
+def _open_folder(this: Run) -> RunFolder:
+    run_keys = this.plain["run"]
+    return RunFolder.open(
+        this.folder,
+        command=this.words,
+        config=this.recorded,
+        resume=this.plain["resume"],
+        overwrite=run_keys["overwrite"],
+        ignore_keys=FREE_KEYS,
+    )
+
+
+def _recorded(config: Any, plain: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config as it is written: secrets masked; what comes from the environment, or is a place below the run
+    folder, left as a reference, so that a folder can be moved."""
+    from omegaconf import OmegaConf
+
+    from genlight.secrets import masked
+
+    return masked(_keep_references(plain, OmegaConf.to_container(config, resolve=False)))  # type: ignore[no-any-return]
+
+
+def _keep_references(resolved: Any, raw: Any) -> Any:
+    if isinstance(resolved, dict) and isinstance(raw, dict):
+        return {key: _keep_references(value, raw.get(key)) for key, value in resolved.items()}
+    return raw if isinstance(raw, str) and ("${oc.env:" in raw or "${run.dir}" in raw) else resolved
+
+
+def _tell(error: Exception, folder: RunFolder | None) -> None:
+    """One line for the person; the traceback of what was not foreseen goes to a file."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    foreseen = isinstance(error, UserError | MisconfigurationException)
+    if type(error).__name__ == "OutOfMemoryError":
+        text, foreseen = f"out of memory on the device: {text}; lower data.batch_size or data.eval_batch_size", True
+    if not foreseen:
+        text = f"{type(error).__name__}: {text}"
+        if folder is not None:
+            io.atomic_write_text(folder.path / "error.log", traceback.format_exc())
+            text += f" (details in {folder.path / 'error.log'}; traceback=true shows them)"
+    rank = process_rank()
+    sys.stderr.write(f"error: {f'[process {rank}] ' if rank else ''}{text}\n")
+
+
+def _carry_out(this: Run) -> None:
+    from genlight.build import check_targets
+    from genlight.session import Session
+
+    _quiet()
+    check_targets(this.plain, this.plain["targets"]["allow"])
+    session = Session(this)
+    if this.plain["dry_run"]:
+        session.dry_run()
+    elif this.command == "fit":
+        session.fit()
+    else:
+        session.validate()
+
+
+def _quiet() -> None:
+    """Keep what Lightning says at every start off the screen; warnings about the run itself stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*WeightAveraging callback with a model that overrides the configure_model.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,307 @@
+"""The objects of one run and what is done with them: fit, validate, dry run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+
+from genlight import io
+from genlight.build import build
+from genlight.callbacks.timing import StepTimer, print_line
+from genlight.context import Run
+from genlight.errors import UserError
+from genlight.reports.cost import real_cost
+from genlight.reports.environment import environment
+from genlight.reports.figures import curves
+from genlight.reports.metrics_csv import merge_metrics
+from genlight.reports.report import Report, parse_report, write_report
+from genlight.run_folder import process_rank
+from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
+from genlight.trainer.consolidate import consolidated_state_dict
+from genlight.trainer.sharded_folder import is_sharded_checkpoint
+from genlight.trainer.strategies import check_callbacks
+
+ARTIFACT = "artifact"
+CHECKPOINTS = "checkpoints"
+
+
+class Session:
+    """Builds trainer, module, data and metrics of a run, cheapest check first, and carries the run out."""
+
+    def __init__(self, this: Run) -> None:
+        self.run = this
+        config = this.config
+        if config.seed is not None:
+            seed_everything(config.seed, workers=True, verbose=False)
+        self.timer = StepTimer(this.started, stop=bool(config.dry_run))
+        self.trainer = self._build_trainer()
+        self.datamodule: LightningDataModule = build(config.data, "data")
+        self.module: LightningModule = build(config.module, "module")
+        self.metrics = build(config.metrics, "metrics") if config.metrics and "_target_" in config.metrics else None
+        self.floor: Any = None
+
+    def fit(self) -> None:
+        """Train, then write the artifact and the report."""
+        self._prepare_data("select")
+        checkpoint = self._resume_from() if self.run.plain["resume"] else None
+        self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items() if torch.isfinite(torch.as_tensor(v))}
+        if self.trainer.is_global_zero:
+            report = self._report(metrics, "select", num_samples=0)
+            self._save_artifact(report)
+            self._finish(report)
+
+    def validate(self) -> None:
+        """Load the weights to be measured, and let the method do its work."""
+        self._load_weights()
+        draw = str(getattr(self.datamodule, "draw", "report"))
+        self._prepare_data(draw)
+        self._prepare_metrics()
+        # the setting is for validations inside a fit; a measurement takes everything
+        self.trainer.limit_val_batches = 1.0
+        method = build(self.run.config.method, "method")
+        metrics = method.run(self.trainer, self.module, self.datamodule)
+        if self.trainer.is_global_zero:
+            num_samples = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
+            self._finish(self._report(metrics, draw, num_samples))
+
+    def dry_run(self) -> None:
+        """Three steps, and what the whole run will cost."""
+        if self.run.command == "fit":
+            self._prepare_data("select")
+            self.trainer.fit(self.module, datamodule=self.datamodule)
+        else:
+            self._load_weights()
+            self._prepare_data("report")
+            self._prepare_metrics()
+            self.trainer.limit_val_batches = 1.0
+            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+        if self.timer.estimate is None:
+            raise UserError("the run is too short to be estimated: it has fewer than five steps")
+        if self.trainer.is_global_zero:
+            from rich.console import Console
+
+            Console().print(self.timer.estimate.table())
+
+    def _build_trainer(self) -> Trainer:
+        config = self.run.config
+        if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise UserError(f"trainer.accelerator={config.trainer.accelerator}: torch sees no GPU here; use cpu or auto")
+        strategy = build(config.strategy, "strategy")
+        callbacks = [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items() if node]
+        if config.dry_run:
+            from lightning.pytorch.callbacks import Checkpoint
+
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        check_callbacks(strategy, callbacks, str(config.trainer.precision))
+        loggers = [] if config.dry_run else self._build_loggers()
+        # a single process opens the folder; its children and torchrun's other processes write nothing of their own
+        return build(  # type: ignore[no-any-return]
+            config.trainer,
+            "trainer",
+            strategy=strategy,
+            callbacks=[*callbacks, self.timer],
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(self.run.folder),
+            enable_checkpointing=not config.dry_run,
+            enable_progress_bar=any(type(c).__name__ == "StepProgress" for c in callbacks),
+        )
+
+    def _build_loggers(self) -> list[Any]:
+        loggers = []
+        for name, node in (self.run.config.logger or {}).items():
+            wants_id = node and "id" in node and node.id is None
+            loggers += [build(node, f"logger.{name}", **({"id": self._tracking_id()} if wants_id else {}))] if node else []
+        for logger in loggers:
+            logger.log_hyperparams(self.run.recorded)
+        return loggers
+
+    def _tracking_id(self) -> str:
+        """The same for every part of an interrupted run, so that a tracker shows them as one."""
+        file = self.run.folder / "tracking.json"
+        if not file.is_file():
+            if process_rank() != 0:
+                return ""
+            io.atomic_write_json(file, {"kind": "tracking", "version": 1, "id": uuid.uuid4().hex[:10]})
+        return str(io.read_json(file)["id"])
+
+    def _prepare_data(self, draw: str) -> None:
+        if hasattr(self.module, "check_data"):
+            self.module.check_data(self.datamodule)
+        if hasattr(self.module, "sample_shape"):
+            self.datamodule.noise_shape = tuple(self.module.sample_shape)
+        self.datamodule.draw = draw
+
+    def _prepare_metrics(self) -> None:
+        """The real side of the metrics: features at hand, statistics of real images, the floor."""
+        if self.metrics is None or not hasattr(self.module, "sample"):
+            return
+        from genlight.metrics.reference import floor, prepare
+
+        cache = Path(self.run.plain["paths"]["cache"])
+        _ensure_features(self.metrics.extractor, cache)
+        device = self.trainer.strategy.root_device
+        prepare(self.metrics, self.datamodule, cache, device)
+        self.floor = floor(
+            self.metrics, self.datamodule, cache, num_samples=self.datamodule.num_samples, device=device
+        )
+        self.module.metrics = self.metrics
+
+    def _load_weights(self) -> None:
+        given = self.run.plain["ckpt_path"]
+        if given is None:
+            if not getattr(self.module, "pretrained", None):
+                self.run.notes.append("ckpt_path is null: the untrained network was measured")
+            return
+        path = Path(given)
+        if not path.exists():
+            raise UserError(f"ckpt_path={given}: there is no such file or folder")
+        if (path / "run.json").is_file():
+            path = self._newest(path / CHECKPOINTS)
+        if (path / "model_index.json").is_file():
+            self.module.load_pretrained(path)
+            return
+        if path.is_dir() and not is_sharded_checkpoint(path):
+            raise UserError(
+                f"ckpt_path={given}: the folder is neither a run (run.json), nor a diffusers pipeline (model_index.json), "
+                "nor a sharded checkpoint (manifest.json)"
+            )
+        if path.is_dir():
+            state = consolidated_state_dict(path)
+        else:
+            checkpoint = load_checkpoint(path)
+            state = checkpoint["state_dict"]
+            self.module.on_load_checkpoint(checkpoint)
+        self.module.load_state_dict(state)
+
+    def _newest(self, folder: Path, set_aside: bool = False) -> Path:
+        """The newest whole checkpoint; damaged newer ones are named, and renamed where a new one will take their place."""
+        found, skipped = newest_whole_checkpoint(folder)
+        for bad, reason in skipped:
+            self.run.notes.append(f"{bad.name} was passed over: {reason}")
+            print_line(f"warning: {bad} is passed over: {reason}")
+            if set_aside and process_rank() == 0:
+                io.rename(bad, bad.with_name(bad.name + ".damaged"))
+        if found is None:
+            raise UserError(f"{folder} holds no whole checkpoint{': ' + skipped[0][1] if skipped else ''}")
+        return found
+
+    def _resume_from(self) -> str | None:
+        """The newest whole checkpoint of the run folder; None starts from the beginning."""
+        folder = self.run.folder / CHECKPOINTS
+        if not folder.is_dir() or not any(folder.glob("*.ckpt")):
+            print_line("nothing was saved yet: the run starts from the beginning")
+            return None
+        path = self._newest(folder, set_aside=True)
+        print_line(f"continuing from {path}")
+        return str(path)
+
+    def _report(self, metrics: dict[str, float], draw: str, num_samples: int) -> Report:
+        this, extractor = self.run, getattr(self.metrics, "extractor", None)
+        measured = self.floor is not None and extractor is not None
+        features: dict[str, Any] | None = None
+        if measured:
+            features = {**extractor.describe(), **self.metrics.describe()}  # type: ignore[union-attr]
+            features = {k: v for k, v in features.items() if k in REPORT_FEATURES}
+        predicted = None if self.timer.estimate is None else self.timer.estimate.to_dict()
+        record = {
+            **environment(this.words),
+            "experiment": this.experiment,
+            "config_hash": this.fingerprint,
+            "seed": this.plain["seed"] if this.plain["seed"] is not None else -1,
+            "draw": draw,
+            "metrics": {name: value for name, value in metrics.items() if value == value},
+            "floor": self.floor.to_dict() if measured else None,
+            "features": features,
+            "num_samples": num_samples,
+            "predicted": predicted,
+            "real": real_cost(time.monotonic() - this.started),
+            "files": [],
+            "notes": this.notes,
+        }
+        return parse_report(record)
+
+    def _save_artifact(self, report: Report) -> None:
+        from genlight.reports.model_card import write_model_card
+
+        with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
+            self.module.save_pretrained(folder)  # type: ignore[operator]
+            data = str(getattr(self.datamodule, "name", "data"))
+            base = self.run.plain["module"].get("pretrained")
+            write_model_card(folder, report, dataset=data, method="training", base_model=base)
+
+    def _finish(self, report: Report) -> None:
+        """Pictures, report, and the files named for the person who waited."""
+        from dataclasses import replace
+
+        folder = self.run.folder
+        figures, table = folder / "figures", folder / "metrics.csv"
+        parts = sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
+        if merge_metrics(parts, table) and self.run.command == "fit":
+            curves(table, figures / "curves.png")
+        files = sorted(figures.glob("*.png")) + ([table] if table.exists() else [])
+        names = [str(f.relative_to(folder)) for f in files]
+        if (folder / ARTIFACT).is_dir():
+            names.append(ARTIFACT)
+        seconds = time.monotonic() - self.run.started
+        report = write_report(folder, replace(report, files=names, real={**report.real, "total_seconds": seconds}))
+        for logger in self.trainer.loggers:
+            _track(logger, folder, report)
+        _print_result(folder, report, files)
+
+
+def _track(logger: Any, folder: Path, report: Report) -> None:
+    """The result to a tracker that takes tables and folders (W&B), which is then closed."""
+    if hasattr(logger, "log_table"):
+        logger.log_table("report", ["metric", "value"], [[name, value] for name, value in report.metrics.items()])
+    if hasattr(logger, "log_folder"):
+        logger.log_folder(folder / "report.json", f"{folder.name}-report", "report")
+        if (folder / ARTIFACT).is_dir():
+            logger.log_folder(folder / ARTIFACT, f"{folder.name}-artifact", "model")
+    if hasattr(logger, "finish"):
+        logger.finish()
+
+
+REPORT_FEATURES = frozenset(
+    "name kind num_features fingerprint metrics reference_split num_reference reference_data kid_subsets kid_subset_size "
+    "is_splits".split()
+)
+
+
+def _ensure_features(extractor: Any, cache: Path) -> None:
+    """Train the feature network where it is missing, in a process of its own; other processes wait for it."""
+    if extractor.is_available() or not extractor.recipe:
+        extractor.setup()
+        return
+    from filelock import FileLock
+
+    io.create_folder(cache)
+    with FileLock(cache / f".{extractor.recipe.replace('/', '-')}.lock"):
+        if not extractor.is_available():
+            print_line(f"the feature network {extractor.name} is not there yet: fit experiment={extractor.recipe}")
+            command = [sys.executable, "-m", "genlight", "fit", f"experiment={extractor.recipe}", "run.overwrite=true"]
+            done = subprocess.run([*command, f"paths.cache={cache}"], check=False)
+            if done.returncode != 0:
+                raise UserError(f"fit experiment={extractor.recipe} failed (exit code {done.returncode}), see above")
+    extractor.setup()
+
+
+def _print_result(folder: Path, report: Report, files: list[Path]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    floors = report.floor.metrics if report.floor else {}
+    for name, value in report.metrics.items():
+        floor = floors.get(name.rsplit("/", 1)[-1])
+        console.print(f"{name:<24} {value:.4g}" + ("" if floor is None else f"   (real against real: {floor:.4g})"))
+    console.print("look at", style="bold")
+    for file in [folder / "report.md", *files, *([folder / ARTIFACT] if (folder / ARTIFACT).is_dir() else [])]:
+        console.print(f"  {file}", soft_wrap=True)

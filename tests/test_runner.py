@@ -1,0 +1,194 @@
+"""The two commands from end to end on the default experiment made tiny: what they leave, how they compose, how they fail."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, genlight, report_of, untrained_features
+
+from genlight import io
+from genlight.trainer.checkpoint_io import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished tiny fit, ``tiny/fit``."""
+    folder = tmp_path_factory.mktemp("runs")
+    os.environ["GENLIGHT_CACHE"] = str(folder / "cache")
+    untrained_features(folder / "cache")
+    assert genlight(folder, "fit", "run.name=tiny") == 0
+    return folder
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["state_dict"]
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("*.ckpt"))
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_fit_leaves_what_it_promises(root: Path) -> None:
+    folder = root / "tiny" / "fit"
+    record = io.read_json(folder / "run.json")
+    assert record["status"] == "finished" and record["config"]["trainer"]["max_steps"] == 6
+    assert record["command"][:4] == ["python", "-m", "genlight", "fit"]
+    assert "train/loss" in (folder / "metrics.csv").read_text().splitlines()[0]
+    assert (folder / "figures" / "samples-step000004.png").is_file()
+    # the last step is saved although it is no multiple of the interval's validation
+    assert [p.name for p in sorted((folder / "checkpoints").glob("*"))] == ["step-000004.ckpt", "step-000006.ckpt"]
+    report = report_of(folder)
+    assert report["seed"] == 0 and report["versions"]["torch"] and report["predicted"] and report["real"]
+    assert "report.md" in {p.name for p in folder.iterdir()}
+
+
+def test_the_artifact_is_a_diffusers_folder_with_the_averaged_weights(root: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder = root / "tiny" / "fit"
+    io.verify_folder(folder / "artifact")
+    pipeline = DiffusionPipeline.from_pretrained(folder / "artifact")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    saved = {name.removeprefix("network."): value for name, value in weights(newest(folder)).items()}
+    assert equal(dict(pipeline.unet.state_dict()), saved)
+
+
+def test_validate_takes_a_run_a_checkpoint_or_an_artifact_alike(root: Path) -> None:
+    fit = root / "tiny" / "fit"
+    values = []
+    for name, path in {"run": fit, "file": newest(fit), "artifact": fit / "artifact"}.items():
+        assert genlight(root, "validate", f"run.name={name}", f"ckpt_path={path}") == 0
+        report = report_of(root / name / "validate")
+        values.append(report["metrics"]["val/fd_digits"])
+        assert report["draw"] == "report" and report["num_samples"] == 40
+        assert report["features"]["name"] == "digits" and report["floor"]["num_reference"] == 899
+        assert (root / name / "validate" / "figures" / "samples.png").is_file()
+    assert values[0] == values[1] == values[2]
+    assert genlight(root, "validate", "run.name=untrained") == 0
+    report = report_of(root / "untrained" / "validate")
+    assert report["metrics"]["val/fd_digits"] != values[0]
+    assert any("untrained" in note for note in report["notes"])
+
+
+def test_the_score_does_not_depend_on_the_batch_size(root: Path) -> None:
+    fit = root / "tiny" / "fit"
+    assert genlight(root, "validate", "run.name=batches", f"ckpt_path={fit}", "data.eval_batch_size=7") == 0
+    one, other = (report_of(root / name / "validate")["metrics"]["val/fd_digits"] for name in ("batches", "run"))
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_same_command_gives_the_same_weights(root: Path) -> None:
+    assert genlight(root, "fit", "run.name=again") == 0
+    assert equal(weights(newest(root / "again" / "fit")), weights(newest(root / "tiny" / "fit")))
+
+
+@pytest.mark.parametrize("moment", ["first checkpoint", "inside a save", "after the last step"])
+def test_a_killed_fit_resumes_to_the_same_weights(root: Path, moment: str, capsys: pytest.CaptureFixture) -> None:
+    """SIGKILL in mid-epoch (an epoch has 56 batches); the same command with resume=true ends bit for bit the same."""
+    name = "killed-" + moment.replace(" ", "-")
+    folder = root / name / "fit"
+    command = [sys.executable, Path(__file__).with_name("kill_driver.py"), moment, folder, "fit", *TINY]
+    done = subprocess.run([*command, f"run.root={root}", f"run.name={name}"], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert genlight(root, "fit", f"run.name={name}", "resume=true") == 0
+    assert "continuing from" in capsys.readouterr().err
+    assert equal(weights(newest(folder)), weights(newest(root / "tiny" / "fit")))
+    assert len(io.read_json(folder / "run.json")["earlier"]) == 1
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(root: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = root / "damaged" / "fit"
+    shutil.copytree(root / "tiny" / "fit", folder)
+    file = newest(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert genlight(root, "fit", "run.name=damaged", "resume=true") == 0
+    error = capsys.readouterr().err
+    assert "step-000006.ckpt is passed over" in error and "continuing from" in error and "step-000004" in error
+    assert equal(weights(newest(folder)), weights(newest(root / "tiny" / "fit")))
+
+
+def test_a_dry_run_estimates_and_leaves_nothing(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert genlight(root, "fit", "run.name=dry", "dry_run=true", "trainer.max_steps=1000") == 0
+    assert "1,000 ×" in capsys.readouterr().out
+    assert not (root / "dry").exists()
+
+
+def test_multirun_gives_each_job_its_folder(root: Path) -> None:
+    assert genlight(root, "fit", "run.name=sweep", "seed=1,2", "--multirun", "trainer.max_steps=2") == 0
+    folders = [root / "sweep" / "multirun" / str(job) for job in (0, 1)]
+    assert [report_of(folder)["seed"] for folder in folders] == [1, 2]
+
+
+def test_classes_and_guidance_work_by_switches(root: Path) -> None:
+    words = ["module.class_conditional=true", "module.guidance_scale=2.0", "run.name=classes", "trainer.max_steps=2"]
+    assert genlight(root, "fit", *words) == 0
+    assert (root / "classes" / "fit" / "artifact" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fit", "run.name=tiny"], "holds a run already"),
+        (["fit", "run.name=tiny", "resume=true", "module.num_inference_steps=3"], "module.num_inference_steps: was 2, now 3"),
+        (["fit", "run.name=../out"], "run.name"),
+        (["validate", "run.name=v1", "ckpt_path=nowhere"], "there is no such file or folder"),
+        (["validate", "run.name=v2", "ckpt_path=."], "neither a run"),
+        (["fit", "run.name=f1", "strategy=deepspeed_zero2"], "deepspeed_cpu"),
+        (["fit", "run.name=f2", "data=cifar10", "data.root=nowhere"], "nowhere"),
+        (["fit", "run.name=f3", "module.network.in_channels=3", "module.network.out_channels=3"], "data.channels"),
+        (["fit", "run.name=f4", "module.prediction_type=flow"], "prediction_type"),
+        (["fit", "run.name=f5", "module.optimizer.lr=1e30", "trainer.gradient_clip_val=null"], "step"),
+        (["fit", "run.name=f6", "trainer.accelerator=gpu"], "GPU"),
+        (["fit", "run.name=f7", "+module.network.block_out_chanels=[8]"], "block_out_channels"),
+    ],
+    ids=lambda v: " ".join(v[1:]) if isinstance(v, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(
+    root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert genlight(root, *words) != 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], lines
+    assert "details in" not in lines[0]
+
+
+def test_another_architecture_is_named_by_its_first_keys(root: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["validate", "run.name=other", f"ckpt_path={root / 'tiny' / 'fit'}", "module.network.block_out_channels=[8,24]"]
+    assert genlight(root, *words) != 0
+    assert "block_out_channels" in capsys.readouterr().err
+
+
+def test_a_second_process_stops_at_once_and_names_the_first(root: Path) -> None:
+    command = [sys.executable, "-m", "genlight", "fit", *TINY, f"run.root={root}", "run.name=busy"]
+    command += ["trainer.max_steps=100000", "callbacks.checkpoint.every_n_train_steps=50"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        folder = root / "busy" / "fit"
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and f"process {first.pid} on " in done.stderr
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 143
+        assert (folder / "checkpoints" / "interrupted.ckpt").is_file()
+        assert io.read_json(folder / "run.json")["status"] == "interrupted"
+    finally:
+        first.kill()
+        first.wait()
