@@ -97,6 +97,8 @@ def _run_hydra(overrides: list[str]) -> int:
     original = sys.argv
     sys.argv = [original[0], *overrides]
     try:
+        if not any(word.startswith("-") for word in overrides) and not _is_acceptable(overrides):
+            return USAGE_ERROR
         hydra.main(config_path="pkg://genlight.conf", config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         from genlight.config_errors import explain
@@ -106,6 +108,8 @@ def _run_hydra(overrides: list[str]) -> int:
         with _composing():
             raise explain(error, overrides) from None
     except ValueError as error:  # Hydra's own checks of its flags
+        if "traceback=true" in overrides:
+            raise
         raise UserError(str(error)) from None
     finally:
         sys.argv = original
@@ -121,21 +125,44 @@ def _composing() -> Any:
     return initialize_config_module("genlight.conf", version_base="1.3")
 
 
-def _run_job(config: Any, overrides: list[str]) -> int:
-    """One accepted config: the only place from which torch is imported."""
+def _is_acceptable(overrides: list[str]) -> bool:
+    """Compose and check once before Hydra's main, which composes twice: an error answers in half the time."""
+    from hydra import compose
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    with _composing():
+        config = compose("config", overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        choices = dict(config.hydra.runtime.choices)
+        job = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        with open_dict(job):
+            return _check_job(job, choices, overrides)
+
+
+def _check_job(config: Any, choices: dict[str, Any], overrides: list[str]) -> bool:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
-        OmegaConf.update(config, "run.dir", hydra_config.runtime.output_dir, force_add=True)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(plain, dict)
         check(plain, allow=_typed_allow(overrides))
     except (ConfigError, OmegaConfBaseException) as error:
-        _print_error(_with_place(error, dict(hydra_config.runtime.choices), overrides))
+        _print_error(_with_place(error, choices, overrides))
+        return False
+    return True
+
+
+def _run_job(config: Any, overrides: list[str]) -> int:
+    """One job of a command: a sweep has several. The only place from which torch is imported."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
+        OmegaConf.update(config, "run.dir", hydra_config.runtime.output_dir, force_add=True)
+    if not _check_job(config, dict(hydra_config.runtime.choices), overrides):
         return USAGE_ERROR
     from genlight.runner import run
 

@@ -41,12 +41,16 @@ class SolverTable:
         size = self.weights.shape[0]
         shapes = (tuple(self.weights.shape), tuple(self.mean_weights.shape), tuple(self.times.shape))
         if size < 2 or shapes != ((size, size), (size,), (size - 1,)):
-            raise ValueError(f"table: weights, mean_weights and times are {shapes}, not [E + 1, E + 1], [E + 1] and [E]")
+            raise ValueError(
+                f"table: weights, mean_weights and times are {shapes}, not [E + 1, E + 1], [E + 1] and [E]"
+            )
         if self.basis not in ("data", "noise"):
             raise ValueError(f"table.basis = {self.basis!r}; known are data and noise")
         finite = all(bool(tensor.isfinite().all()) for tensor in (self.weights, self.mean_weights, self.times))
         if not finite or bool(self.weights.detach().triu(1).any()):
-            raise ValueError("table.weights must be finite and lower-triangular: a point depends on earlier outputs only")
+            raise ValueError(
+                "table.weights must be finite and lower-triangular: a point depends on earlier outputs only"
+            )
 
     @property
     def nfe(self) -> int:

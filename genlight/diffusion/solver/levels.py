@@ -54,7 +54,9 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
         values = torch.tensor([schedule.times[index] for index in given], dtype=torch.float64)
     else:
         if times.shape != (len(schedule.times),) or times.dtype != torch.float64:
-            raise ValueError(f"times: a float64 tensor [{len(schedule.times)}] is needed, not {times.dtype} {times.shape}")
+            raise ValueError(
+                f"times: a float64 tensor [{len(schedule.times)}] is needed, not {times.dtype} {times.shape}"
+            )
         values = times[given]
     time = noise_schedule.t_of_half_log_snr(values) if schedule.time_domain == "half_log_snr" else values
     # a time that missed the range by rounding has been clamped to it; α, σ and λ then belong to the clamped one

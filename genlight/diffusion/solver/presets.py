@@ -18,6 +18,7 @@ In the singlestep of third order the method's own middle stage has c_1 = 1 (dpm_
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,9 +37,7 @@ from genlight.diffusion.solver.spacings import End, Times, grid
 Steps = list[StepDecision]
 
 
-def preset(
-    name: str, noise_schedule: NoiseSchedule, times: Times, *, lower_order_final: bool = True
-) -> SolverSchedule:
+def preset(name: str, noise_schedule: NoiseSchedule, times: Times, *, lower_order_final: bool = True) -> SolverSchedule:
     """The solver `name` on given times of the noise schedule (domain "time"; the last may be None, the clean image).
 
     Args:
@@ -52,7 +51,7 @@ def preset(
     if len(times) < 2:
         raise ValueError(f"times = {times}: at least two are needed")
     clean = times[-1] is None or (noise_schedule.family == "flow" and times[-1] == 0)
-    orders = partial(_orders, len(times) - 1, lower_order_final=lower_order_final, clean=clean)
+    orders = Orders(len(times) - 1, lower_order_final, clean)
     times, steps = PRESETS[name](times, noise_schedule, orders)
     return SolverSchedule(times, tuple(steps), time_domain="time")
 
@@ -71,7 +70,7 @@ def named_schedule(
     Raises ValueError if the solver has no form with that number of evaluations.
     """
     possible = []
-    for steps in range(1, nfe + 1):
+    for steps in range(nfe, 0, -1):
         times = grid(noise_schedule, steps, spacing, end)
         try:
             schedule = preset(name, noise_schedule, times, lower_order_final=lower_order_final)
@@ -80,20 +79,26 @@ def named_schedule(
         possible.append(schedule.nfe)
         if schedule.nfe == nfe:
             return schedule
-    raise ValueError(f"nfe = {nfe}: {name} has no form with so many evaluations; near are {possible[-2:]}")
+    raise ValueError(
+        f"nfe = {nfe}: {name} has no form with so many evaluations; fewer steps give {sorted(possible)[-3:]}"
+    )
 
 
 class _TooFewSteps(ValueError):
     """The solver needs more steps to begin."""
 
 
-def _orders(steps: int, order: int, *, lower_order_final: bool, clean: bool) -> list[int]:
+@dataclass(frozen=True)
+class Orders:
     """The order of each step of a multistep method: as the history grows and, if wanted, as the end comes near."""
-    orders = [min(order, i + 1, steps - i if lower_order_final else order) for i in range(steps)]
-    return [*orders[:-1], 1 if clean else orders[-1]]
 
+    steps: int
+    lower_order_final: bool
+    clean: bool
 
-Orders = Callable[[int], list[int]]
+    def __call__(self, order: int) -> list[int]:
+        orders = [min(order, i + 1, self.steps - i if self.lower_order_final else order) for i in range(self.steps)]
+        return [*orders[:-1], 1 if self.clean else orders[-1]]
 
 
 def _multistep(
@@ -137,9 +142,8 @@ def _singlestep(
     third: tuple[tuple[tuple[int, ...], ...], tuple[Scale, ...]] = ((), ()),
 ) -> tuple[Times, Steps]:
     """Groups of 1, 2 or 3 steps from one source; `third` holds points and scales of a group's third step."""
-    count = len(times) - 1
     steps: Steps = []
-    for n in _groups(count, order, lower=orders(2)[-1] == 1):
+    for n in _groups(orders.steps, order, orders.lower_order_final, orders.clean):
         steps.append(StepDecision(prediction))
         if n >= 2:
             steps.append(StepDecision(prediction, 2, source=-2, points=((-1,),), scales=second))
@@ -149,12 +153,14 @@ def _singlestep(
     return times, steps
 
 
-def _groups(count: int, order: int, lower: bool) -> list[int]:
-    """Sizes of the groups of `count` steps; with `lower`, the last step is alone (the grouping of diffusers)."""
+def _groups(count: int, order: int, lower: bool, clean: bool) -> list[int]:
+    """Sizes of the groups of `count` steps, as in diffusers: with `lower` no group of full size ends the schedule."""
     full, rest = divmod(count, order)
-    if rest or not lower:
-        return [order] * full + ([rest] if rest else [])
-    return [order] * (full - 1) + ([order - 1] if order > 1 else []) + [1]
+    if rest == 0 and (lower or clean):
+        return [order] * (full - 1) + [order - 1, 1]
+    if rest == 2 and clean:
+        return [order] * full + [1, 1]
+    return [order] * full + ([rest] if rest else [])
 
 
 def _heun(times: Times, _: NoiseSchedule, orders: Orders) -> tuple[Times, Steps]:

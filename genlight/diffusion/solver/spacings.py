@@ -83,7 +83,9 @@ def _levels(noise_schedule: NoiseSchedule, count: int, spacing: str) -> Tensor:
     else:
         levels = _align_your_steps(spacing, count)
         if count > 1 and levels[1] >= high:
-            raise ValueError(f"spacing = {spacing!r} starts above the noise of {noise_schedule!r}, sigma/alpha = {high:g}")
+            raise ValueError(
+                f"spacing = {spacing!r} starts above the noise of {noise_schedule!r}, sigma/alpha = {high:g}"
+            )
     return noise_schedule.t_of_half_log_snr(-torch.log(levels.clamp(low, high)))
 
 

@@ -118,7 +118,9 @@ def _first_order(source: Evaluation, prediction: PredictionSpace, target: Level)
     """The step of order 1: DDIM from `source.state` with the output of the predicted x."""
     level = source.level
     if prediction == "data":
-        return (target.sigma / level.sigma) * source.state + _zeroth_integral(level, "data", target) * source.output("data")
+        return (target.sigma / level.sigma) * source.state + _zeroth_integral(level, "data", target) * source.output(
+            "data"
+        )
     if level.alpha == 0:
         # α_t/α_s and the integral are infinite, their sum is not; the first state of all is never a corrected one
         return target.alpha * source.output("data") + target.sigma * source.output("noise")
