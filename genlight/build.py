@@ -43,7 +43,9 @@ def _locate(path: str, target: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         known = [n for n in dir(importlib.import_module(module.split(".")[0])) if not n.startswith("_")]
-        raise ConfigError(f"{path}._target_", f"{path}._target_={target} does not exist{nearest(name, known)}") from None
+        raise ConfigError(
+            f"{path}._target_", f"{path}._target_={target} does not exist{nearest(name, known)}"
+        ) from None
 
 
 def _check_keys(path: str, node: dict[str, Any], found: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from genlight.config_check import ConfigError, check, nearest
+from genlight.config_check import ConfigError, check, nearest, resolved
 from genlight.errors import UserError
 from genlight.help import COMMANDS, help_text
 
@@ -135,19 +135,16 @@ def _is_acceptable(overrides: list[str]) -> bool:
         config = compose("config", overrides=overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         choices = dict(config.hydra.runtime.choices)
-        job = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         with open_dict(job):
             return _check_job(job, choices, overrides)
 
 
 def _check_job(config: Any, choices: dict[str, Any], overrides: list[str]) -> bool:
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)
-        check(plain, allow=_typed_allow(overrides))
+        check(resolved(config), allow=_typed_allow(overrides))
     except (ConfigError, OmegaConfBaseException) as error:
         _print_error(_with_place(error, choices, overrides))
         return False
@@ -190,9 +187,7 @@ def _with_place(error: Exception, choices: dict[str, Any], overrides: list[str])
         return UserError(str(error))
     if any(o.lstrip("+").split("=")[0] == key for o in overrides):
         return UserError(f"{error} (set on the command line)")
-    folders = tuple(
-        Path(overrides[i + 1]) for i, o in enumerate(overrides[:-1]) if o in ("--config-dir", "-cd")
-    )
+    folders = tuple(Path(overrides[i + 1]) for i, o in enumerate(overrides[:-1]) if o in ("--config-dir", "-cd"))
     place = locate(key, choices, folders)
     return UserError(f"{error} (set in {place})" if place else str(error))
 

@@ -40,6 +40,18 @@ class ConfigError(UserError):
         self.key = key
 
 
+def resolved(config: Any) -> dict[str, Any]:
+    """A composed config as plain containers, interpolations resolved.
+
+    Raises:
+        OmegaConfBaseException: a value is missing, or refers to what is not there.
+    """
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return plain  # type: ignore[no-any-return]
+
+
 def nearest(name: str, candidates: list[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest candidate, or an empty string."""
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genlight import io
+from genlight.config_check import resolved
 from genlight.context import Run
 from genlight.errors import UserError
 from genlight.run_folder import RunFolder, process_rank, run_path
@@ -44,8 +44,7 @@ def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="genlight-") as scratch:
             if config.dry_run:
                 OmegaConf.update(config, "run.dir", scratch)
-            plain = OmegaConf.to_container(config, resolve=True)
-            assert isinstance(plain, dict)
+            plain = resolved(config)
             run_path(config.run.root, config.run.name)  # refuses a name that leads out of the root
             words = ["python", "-m", "genlight", config.command]
             words += [o for o in overrides if not o.startswith("command=")]
@@ -86,8 +85,8 @@ def _open_folder(this: Run) -> RunFolder:
 
 
 def _recorded(config: Any, plain: dict[str, Any]) -> dict[str, Any]:
-    """The resolved config as it is written: secrets masked; what comes from the environment, or is a place below the run
-    folder, left as a reference, so that a folder can be moved."""
+    """The config as it is written: secrets masked; what comes from the environment, or is a place below the run folder,
+    left as a reference, so that a folder can be moved."""
     from omegaconf import OmegaConf
 
     from genlight.secrets import masked
@@ -103,7 +102,7 @@ def _keep_references(resolved: Any, raw: Any) -> Any:
 
 def _tell(error: Exception, folder: RunFolder | None) -> None:
     """One line for the person; the traceback of what was not foreseen goes to a file."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     text = " ".join(str(error).split()) or type(error).__name__
     foreseen = isinstance(error, UserError | MisconfigurationException)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from genlight import io
 from genlight.build import build
@@ -42,8 +42,8 @@ class Session:
             seed_everything(config.seed, workers=True, verbose=False)
         self.timer = StepTimer(this.started, stop=bool(config.dry_run))
         self.trainer = self._build_trainer()
-        self.datamodule: LightningDataModule = build(config.data, "data")
-        self.module: LightningModule = build(config.module, "module")
+        self.datamodule: Any = build(config.data, "data")
+        self.module: Any = build(config.module, "module")
         self.metrics = build(config.metrics, "metrics") if config.metrics and "_target_" in config.metrics else None
         self.floor: Any = None
 
@@ -93,7 +93,9 @@ class Session:
     def _build_trainer(self) -> Trainer:
         config = self.run.config
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise UserError(f"trainer.accelerator={config.trainer.accelerator}: torch sees no GPU here; use cpu or auto")
+            raise UserError(
+                f"trainer.accelerator={config.trainer.accelerator}: torch sees no GPU here; use cpu or auto"
+            )
         strategy = build(config.strategy, "strategy")
         callbacks = [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items() if node]
         if config.dry_run:
@@ -119,7 +121,9 @@ class Session:
         loggers = []
         for name, node in (self.run.config.logger or {}).items():
             wants_id = node and "id" in node and node.id is None
-            loggers += [build(node, f"logger.{name}", **({"id": self._tracking_id()} if wants_id else {}))] if node else []
+            loggers += (
+                [build(node, f"logger.{name}", **({"id": self._tracking_id()} if wants_id else {}))] if node else []
+            )
         for logger in loggers:
             logger.log_hyperparams(self.run.recorded)
         return loggers
@@ -150,9 +154,7 @@ class Session:
         _ensure_features(self.metrics.extractor, cache)
         device = self.trainer.strategy.root_device
         prepare(self.metrics, self.datamodule, cache, device)
-        self.floor = floor(
-            self.metrics, self.datamodule, cache, num_samples=self.datamodule.num_samples, device=device
-        )
+        self.floor = floor(self.metrics, self.datamodule, cache, num_samples=self.datamodule.num_samples, device=device)
         self.module.metrics = self.metrics
 
     def _load_weights(self) -> None:
@@ -183,7 +185,7 @@ class Session:
         self.module.load_state_dict(state)
 
     def _newest(self, folder: Path, set_aside: bool = False) -> Path:
-        """The newest whole checkpoint; damaged newer ones are named, and renamed where a new one will take their place."""
+        """The newest whole checkpoint; damaged newer ones are named, and with `set_aside` renamed."""
         found, skipped = newest_whole_checkpoint(folder)
         for bad, reason in skipped:
             self.run.notes.append(f"{bad.name} was passed over: {reason}")
@@ -233,7 +235,7 @@ class Session:
         from genlight.reports.model_card import write_model_card
 
         with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
-            self.module.save_pretrained(folder)  # type: ignore[operator]
+            self.module.save_pretrained(folder)
             data = str(getattr(self.datamodule, "name", "data"))
             base = self.run.plain["module"].get("pretrained")
             write_model_card(folder, report, dataset=data, method="training", base_model=base)
@@ -271,8 +273,19 @@ def _track(logger: Any, folder: Path, report: Report) -> None:
 
 
 REPORT_FEATURES = frozenset(
-    "name kind num_features fingerprint metrics reference_split num_reference reference_data kid_subsets kid_subset_size "
-    "is_splits".split()
+    [
+        "name",
+        "kind",
+        "num_features",
+        "fingerprint",
+        "metrics",
+        "reference_split",
+        "num_reference",
+        "reference_data",
+        "kid_subsets",
+        "kid_subset_size",
+        "is_splits",
+    ]
 )
 
 

@@ -1,4 +1,7 @@
-"""Run a command of genlight and SIGKILL the process at a moment of its writing: python kill_driver.py MOMENT FOLDER WORDS..."""
+"""Run a command of genlight and SIGKILL the process at a moment of its writing.
+
+python kill_driver.py MOMENT FOLDER WORDS...
+"""
 
 import os
 import signal

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    p for folder in ("genlight", "callbacks", "conf") for p in (ROOT / folder).rglob("*.py") if not p.parent.is_symlink()
+    p
+    for folder in ("genlight", "callbacks", "conf")
+    for p in (ROOT / folder).rglob("*.py")
+    if not p.parent.is_symlink()
 )
 
 # A package may import from its own rank or below.
@@ -29,7 +32,17 @@ RANKS = {
     "cli": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
 WITHOUT_LIGHTNING = ("nets", "diffusion", "metrics", "reports", "search", "predictors", "io", "errors", "secrets")
-WITHOUT_TORCH_AT_TOP = ("cli", "config_check", "config_errors", "signatures", "help", "errors", "io", "run_folder", "secrets")
+WITHOUT_TORCH_AT_TOP = (
+    "cli",
+    "config_check",
+    "config_errors",
+    "signatures",
+    "help",
+    "errors",
+    "io",
+    "run_folder",
+    "secrets",
+)
 FILE_LIMIT, FUNCTION_LIMIT = 400, 60
 # path or path::function -> why it may be longer
 SIZE_EXCEPTIONS: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The two commands from end to end on the default experiment made tiny: what they leave, how they compose, how they fail."""
+"""Both commands from end to end on the default experiment made tiny: what they leave, how they compose and fail."""
 
 import os
 import shutil
@@ -145,7 +145,10 @@ def test_classes_and_guidance_work_by_switches(root: Path) -> None:
     ("words", "expected"),
     [
         (["fit", "run.name=tiny"], "holds a run already"),
-        (["fit", "run.name=tiny", "resume=true", "module.num_inference_steps=3"], "module.num_inference_steps: was 2, now 3"),
+        (
+            ["fit", "run.name=tiny", "resume=true", "module.num_inference_steps=3"],
+            "module.num_inference_steps: was 2, now 3",
+        ),
         (["fit", "run.name=../out"], "run.name"),
         (["validate", "run.name=v1", "ckpt_path=nowhere"], "there is no such file or folder"),
         (["validate", "run.name=v2", "ckpt_path=."], "neither a run"),
@@ -169,7 +172,12 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 def test_another_architecture_is_named_by_its_first_keys(root: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["validate", "run.name=other", f"ckpt_path={root / 'tiny' / 'fit'}", "module.network.block_out_channels=[8,24]"]
+    words = [
+        "validate",
+        "run.name=other",
+        f"ckpt_path={root / 'tiny' / 'fit'}",
+        "module.network.block_out_channels=[8,24]",
+    ]
     assert genlight(root, *words) != 0
     assert "block_out_channels" in capsys.readouterr().err
 

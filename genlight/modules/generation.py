@@ -15,8 +15,8 @@ class GeneratorValidation:
     """Mixin for LightningModules that have ``sample(noise, label)``.
 
     Attributes:
-        metrics: None, or an object with reset, update(images, index), compute() and to(device), set from outside. It is no
-            submodule: its feature network reaches neither the checkpoint nor the optimizer.
+        metrics: None, or an object with reset, update(images, index), compute() and to(device), set from outside. It is
+            no submodule: its feature network reaches neither the checkpoint nor the optimizer.
         grid_images: the first images of the last validation on this rank, at most 64, on the CPU.
     """
 

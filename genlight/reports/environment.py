@@ -30,6 +30,8 @@ PACKAGES = (
     "safetensors",
     "wandb",
 )
+
+
 def environment(arguments: Sequence[str]) -> dict[str, Any]:
     """The part of a report that does not depend on the result.
 

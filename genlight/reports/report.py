@@ -27,6 +27,8 @@ _TITLES = {
     "mifd": "memorisation-informed Fréchet distance",
 }
 _FRECHET = {"fid", "mifid"}
+# shown with the total, or of no use to a reader
+_PARTS_OF_OTHERS = ("low_seconds", "high_seconds", "disk_free_bytes")
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def _title_stem(name: str) -> str:
 
 
 def _measured_in(report: Report) -> str:
+    if not report.num_samples:
+        return f"Seed {report.seed}. No samples were measured here; `validate` does that."
     lines = [f"- {report.num_samples} samples, draw `{report.draw}`, seed {report.seed}."]
     if features := report.features:
         against = f", against {features.num_reference} real images" if features.num_reference else ""
@@ -240,19 +244,27 @@ def _measured_in(report: Report) -> str:
 
 
 def _cost(report: Report) -> str:
-    predicted = report.predicted or {}
-    rows = []
+    predicted, rows = report.predicted or {}, []
     for key in dict.fromkeys([*predicted, *report.real]):
         expected, found = predicted.get(key), report.real.get(key)
-        if any(isinstance(value, int | float) and not isinstance(value, bool) for value in (expected, found)):
-            rows.append(f"| {key.replace('_', ' ')} | {_amount(key, expected)} | {_amount(key, found)} |")
+        if key in _PARTS_OF_OTHERS or not any(_is_number(value) for value in (expected, found)):
+            continue
+        shown = _amount(key, expected)
+        if key == "total_seconds" and _is_number(predicted.get("low_seconds")):
+            shown += f" ({_amount(key, predicted['low_seconds'])} to {_amount(key, predicted.get('high_seconds'))})"
+        name = key.removesuffix("_bytes").replace("total_seconds", "time").removesuffix("_seconds").replace("_", " ")
+        rows.append(f"| {name} | {shown} | {_amount(key, found)} |")
     if not rows:
         return ""
     return "\n".join(["## Cost", "", "| | predicted | real |", "|---|---|---|", *rows])
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _amount(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         return "–"
     if key.endswith("seconds"):
         return duration(value)

@@ -1,7 +1,8 @@
 """CPU time of the default training under the Trainer against a bare PyTorch loop of the same step, in one run.
 
-Both do the same work: the same module, batches, seeds, clipped gradients, optimizer, learning rate and moving average. The Trainer
-adds its loops, callbacks, CSV log and progress. Rounds alternate, so that a change of the machine's speed meets both.
+Both do the same work: the same module, batches, seeds, clipped gradients, optimizer, learning rate and moving average.
+The Trainer adds its loops, callbacks, CSV log and progress. Rounds alternate, so that a change of the machine's speed
+meets both.
 
     python tools/benchmarks/overhead.py --steps 150 --rounds 3
 """

@@ -1,5 +1,7 @@
 """Solvers that are known by explicit weights of the stored noise: Adams-Bashforth, Runge-Kutta, DEIS with time."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -38,7 +40,7 @@ def runge_kutta_start(times: Times, count: int) -> tuple[Times, list[StepDecisio
         StepDecision("noise", 4, source=-4, points=((-3, -2, -1),), weights=(1 / 6, 1 / 3, 1 / 3, 1 / 6)),
     ]
     listed: list[float | None] = [times[0]]
-    for start, end in zip(times[:count], times[1 : count + 1]):
+    for start, end in pairwise(times[: count + 1]):
         if start is None or end is None:
             raise ValueError("times: a Runge-Kutta step needs finite times")
         middle = (start + end) / 2

@@ -5,6 +5,7 @@ its result are fixed combinations of them: the table of the non-stationary solve
 Non-Stationary Solvers"). Sampling adds the table up and knows no solver.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.solver.decisions import PredictionSpace, SolverSchedule
 from genlight.diffusion.solver.levels import Level, levels_of
+from genlight.diffusion.solver.phi import number
 from genlight.diffusion.solver.update import Evaluation, Row, apply, correction, is_tensor, predictor
 
 
@@ -70,8 +72,8 @@ def compile_schedule(
     Args:
         basis: how the network's outputs are written. "data" is exact from pure noise on and well-conditioned, whatever
             the network predicts; "noise" is the form of the literature and needs α > 0 at every evaluation.
-        times: float64 [N + 1] that take the place of `schedule.times`; the table then carries their gradients. Entries at
-            infinite ends are ignored.
+        times: float64 [N + 1] that take the place of `schedule.times`; the table then carries their gradients. Entries
+            at infinite ends are ignored.
 
     Raises ValueError where the schedule has no meaning on this noise schedule, such as order 2 to σ = 0.
     """
@@ -93,7 +95,7 @@ def compile_schedule(
         except ValueError as error:
             raise ValueError(f"steps[{index}]: {error}") from None
     start = levels[0]
-    scale = float(start.alpha**2 + start.sigma**2) ** 0.5
+    scale = math.hypot(number(start.alpha), number(start.sigma))
     return builder.table(row, scale)
 
 

@@ -3,13 +3,14 @@
 The space is that of USF (Liu et al. 2024, "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic
 Models"). DDIM, DPM-Solver, DEIS, UniPC and PNDM are points of it (`presets`).
 
-Notation: λ = ln(α/σ); one step goes from a source s to a target t, h = λ_t - λ_s > 0. m is the network's output as noise
-ε̂ or data x̂_0. A step of order n expands m around s with derivatives D_1 … D_{n-1} estimated from stored evaluations:
+Notation: λ = ln(α/σ); one step goes from a source s to a target t, h = λ_t - λ_s > 0. m is the network's output as
+noise ε̂ or data x̂_0. A step of order n expands m around s, with derivatives D_1 … D_{n-1} estimated from stored
+evaluations:
 
     noise:  x_t = (α_t/α_s) x_s - σ_t Σ_{k<n} h^{k+1} φ_{k+1}(h) c_k D_k
     data:   x_t = (σ_t/σ_s) x_s + α_t Σ_{k<n} h^{k+1} φ_{k+1}(-h) c_k D_k        D_0 = m_s, c_0 = 1
 
-Stored evaluations are named by negative numbers: -1 is the latest, -2 the one before, whatever the family or the source.
+Stored evaluations are named by negative numbers: -1 is the latest, -2 the one before, whatever the source.
 
 Objects of this file are valid by construction: what can be judged without a noise schedule is checked when they are
 made, and a bad value raises `ValueError` that names the field. The rest is checked by `compile_schedule`.
@@ -118,7 +119,7 @@ class StepDecision:
         else:
             object.__setattr__(self, "weights", _numbers("weights", self.weights))
             self._check_weights(self.weights)
-        for points in (*self.points, *(self.corrector and self.corrector.points or ())):
+        for points in (*self.points, *((self.corrector and self.corrector.points) or ())):
             self._check_points(points)
         if self.corrector is not None:
             self._check_corrector(self.corrector)
@@ -225,6 +226,8 @@ class SolverSchedule:
                 self._check_order_of_times(index, step)
             except ValueError as error:
                 raise ValueError(f"steps[{index}].{error}") from None
+        if self.nfe < 1:
+            raise ValueError(f"afs = {self.afs!r} takes the only evaluation away; use more steps")
         if times[-1] is None:
             check_clean_end(self.steps[-1], len(self.steps) - 1)
 
@@ -277,9 +280,13 @@ class SolverSchedule:
             raise ValueError("points: two evaluations at one time cannot estimate a derivative")
 
 
-def nearest_points(order: int, source: int = -1) -> tuple[tuple[int, ...], ...]:
-    """The default points: each of order - 1 derivatives from the order - 1 evaluations nearest to the source."""
-    candidates = [-j for j in range(1, order - source + 1) if -j != source]
+def nearest_points(order: int, source: int = -1, stored: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """The default points: each of order - 1 derivatives from the order - 1 evaluations nearest to the source.
+
+    `stored` is the number of evaluations there are; without it the history is taken to be long enough.
+    """
+    count = order - source if stored is None else stored
+    candidates = [-j for j in range(1, count + 1) if -j != source]
     nearest = sorted(candidates, key=lambda j: (abs(j - source), -j))[: order - 1]
     return (tuple(sorted(nearest, reverse=True)),) * (order - 1)
 
@@ -288,8 +295,8 @@ def check_clean_end(step: StepDecision, index: int) -> None:
     """Raise ValueError if a step to σ = 0 expands in λ, which is infinite there."""
     if step.order > 1 and step.weights is None and step.variable == "half_log_snr":
         raise ValueError(
-            f"steps[{index}].order = {step.order}: the step to the clean image (sigma = 0) has infinite h and must be of "
-            "order 1, or use variable = 'sigma'"
+            f"steps[{index}].order = {step.order}: the step to the clean image (sigma = 0) has infinite h and must "
+            "be of order 1, or use variable = 'sigma'"
         )
 
 

@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.solver.decisions import SolverSchedule, check_clean_end
-from genlight.diffusion.solver.phi import Scalar
+from genlight.diffusion.solver.phi import Scalar, number
 
-# λ that pure noise (α = 0) counts as in finite differences and φ functions: that of σ = 1 - 1e-6 in flow matching, where
-# diffusers starts its multistep solvers
+# λ that pure noise (α = 0) counts as in finite differences and φ functions: that of σ = 1 - 1e-6 in flow matching,
+# where diffusers starts its multistep solvers
 PURE_NOISE_HALF_LOG_SNR = math.log(1e-6) - math.log1p(-1e-6)
 
 
@@ -47,7 +48,7 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
         times: float64 [N + 1] in the schedule's time domain, to take the place of `schedule.times` and carry gradients;
             infinite ends keep what the schedule says. Levels are then tensors.
 
-    Raises ValueError for times outside the noise schedule, infinite ends that it does not have, levels that do not rise.
+    Raises ValueError for times outside the noise schedule, infinite ends that it lacks, levels that do not rise.
     """
     given = [index for index, time in enumerate(schedule.times) if time is not None]
     if times is None:
@@ -64,7 +65,7 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
     columns = [time, noise_schedule.half_log_snr(time), noise_schedule.alpha(time), noise_schedule.sigma(time)]
     rows = zip(*(column.tolist() for column in columns)) if times is None else zip(*columns)
     levels = [Level(*row) for row in rows]
-    levels = [_constant(level) if math.isinf(float(level.half_log_snr)) else level for level in levels]
+    levels = [_constant(level) if math.isinf(number(level.half_log_snr)) else level for level in levels]
     if schedule.times[0] is None:
         levels.insert(0, _pure_noise(noise_schedule))
     if schedule.times[-1] is None:
@@ -75,7 +76,8 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
 
 def _constant(level: Level) -> Level:
     """An infinite end without gradients, which are not defined there."""
-    return Level(*(float(value) for value in (level.time, level.half_log_snr, level.alpha, level.sigma)))
+    values: tuple[Any, ...] = (level.time, level.half_log_snr, level.alpha, level.sigma)
+    return Level(*(number(value) for value in values))
 
 
 def _pure_noise(noise_schedule: NoiseSchedule) -> Level:
@@ -91,11 +93,11 @@ def _check(schedule: SolverSchedule, levels: list[Level]) -> None:
     for index, step in enumerate(schedule.steps):
         source, latest, target = levels[index + 1 + step.source], levels[index], levels[index + 1]
         # of the finite λ, so that no level lies between pure noise and the λ that stands for it
-        if not (target.finite_half_log_snr > source.finite_half_log_snr and target.half_log_snr >= latest.half_log_snr):
+        start, end = number(source.finite_half_log_snr), number(target.finite_half_log_snr)
+        if end <= start or target.half_log_snr < latest.half_log_snr:
             raise ValueError(
-                f"times[{index + 1}] = {schedule.times[index + 1]}: the step from {schedule.times[index + 1 + step.source]} "
-                f"has λ from {float(source.finite_half_log_snr):.9g} to {float(target.finite_half_log_snr):.9g}, "
-                "which does not rise"
+                f"times[{index + 1}] = {schedule.times[index + 1]}: the step from "
+                f"{schedule.times[index + 1 + step.source]} has λ from {start:.9g} to {end:.9g}, which does not rise"
             )
     if levels[-1].sigma == 0:
         check_clean_end(schedule.steps[-1], len(schedule.steps) - 1)

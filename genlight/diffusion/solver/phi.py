@@ -4,8 +4,8 @@
 φ_k(z) = ∫₀¹ e^{(1-τ)z} τ^{k-1}/(k-1)! dτ (Hochbruck & Ostermann 2010, equation 2.10). The recursion loses all digits as
 z → 0, so near zero the highest φ is summed as a series and the others follow downwards, where the recursion gains.
 
-A `Scalar` is a Python number, or a float64 tensor without dimensions when gradients are wanted. Formulas are written once
-for both.
+A `Scalar` is a Python number, or a float64 tensor without dimensions when gradients are wanted. Formulas are written
+once for both.
 """
 
 import math
@@ -22,6 +22,11 @@ _SERIES_TERMS = 26
 _FLOW_SERIES_TERMS = 60
 
 
+def number(value: Scalar) -> float:
+    """The value without its gradient."""
+    return value.item() if isinstance(value, Tensor) else float(value)
+
+
 def expm1(value: Scalar) -> Scalar:
     """e^value - 1; inf instead of an overflow."""
     if isinstance(value, Tensor):
@@ -36,9 +41,9 @@ def log1p(value: Scalar) -> Scalar:
 
 def phis(count: int, z: Scalar) -> list[Scalar]:
     """[φ_1(z), …, φ_count(z)]; z = -inf gives zeros, a z beyond float64's e^z gives inf."""
-    if math.isinf(z):
+    if math.isinf(number(z)):
         return [0.0 if z < 0 else math.inf] * count
-    if abs(float(z)) >= _SERIES_RANGE:
+    if abs(number(z)) >= _SERIES_RANGE:
         result = [expm1(z) / z]
         for k in range(1, count):
             result.append((result[-1] - 1 / math.factorial(k)) / z)
@@ -58,9 +63,9 @@ def flow_integrals(count: int, r: Scalar) -> list[Scalar]:
 
     They take the place of the φ functions where outputs are polynomials in σ/(α + σ) instead of λ; F_k(1) = 1/k!.
     """
-    if float(r) == 1:
+    if number(r) == 1:
         return [1 / math.factorial(k) for k in range(1, count + 1)]
-    if abs(float(r)) <= 0.5:
+    if abs(number(r)) <= 0.5:
         result = []
         for k in range(1, count + 1):
             value: Scalar = 0.0

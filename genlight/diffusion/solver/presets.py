@@ -10,9 +10,10 @@
 | unip_…, unipc_{1,2,3}_{bh1,bh2,exact}[_noise]| UniPC and its predictor alone (Zhao et al. 2023)                  |
 | heun, flow_heun                              | Karras et al. 2022, algorithm 1; the trapezoid rule in flow's σ   |
 | sa_solver, sa_solver_predictor               | SA-Solver with τ = 0, order 2 (Xue et al. 2023)                   |
-| ipndm_2, ipndm_3, ipndm_4, plms, pndm        | Adams-Bashforth weights, PNDM (Liu et al. 2022): from lower orders, from one Heun step, from Runge-Kutta |
+| ipndm_2, ipndm_3, ipndm_4                    | Adams-Bashforth weights, begun with lower orders                  |
+| plms, pndm                                   | PNDM (Liu et al. 2022), begun with one Heun step, with Runge-Kutta|
 
-Third order: diffusers gives D_2 half its factor (c_2 = ½) and so is of second order; the names with "exact" have c_2 = 1.
+Third order: diffusers gives D_2 half its factor (c_2 = ½) and so is of second order; "exact" names have c_2 = 1.
 In the singlestep of third order the method's own middle stage has c_1 = 1 (dpm_3s, dpmpp_3s); diffusers' has bh2
 (…_3s_midpoint) or, with both stages in three points, c_1 = 1 and c_2 = ½ (…_3s_heun).
 """
@@ -20,6 +21,7 @@ In the singlestep of third order the method's own middle stage has c_1 = 1 (dpm_
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from genlight.diffusion.noise_schedules import NoiseSchedule
@@ -113,7 +115,7 @@ def _multistep(
 def _unipc(
     times: Times, _: NoiseSchedule, orders: Orders, *, order: int, prediction: PredictionSpace, scale: Scale
 ) -> tuple[Times, Steps]:
-    """B(h) shows only where one difference is weighed with ½: predictor of order 2, corrector of the step of order 1."""
+    """B(h) shows only where one difference is weighed with ½: order 2, and the corrector after a step of order 1."""
     steps: Steps = []
     for index, n in enumerate(orders(order)):
         corrector = Corrector(scales=(scale,) if n == 1 else ()) if index < len(times) - 2 else None
@@ -173,7 +175,7 @@ def _flow_heun(times: Times, noise_schedule: NoiseSchedule, orders: Orders) -> t
     if noise_schedule.family != "flow":
         raise ValueError(f"solver = 'flow_heun' is made for flow matching, not {noise_schedule!r}; use heun")
     steps: Steps = []
-    for source, target in zip(times[:-2], times[1:-1]):
+    for source, target in pairwise(times[:-1]):
         if source is None or target is None:
             raise ValueError("solver = 'flow_heun' needs finite times")
         new = source / (2 * target)

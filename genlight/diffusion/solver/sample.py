@@ -1,8 +1,8 @@
 """Sampling with compiled tables: weighted sums of noise and network outputs, and nothing else.
 
-The network is called as everywhere in genlight: model(input_scale(t) · x_t, model_timestep(t)), with per-sample timesteps
-[rows] in the type of the state. What it says is turned into data or noise by `Prediction`. The state is float32, or
-float64 for float64 noise; tensors have any rank.
+The network is called as everywhere in genlight: model(input_scale(t) · x_t, model_timestep(t)), with per-sample
+timesteps [rows] in the type of the state. What it says is turned into data or noise by `Prediction`. The state is
+float32, or float64 for float64 noise; tensors have any rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,14 +116,17 @@ def _plan(
             "spacings.on_integers, or a network that takes fractions"
         )
     device, dtype = noise.device, torch.promote_types(noise.dtype, torch.float32)
-    state = {"device": device, "dtype": dtype}
+
+    def state(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype)
+
     return _Plan(
-        weights=weights.to(**state),
-        mean_weights=mean_weights.to(**state),
-        timesteps=timesteps.round().to(device, torch.int64) if integers else timesteps.to(**state),
-        input_scale=prediction.schedule.input_scale(times).to(**state),
-        of_x=of_x.to(**state),
-        of_output=of_output.to(**state),
+        weights=state(weights),
+        mean_weights=state(mean_weights),
+        timesteps=timesteps.round().to(device, torch.int64) if integers else state(timesteps),
+        input_scale=state(prediction.schedule.input_scale(times)),
+        of_x=state(of_x),
+        of_output=state(of_output),
         shared=_shared(weights, mean_weights, times),
     )
 

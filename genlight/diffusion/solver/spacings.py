@@ -6,7 +6,7 @@ schedule knows.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ SPACINGS: tuple[str, ...] = get_args(Spacing)
 
 # the exponent of Karras et al. 2022, equation 5
 _RHO = 7.0
-# levels σ/α that stand for the infinite ends of flow matching in grids that need finite ones: Karras et al. 2022, table 1
+# levels σ/α that stand for infinite ends in grids that need finite ones: the range of Karras et al. 2022, table 1
 _NOISE_LEVELS = (0.002, 80.0)
 _AYS_LISTS = {
     "ays_sd15": "StableDiffusionSigmas",
@@ -34,9 +34,9 @@ def grid(noise_schedule: NoiseSchedule, steps: int, spacing: str = "log_snr", en
     """N + 1 times for N = `steps` steps.
 
     Args:
-        spacing: "uniform" in the network's time (`t_of_fraction`); "quadratic", its square; "log_snr", even in λ; "edm",
-            even in (σ/α)^(1/7) (Karras et al. 2022, equation 5); "ays_sd15", "ays_sdxl", "ays_svd", the published lists
-            of "Align Your Steps" (Sabour et al. 2024) as diffusers has them, log-linear between for other step counts.
+        spacing: "uniform" in the network's time (`t_of_fraction`); "quadratic", its square; "log_snr", even in λ;
+            "edm", even in (σ/α)^(1/7) (Karras et al. 2022, equation 5); "ays_sd15", "ays_sdxl", "ays_svd", the
+            published lists of "Align Your Steps" (Sabour et al. 2024) as diffusers has them, log-linear between for other step counts.
         end: "t_min", or "clean" for one more step from there to σ = 0. On a flow schedule both are t = 0.
 
     Raises ValueError for an unknown spacing or end, or fewer than one step.
@@ -97,8 +97,9 @@ def _noise_levels(noise_schedule: NoiseSchedule) -> tuple[float, float]:
 
 def _align_your_steps(spacing: str, count: int) -> Tensor:
     """`count` levels from the published list of ten and σ = 0, which is left out."""
-    from diffusers.schedulers import AysSchedules
+    from diffusers.schedulers.scheduling_utils import AysSchedules
 
-    published = [level for level in AysSchedules[_AYS_LISTS[spacing]] if level > 0]
+    lists: Any = AysSchedules
+    published = [level for level in lists[_AYS_LISTS[spacing]] if level > 0]
     where = np.linspace(0, 1, count)
     return torch.from_numpy(np.exp(np.interp(where, np.linspace(0, 1, len(published)), np.log(published))))

@@ -18,7 +18,7 @@ from genlight.diffusion.solver.decisions import (
     Variable,
 )
 from genlight.diffusion.solver.levels import Level
-from genlight.diffusion.solver.phi import Scalar, bh1, bh2, expm1, flow_integrals, phis
+from genlight.diffusion.solver.phi import Scalar, bh1, bh2, expm1, flow_integrals, number, phis
 
 Row = Any
 
@@ -40,8 +40,8 @@ class Evaluation:
         row = self.data if prediction == "data" else self.noise
         if row is None:
             raise ValueError(
-                f"prediction = {prediction!r} at alpha = {float(self.level.alpha):g} is not determined by the network's "
-                "output there; compile with basis 'data'"
+                f"prediction = {prediction!r} at alpha = {number(self.level.alpha):g} is not determined by the "
+                "network's output there; compile with basis 'data'"
             )
         return row
 
