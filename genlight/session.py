@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy
 
 from genlight import io
 from genlight.build import build
@@ -235,10 +236,20 @@ class Session:
         from genlight.reports.model_card import write_model_card
 
         with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
-            self.module.save_pretrained(folder)
+            self._whole_module().save_pretrained(folder)
             data = str(getattr(self.datamodule, "name", "data"))
             base = self.run.plain["module"].get("pretrained")
             write_model_card(folder, report, dataset=data, method="training", base_model=base)
+
+    def _whole_module(self) -> Any:
+        """The trained module; where its weights lie in shards, a fresh one with the weights of the last checkpoint."""
+        strategy = self.trainer.strategy
+        if not (getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)):
+            return self.module
+        module = build(self.run.config.module, "module")
+        module.load_state_dict(consolidated_state_dict(self._newest(self.run.folder / CHECKPOINTS)))
+        module.class_names = getattr(self.module, "class_names", None)
+        return module
 
     def _finish(self, report: Report) -> None:
         """Pictures, report, and the files named for the person who waited."""

@@ -121,7 +121,8 @@ def _class_signature(node: ast.ClassDef, module: str, depth: int) -> Signature |
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             own = _function_signature(item, skip_first=True)
-            if not own.open:
+            # genlight passes further keywords on to its base class; what others do with theirs cannot be read off
+            if not own.open or not module.startswith("genlight."):
                 return own
             inherited = _base_signature(node, module, depth)
             if inherited is None:

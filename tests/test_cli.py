@@ -71,6 +71,23 @@ def test_a_file_cannot_allow_its_own_targets(tmp_path: Path, capsys: pytest.Capt
     assert "is not allowed" in capsys.readouterr().err
 
 
+def options() -> list[str]:
+    names = []
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        group, _, option = str(file.relative_to(ROOT / "conf").with_suffix("")).partition("/")
+        names += [f"{group}={option}"] if option else []
+    return sorted(names)
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_shipped_option_passes_the_check(option: str, capsys: pytest.CaptureFixture) -> None:
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("genlight.cache", cli.cache_folder, replace=True)
+    words = ["command=fit", option, *(["module.pretrained=folder"] if "pretrained" in option else [])]
+    assert cli._is_acceptable(words), capsys.readouterr().err
+
+
 def test_cfg_job_prints_the_composed_config(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["fit", "--cfg", "job", "trainer.max_steps=7"]) == 0
     assert "max_steps: 7" in capsys.readouterr().out

@@ -10,14 +10,14 @@ def pairwise_signs(targets: Tensor, min_difference: float = 0.0) -> Tensor:
 
     Args:
         targets: float [..., n]; infinite is worse (or better) than all finite ones, and as good as itself.
-        min_difference: pairs that differ by no more are left out.
+        min_difference: pairs that differ by less are left out.
 
     Returns:
         float [..., n, n], antisymmetric.
     """
     first, second = targets.unsqueeze(-1), targets.unsqueeze(-2)
     difference = torch.where(first == second, torch.zeros_like(first), first - second)
-    return torch.sign(difference) * (difference.abs() > min_difference)
+    return torch.sign(difference) * (difference.abs() >= min_difference)
 
 
 def pairwise_hinge(scores: Tensor, signs: Tensor, margin: float = 1.0) -> Tensor:
@@ -46,5 +46,7 @@ def difference_quantile(targets: Tensor, quantile: float) -> float:
 
 def kendall_tau(predicted: Tensor, targets: Tensor) -> float:
     """Kendall's τ-b between two sequences, float [n]; 0 where it is undefined (fewer than two values, or all equal)."""
+    if len(targets) < 2:
+        return 0.0
     tau = kendalltau(predicted.detach().cpu().numpy(), targets.detach().cpu().numpy()).statistic
     return float(tau) if tau == tau else 0.0

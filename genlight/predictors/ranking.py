@@ -137,7 +137,7 @@ def train(
     for _ in range(steps):
         loss = pairwise_hinge(network(features, mask), signs, margin)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
 

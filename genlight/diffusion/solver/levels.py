@@ -1,7 +1,7 @@
 """The times of a solver schedule as levels of signal and noise on one noise schedule."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
         levels.append(Level(None, math.inf, 1.0, 0.0))
     _check(schedule, levels)
     return levels
+
+
+def in_half_log_snr(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> SolverSchedule:
+    """The same schedule with its times as λ, infinite ends as None."""
+    times = [level.half_log_snr for level in levels_of(schedule, noise_schedule)]
+    finite = tuple(None if math.isinf(time) else time for time in times)
+    return replace(schedule, times=finite, time_domain="half_log_snr")
 
 
 def _constant(level: Level) -> Level:

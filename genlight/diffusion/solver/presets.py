@@ -13,9 +13,9 @@
 | ipndm_2, ipndm_3, ipndm_4                    | Adams-Bashforth weights, begun with lower orders                  |
 | plms, pndm                                   | PNDM (Liu et al. 2022), begun with one Heun step, with Runge-Kutta|
 
-Third order: diffusers gives D_2 half its factor (c_2 = ½) and so is of second order; "exact" names have c_2 = 1.
-In the singlestep of third order the method's own middle stage has c_1 = 1 (dpm_3s, dpmpp_3s); diffusers' has bh2
-(…_3s_midpoint) or, with both stages in three points, c_1 = 1 and c_2 = ½ (…_3s_heun).
+Third order: in the multistep diffusers gives D_2 half its factor (c_2 = ½) and so is of second order; "exact" names
+have c_2 = 1. In the singlestep the method's own middle stage has c_1 = 1 (…_3s), that of diffusers has bh2
+(…_3s_midpoint); …_3s_heun uses both inner points at the end.
 """
 
 from collections.abc import Callable
@@ -226,8 +226,7 @@ def _dpm(prefix: str, prediction: PredictionSpace) -> dict[str, Build]:
         f"{prefix}_2s_heun": partial(singlestep, order=2, second=()),
         f"{prefix}_3s": partial(singlestep, order=3, second=(), third=(last, ())),
         f"{prefix}_3s_midpoint": partial(singlestep, order=3, second=("bh2",), third=(last, ())),
-        f"{prefix}_3s_heun": partial(singlestep, order=3, second=(), third=(both, (1.0, 0.5))),
-        f"{prefix}_3s_exact": partial(singlestep, order=3, second=(), third=(both, ())),
+        f"{prefix}_3s_heun": partial(singlestep, order=3, second=(), third=(both, ())),
     }
 
 

@@ -207,9 +207,12 @@ def _adapter(cls: type) -> Any:
 def _read(cls: type, text: str | bytes, name: str) -> Any:
     from pydantic import ValidationError
 
-    from genlight.io import parse_json
+    from genlight.io import CorruptFileError, parse_json
 
-    parse_json(text, name)  # duplicate keys, size, depth
+    try:
+        parse_json(text, name)  # duplicate keys, size, depth
+    except CorruptFileError as error:
+        raise ValueError(str(error)) from None
     try:
         return _adapter(cls).validate_json(text)
     except ValidationError as error:

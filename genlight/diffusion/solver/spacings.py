@@ -36,7 +36,8 @@ def grid(noise_schedule: NoiseSchedule, steps: int, spacing: str = "log_snr", en
     Args:
         spacing: "uniform" in the network's time (`t_of_fraction`); "quadratic", its square; "log_snr", even in λ;
             "edm", even in (σ/α)^(1/7) (Karras et al. 2022, equation 5); "ays_sd15", "ays_sdxl", "ays_svd", the
-            published lists of "Align Your Steps" (Sabour et al. 2024) as diffusers has them, log-linear between for other step counts.
+            published lists of "Align Your Steps" (Sabour et al. 2024) as diffusers has them, log-linear between for
+            other numbers of steps.
         end: "t_min", or "clean" for one more step from there to σ = 0. On a flow schedule both are t = 0.
 
     Raises ValueError for an unknown spacing or end, or fewer than one step.

@@ -105,8 +105,8 @@ def derivative_weights(offsets: list[Scalar], k: int) -> list[Scalar]:
         others = [other for i, other in enumerate(offsets) if i != j]
         symmetric: list[Scalar] = [1.0] + [0.0] * (count - 1)  # elementary symmetric polynomials of the others
         denominator = offset
-        for number, other in enumerate(others, start=1):
-            for degree in range(number, 0, -1):
+        for seen, other in enumerate(others, start=1):
+            for degree in range(seen, 0, -1):
                 symmetric[degree] = symmetric[degree] + other * symmetric[degree - 1]
             denominator = denominator * (offset - other)
         sign = -1 if (count - k) % 2 else 1

@@ -6,10 +6,12 @@ from quadrature. Only the plain decisions are read from genlight.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import mpmath
 import numpy as np
+import torch
 from numpy.polynomial.legendre import leggauss
 
 from genlight.diffusion.noise_schedules import NoiseSchedule
@@ -34,7 +36,7 @@ def run(
     schedule: SolverSchedule, noise_schedule: NoiseSchedule, x: np.ndarray, x0_of: Network, mean: float = 0.0
 ) -> tuple[np.ndarray, int]:
     """(x at the end, number of calls of `x0_of`(x, α, σ, call))."""
-    level = [_level(time, index, schedule, noise_schedule) for index, time in enumerate(schedule.times)]
+    level = _levels(schedule, noise_schedule)
     calls = 0
 
     def evaluate(x: np.ndarray, i: int) -> dict[str, Any]:
@@ -84,14 +86,16 @@ def _corrector_groups(step: Any) -> list[tuple[int, ...]]:
     return [*groups, everything]
 
 
-def _level(
-    time: float | None, index: int, schedule: SolverSchedule, noise_schedule: NoiseSchedule
-) -> tuple[float, float, float]:
-    if time is None:
-        return (-math.inf, 0.0, 1.0) if index == 0 else (math.inf, 1.0, 0.0)
-    t = noise_schedule.t_of_half_log_snr(time) if schedule.time_domain == "half_log_snr" else time
-    alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
-    return (noise_schedule.half_log_snr(t), alpha, sigma)
+def _levels(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> list[tuple[float, float, float]]:
+    """(λ, α, σ) of each time, all at once: sigmoids of vectors and of numbers differ in the last bit."""
+    given = torch.tensor([time for time in schedule.times if time is not None], dtype=torch.float64)
+    t = noise_schedule.t_of_half_log_snr(given) if schedule.time_domain == "half_log_snr" else given
+    levels = list(
+        zip(*(f(t).tolist() for f in (noise_schedule.half_log_snr, noise_schedule.alpha, noise_schedule.sigma)))
+    )
+    if schedule.times[0] is None:
+        levels.insert(0, (-math.inf, 0.0, 1.0))
+    return [*levels, (math.inf, 1.0, 0.0)] if schedule.times[-1] is None else levels
 
 
 def _update(
@@ -154,7 +158,7 @@ def _sigma_integral(source: tuple[float, float, float], target: tuple[float, flo
     if kind == "noise":
         edges = np.concatenate([[u_s], edges[1:], [u_t]])
     total = 0.0
-    for a, b in zip(edges[:-1], edges[1:]):
+    for a, b in pairwise(edges):
         u = (a + b) / 2 + (b - a) / 2 * nodes
         density = 1 / (1 - u) ** 2 if kind == "data" else -1 / u**2
         total += (b - a) / 2 * np.sum(weights * (u - u_s) ** k / math.factorial(k) * density)

@@ -17,7 +17,9 @@ from genlight.diffusion.solver.decisions import (
 from genlight.diffusion.solver.sample import sample
 
 MIXTURE = GaussianMixture(
-    torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1.5], [1.0]]).double(), torch.tensor([0.35, 0.2]).double()
+    torch.tensor([0.3, 0.7], dtype=torch.float64),
+    torch.tensor([[-1.5], [1.0]], dtype=torch.float64),
+    torch.tensor([0.35, 0.2], dtype=torch.float64),
 )
 
 

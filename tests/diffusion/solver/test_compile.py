@@ -11,7 +11,7 @@ from diffusion.solver.mixture import MIXTURE, random_schedule, random_step, solv
 from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
-from genlight.diffusion.solver.decisions import Corrector, SolverSchedule, StepDecision, nearest_points
+from genlight.diffusion.solver.decisions import Corrector, LinearScale, SolverSchedule, StepDecision, nearest_points
 
 VP, EDM, FLOW = VPSchedule(), EDMSchedule(), FlowSchedule(shift=3.0)
 RANGES = [(VP, -4.5, 4.0), (EDM, -4.3, 6.0), (FLOW, -4.0, 4.0)]
@@ -22,16 +22,17 @@ def _x0(x: np.ndarray, alpha: float, sigma: float, call: int) -> np.ndarray:
 
 
 def _table_result(schedule: SolverSchedule, noise_schedule: NoiseSchedule, x: np.ndarray, mean: float, basis: str):
-    """The weighted sums of the table with the ideal network, in numpy."""
+    """(result, evaluations, size of the largest terms added) of the weighted sums with the ideal network, in numpy."""
     table = compile_schedule(schedule, noise_schedule, basis=basis)
-    weights, outputs = table.weights.numpy(), []
+    weights, outputs, size = table.weights.numpy(), [], 1.0
     for i in range(table.nfe + 1):
         point = weights[i, 0] * x + table.mean_weights[i].item() * mean
         point = point + sum((weights[i, 1 + j] * output for j, output in enumerate(outputs)), np.zeros_like(x))
         if i == table.nfe:
-            return point, table.nfe
+            return point, table.nfe, max(size, np.abs(point).max()) * max(1.0, np.abs(weights).max())
         alpha, sigma = noise_schedule.alpha(table.times[i].item()), noise_schedule.sigma(table.times[i].item())
         data = _x0(point, alpha, sigma, i)
+        size = max(size, np.abs(point).max(), np.abs((point - alpha * data) / sigma).max())
         outputs.append(data if basis == "data" else (point - alpha * data) / sigma)
     raise AssertionError
 
@@ -45,9 +46,8 @@ def test_table_equals_eager_on_random_schedules(noise_schedule: NoiseSchedule, l
         schedule = random_schedule(rng, int(rng.integers(2 if afs else 1, 8)), low, high, afs=afs)
         x = rng.normal(size=3) * math.exp(max(-low, 0)) * noise_schedule.alpha(noise_schedule.t_of_half_log_snr(low))
         expected, calls = eager.run(schedule, noise_schedule, x, _x0, mean=0.3)
-        size = max(1.0, np.abs(expected).max())
         for basis in ("data", "noise"):
-            found, nfe = _table_result(schedule, noise_schedule, x, 0.3, basis)
+            found, nfe, size = _table_result(schedule, noise_schedule, x, 0.3, basis)
             # the noise basis multiplies rounding errors by up to σ/α of the start, which the network passes on
             tolerance = 1e-12 if basis == "data" else 1e-9
             np.testing.assert_allclose(found / size, expected / size, rtol=0, atol=tolerance, err_msg=str(schedule))
@@ -61,7 +61,7 @@ def test_table_equals_eager_with_fixed_outputs() -> None:
         schedule = random_schedule(rng, int(rng.integers(1, 8)), -3.0, 3.0)
         table, x = compile_schedule(schedule, VP), rng.normal(size=2)
         outputs = rng.normal(size=(table.nfe, 2))
-        expected, _ = eager.run(schedule, VP, x, lambda x, alpha, sigma, call: outputs[call])
+        expected, _ = eager.run(schedule, VP, x, lambda x, alpha, sigma, call, outputs=outputs: outputs[call])
         found = table.weights.numpy()[-1] @ np.vstack([x, outputs])
         size = max(1.0, np.abs(table.weights.numpy()).max())
         np.testing.assert_allclose(found / size, expected / size, rtol=0, atol=1e-12, err_msg=str(schedule))
@@ -86,7 +86,7 @@ def test_flow_from_pure_noise_to_the_clean_image() -> None:
         table, x = compile_schedule(schedule, FLOW), rng.normal(size=2)
         assert table.weights.isfinite().all()
         outputs = rng.normal(size=(table.nfe, 2))
-        expected, _ = eager.run(schedule, FLOW, x, lambda x, alpha, sigma, call: outputs[call])
+        expected, _ = eager.run(schedule, FLOW, x, lambda x, alpha, sigma, call, outputs=outputs: outputs[call])
         found = table.weights.numpy()[-1] @ np.vstack([x, outputs])
         size = max(1.0, np.abs(table.weights.numpy()).max())
         np.testing.assert_allclose(found / size, expected / size, rtol=0, atol=1e-11, err_msg=str(schedule))
@@ -96,7 +96,6 @@ def test_polynomials_are_integrated_exactly() -> None:
     """Data that is a polynomial in λ of degree < n: order n gives ∫ e^λ p(λ) dλ to rounding."""
     times = (-2.0, -1.1, -0.3, 0.8, 1.4)
     for n in (1, 2, 3, 4):
-        steps = [StepDecision("data", 1, points=())] * 0
         steps = [StepDecision("data", min(n, i + 1), points=nearest_points(min(n, i + 1))) for i in range(4)]
         table = compile_schedule(SolverSchedule(times, tuple(steps)), VP)
         coefficients = np.array([0.7, -0.4, 0.3, 0.2])[:n]
@@ -111,7 +110,7 @@ def test_polynomials_are_integrated_exactly() -> None:
 
 
 def test_sigma_variable_is_exact_for_polynomials_in_sigma_up_to_both_ends() -> None:
-    """Pitfall 7: with data linear in σ, order 2 from pure noise to the clean image makes no error in any step but one."""
+    """Pitfall 7: with data linear in σ, order 2 makes no error, to the clean image included."""
     schedule = SolverSchedule(
         (1.0, 0.6, 0.3, 0.0),
         (
@@ -137,7 +136,7 @@ def test_many_steps_stay_accurate() -> None:
     steps = tuple(StepDecision("data", min(4, i + 1), points=nearest_points(min(4, i + 1))) for i in range(100))
     schedule, x = SolverSchedule(times, steps), np.array([-1.0, 0.1, 1.0])
     expected, _ = eager.run(schedule, VP, x, _x0)
-    found, _ = _table_result(schedule, VP, x, 0.0, "data")
+    found, *_ = _table_result(schedule, VP, x, 0.0, "data")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
@@ -187,6 +186,30 @@ def test_clean_end_of_order_one_is_the_predicted_data() -> None:
         t0, t1 = table.times.tolist()
         point = middle[0] * x + middle[1] * MIXTURE.x0(x, VP.alpha(t0), VP.sigma(t0))
         torch.testing.assert_close(final, MIXTURE.x0(point, VP.alpha(t1), VP.sigma(t1)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind, sign", [("noise", 1.0), ("data", -1.0)])
+def test_signs_of_h_in_scales(kind: str, sign: float) -> None:
+    """Pitfall 3: named scales take z = h for noise and -h for data, the linear one h for both."""
+    h = 1.2
+    values = {
+        LinearScale(0.1): 1 + 0.1 * h,
+        "exp": 1 + 0.5 * math.expm1(sign * h),
+        "minus_exp": 1 - 0.5 * math.expm1(sign * h),
+        "bh2": 0.5 * sign * h * math.expm1(sign * h) / (math.expm1(sign * h) - sign * h),
+        "bh1": 0.5 * h**2 / (math.expm1(sign * h) - sign * h),
+    }
+    for scale, value in values.items():
+        tables = [
+            compile_schedule(
+                SolverSchedule(
+                    (-1.0, 0.0, h), (StepDecision(kind), StepDecision(kind, 2, points=((-2,),), scales=(factor,)))
+                ),
+                VP,
+            )
+            for factor in (scale, value)
+        ]
+        torch.testing.assert_close(tables[0].weights, tables[1].weights, rtol=1e-13, atol=1e-14)
 
 
 def test_corrected_steps_store_the_predicted_output() -> None:

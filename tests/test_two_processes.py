@@ -1,0 +1,61 @@
+"""The real commands on two CPU processes: fit, checkpoint, resume, and one diffusers folder out of the shards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, genlight, report_of, untrained_features
+
+from genlight import io
+from genlight.trainer.consolidate import consolidated_state_dict
+
+STRATEGIES = {
+    "ddp": ["strategy=ddp"],
+    "zero2": ["strategy=deepspeed_cpu", "strategy.stage=2"],
+    "zero3": ["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null"],
+}
+
+
+def on_two_processes(root: Path, *words: str) -> None:
+    command = [sys.executable, "-m", "genlight", words[0], *TINY, f"run.root={root}", *words[1:]]
+    command += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=4", "data.num_samples=41"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setenv("GENLIGHT_CACHE", str(tmp_path / "cache"))
+    untrained_features(tmp_path / "cache")
+    folder = tmp_path / name / "fit"
+    on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}")
+    whole = consolidated_state_dict(folder / "checkpoints" / "step-000004.ckpt")
+
+    io.remove_path(folder / "checkpoints" / "step-000004.ckpt")
+    on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}", "resume=true")
+    resumed = consolidated_state_dict(folder / "checkpoints" / "step-000004.ckpt")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+    pipeline = DiffusionPipeline.from_pretrained(folder / "artifact")
+    saved = {key.removeprefix("network."): value for key, value in resumed.items()}
+    assert all(torch.equal(value, saved[key]) for key, value in pipeline.unet.state_dict().items())
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+
+    # the shards, loaded by one process, score as the folder made of them
+    scores = []
+    for label, path in (("shards", folder), ("artifact", folder / "artifact")):
+        assert genlight(tmp_path, "validate", f"run.name={label}", f"ckpt_path={path}") == 0
+        scores.append(report_of(tmp_path / label / "validate")["metrics"]["val/fd_digits"])
+    assert scores[0] == scores[1]
+    if name == "ddp":
+        on_two_processes(tmp_path, "validate", "strategy=ddp", "run.name=both", f"ckpt_path={folder}")
+        assert genlight(tmp_path, "validate", "run.name=one", f"ckpt_path={folder}", "data.num_samples=41") == 0
+        one, both = (report_of(tmp_path / label / "validate") for label in ("one", "both"))
+        assert both["metrics"]["val/fd_digits"] == pytest.approx(one["metrics"]["val/fd_digits"], rel=1e-4)

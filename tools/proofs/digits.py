@@ -1,0 +1,122 @@
+"""Proof of the training pipeline on handwritten digits: docs/results/digits.json.
+
+For each seed: fit, validate, and validate of the untrained network, by the commands a user types, in processes of their own.
+Besides: the same command twice gives the same weights; overhead of the Trainer; CPU time from the start of a fit to its
+first step.
+
+    make proof NAME=digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most, write_proof, write_results_page
+from genlight.trainer.checkpoint_io import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def genlight(*words: str) -> tuple[float, float]:
+    """One command in a process of its own; returns wall and CPU seconds."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run([sys.executable, "-m", "genlight", *words], check=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.monotonic() - started, cpu
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def one_seed(folder: Path, seed: int) -> dict[str, float]:
+    """Scores of the trained and the untrained network, and what the run cost."""
+    common = (f"run.root={folder}", f"seed={seed}")
+    fit_seconds, fit_cpu = genlight("fit", *common, f"run.name=s{seed}")
+    validate_seconds, _ = genlight("validate", *common, f"run.name=s{seed}", f"ckpt_path={folder}/s{seed}/fit")
+    genlight("validate", *common, f"run.name=u{seed}")
+    trained, untrained = report(folder / f"s{seed}" / "validate"), report(folder / f"u{seed}" / "validate")
+    fit = report(folder / f"s{seed}" / "fit")
+    fd, fd_untrained = (r["metrics"]["val/fd_digits"] for r in (trained, untrained))
+    floor = trained["floor"]["metrics"]["fd_digits"]
+    return {
+        "seed": seed,
+        "fd": fd,
+        "fd untrained": fd_untrained,
+        "floor": floor,
+        "gain": fd_untrained / fd,
+        "fd / floor": fd / floor,
+        "fit s": fit_seconds,
+        "fit CPU s": fit_cpu,
+        "validate s": validate_seconds,
+        "predicted fit s": fit["predicted"]["total_seconds"],
+    }
+
+
+def same_weights_twice(folder: Path) -> bool:
+    """Two processes, the same short command, compared bit for bit."""
+    states = []
+    for name in ("one", "two"):
+        genlight("fit", f"run.root={folder}", f"run.name={name}", "trainer.max_steps=30")
+        states.append(load_checkpoint(folder / name / "fit" / "checkpoints" / "step-000030.ckpt")["state_dict"])
+    return all((states[0][name] == states[1][name]).all() for name in states[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        genlight("validate", f"run.root={folder}", "run.name=warm", "data.num_samples=20", "module.num_inference_steps=1")
+        rows = [one_seed(folder, seed) for seed in seeds]
+        identical = same_weights_twice(folder)
+        starts = [
+            genlight("fit", f"run.root={folder}", f"run.name=start{i}", "trainer.max_steps=1", "trainer.num_sanity_val_steps=0")
+            for i in range(3)
+        ]
+    overhead = subprocess.run(
+        [sys.executable, ROOT / "tools" / "benchmarks" / "overhead.py", "--steps", "150", "--rounds", "5"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    ratio = json.loads(overhead.stdout[overhead.stdout.index("{\n") :])["ratio"]
+    bars = [
+        bar_at_least("demo-fd-gain", "FD untrained / FD trained, the smallest over seeds", min(r["gain"] for r in rows), 20),
+        bar_at_most("demo-fd-floor", "FD / real-vs-real floor, the largest over seeds", max(r["fd / floor"] for r in rows), 1.5),
+        Bar("demo-deterministic", "the same command twice: weights equal bit for bit", str(identical), "True", identical),
+        bar_at_most("demo-seconds", "fit + validate, mean wall seconds", fmean(r["fit s"] + r["validate s"] for r in rows), 300),
+        bar_at_most("overhead", "CPU time of Trainer / bare loop, median of 5 alternating rounds of 150 steps", ratio, 1.05),
+        bar_at_most("startup", "CPU seconds of a fit of one step, whole process, best of 3", min(cpu for _, cpu in starts), 10),
+    ]
+    path = RESULTS / "digits.json"
+    write_proof(
+        path,
+        bars=bars,
+        seeds=seeds,
+        wall_seconds=time.monotonic() - started,
+        table=rows,
+        command=["make", "proof", "NAME=digits"],
+    )
+    write_results_page(RESULTS)
+    for bar in bars:
+        print(f"{'holds' if bar.holds else 'FAILS'}  {bar.id}: {bar.value} ({bar.bar})")
+
+
+if __name__ == "__main__":
+    main()
