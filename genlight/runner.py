@@ -13,6 +13,7 @@ from genlight import io
 from genlight.config_check import resolved
 from genlight.context import Run
 from genlight.errors import UserError
+from genlight.reports.environment import environment
 from genlight.run_folder import RunFolder, process_rank, run_path
 
 # what a resumed run may change
@@ -53,6 +54,7 @@ def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
             if process_rank() == 0:
                 folder = _open_folder(this)
                 this.fingerprint = folder.fingerprint
+                io.atomic_write_json(folder.path / "environment.json", environment(words))
             _carry_out(this)
             state = "finished"
             return 0
@@ -147,3 +149,4 @@ def _quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", text)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"

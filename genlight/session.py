@@ -174,8 +174,8 @@ class Session:
             return
         if path.is_dir() and not is_sharded_checkpoint(path):
             raise UserError(
-                f"ckpt_path={given}: the folder is neither a run (run.json), nor a diffusers pipeline (model_index.json), "
-                "nor a sharded checkpoint (manifest.json)"
+                f"ckpt_path={given}: the folder is neither a run (run.json), nor a diffusers pipeline "
+                "(model_index.json), nor a sharded checkpoint (manifest.json)"
             )
         if path.is_dir():
             state = consolidated_state_dict(path)

@@ -44,6 +44,7 @@ def test_a_fit_leaves_what_it_promises(root: Path) -> None:
     folder = root / "tiny" / "fit"
     record = io.read_json(folder / "run.json")
     assert record["status"] == "finished" and record["config"]["trainer"]["max_steps"] == 6
+    assert {"git_revision", "versions", "machine", "date"} <= set(io.read_json(folder / "environment.json"))
     assert record["command"][:4] == ["python", "-m", "genlight", "fit"]
     assert "train/loss" in (folder / "metrics.csv").read_text().splitlines()[0]
     assert (folder / "figures" / "samples-step000004.png").is_file()

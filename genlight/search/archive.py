@@ -124,7 +124,8 @@ class Archive(Generic[Candidate]):
             folder: created if it is missing; only one writing process may hold it at a time.
             codec: reads and writes the candidates.
             fingerprint: what the scores depend on: space, objective, data, base weights, strategy, seed.
-            writable: False reads only and keeps what is appended in memory, for all ranks but the first.
+            writable: False reads only and keeps what is appended in memory, for all ranks but the first. All ranks must
+                have opened it before the search begins: what is written later is not read.
 
         Raises:
             UserError: it belongs to another search (the differing values are shown), or is of an unknown version.

@@ -88,6 +88,9 @@ def over_ranks(
 
     def evaluate(trials: Sequence[Trial[Candidate]]) -> list[Outcome]:
         shares = gather(list(evaluator(trials[rank::world_size])))
+        found, expected = [len(share) for share in shares], [len(trials[r::world_size]) for r in range(world_size)]
+        if found != expected:
+            raise RuntimeError(f"the ranks are not in step: they gave {found} outcomes where {expected} were due")
         return [shares[position % world_size][position // world_size] for position in range(len(trials))]
 
     return evaluate

@@ -56,8 +56,8 @@ class PredictorGuided:
     stage_size: int = 40
     guided_fraction: float = 0.7
     min_measured: int = 40
-    generations: int = 10
-    children: int = 150
+    generations: int = 6
+    children: int = 100
     kappa: float = 0.5
 
     def __post_init__(self) -> None:

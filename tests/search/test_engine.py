@@ -14,7 +14,7 @@ from search.toy_search import Counting, ScheduleSpace, Word, WordSpace, rugged, 
 from genlight.errors import UserError
 from genlight.io import DiskFullError
 from genlight.search.engine import Budget, Progress, SearchFailedError, open_archive
-from genlight.search.evaluation import in_one_batch, one_by_one
+from genlight.search.evaluation import in_one_batch, one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.protocols import (
     Evaluation,
@@ -141,6 +141,20 @@ def test_a_batch_fails_for_its_guilty_member_only() -> None:
         rugged(t.candidate) for t in trials(4)
     ]
     assert len(objective.calls) == 4
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_shares_of_ranks_come_back_in_order(count: int) -> None:
+    alone = one_by_one(Counting(lambda word: float(word.letters[0])))
+    shares = [alone(trials(count)[rank::2]) for rank in (0, 1)]
+    for rank in (0, 1):
+        together = over_ranks(alone, rank, 2, lambda mine, rank=rank: shares if mine == shares[rank] else [])
+        assert [outcome.score for outcome in together(trials(count))] == list(range(count))
+
+
+def test_ranks_that_are_not_in_step_are_found() -> None:
+    with pytest.raises(RuntimeError, match="ranks are not in step"):
+        over_ranks(one_by_one(Counting(rugged)), 0, 2, lambda mine: [mine, []])(trials(4))
 
 
 def test_a_full_disk_is_no_candidates_fault() -> None:

@@ -207,8 +207,14 @@ def test_any_number_of_workers_gives_the_same_archive(name: str, workers: int, r
 
 
 def test_two_processes_that_share_the_work_give_the_same_archive(reference: Any, tmp_path: Path) -> None:
-    """As ranks do it: both run the same search, each evaluates its share, the first one writes."""
+    """As ranks do it: both open the archive, run the same search and evaluate their shares; the first one writes."""
     ends = Pipe()
+    problem: Problem[Schedule] = Problem(ScheduleSpace())
+    strategy = STRATEGIES["guided"]
+    archives = [
+        open_archive(tmp_path, problem, strategy, INITIAL, fingerprint=FINGERPRINT, writable=rank == 0)
+        for rank in (0, 1)
+    ]
 
     def one_rank(rank: int) -> None:
         def gather(outcomes: Any) -> Any:
@@ -216,20 +222,25 @@ def test_two_processes_that_share_the_work_give_the_same_archive(reference: Any,
             other = ends[rank].recv()
             return [outcomes, other] if rank == 0 else [other, outcomes]
 
-        problem: Problem[Schedule] = Problem(ScheduleSpace())
-        strategy = STRATEGIES["guided"]
-        archive = open_archive(tmp_path, problem, strategy, INITIAL, fingerprint=FINGERPRINT, writable=rank == 0)
+        ends[1 - rank].close()  # so that the end of one rank ends the other
         objective = Counting(schedule_error)
         evaluate = over_ranks(one_by_one(objective), rank, 2, gather)
-        result = Search(problem, strategy, archive, evaluate, INITIAL, workers=2).run(Budget(30))
+        result = Search(problem, strategy, archives[rank], evaluate, INITIAL, workers=2).run(Budget(30))
         assert len(result.records) == 30 and 10 <= len(objective.calls) <= 20
 
     pid = os.fork()
     if pid == 0:
-        os._exit(in_child(lambda: one_rank(1)))
-    one_rank(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert history(tmp_path) == reference("guided", 30)
+        try:
+            one_rank(1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    try:
+        one_rank(0)
+    finally:
+        ends[0].close()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0 and history(tmp_path) == reference("guided", 30)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
