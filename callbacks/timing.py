@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight.errors import UserError
@@ -27,14 +27,16 @@ class StepTimer(Callback):
     Args:
         started: ``time.monotonic()`` at the start of the process, for the time of setting up.
         stop: stop the trainer when enough is measured (a dry run).
+        kept_checkpoints: how many the run keeps at once.
 
     Raises:
         UserError: what the run will keep does not fit on the disk.
     """
 
-    def __init__(self, started: float, stop: bool = False) -> None:
+    def __init__(self, started: float, stop: bool = False, kept_checkpoints: int = 0) -> None:
         self.started = started
         self.stop = stop
+        self.kept_checkpoints = kept_checkpoints
         self.estimate: CostEstimate | None = None
         self._setup_seconds = 0.0
         self._steps: list[float] = []
@@ -53,7 +55,7 @@ class StepTimer(Callback):
             return
         self._steps.append(self._lap(pl_module))
         if len(self._steps) == WARM_UP + MEASURED:
-            self._finish(trainer, self._fit_phases(trainer), _planned_files(trainer, pl_module))
+            self._finish(trainer, self._fit_phases(trainer), _planned_files(trainer, pl_module, self.kept_checkpoints))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = [] if trainer.state.fn != TrainerFn.FITTING or not self._batches else self._batches
@@ -121,13 +123,12 @@ def _validations(trainer: Trainer, steps: int) -> int:
     return batches // (per_epoch * (trainer.check_val_every_n_epoch or 1))
 
 
-def _planned_files(trainer: Trainer, module: LightningModule) -> list[PlannedFile]:
+def _planned_files(trainer: Trainer, module: LightningModule, kept: int) -> list[PlannedFile]:
     """Checkpoints that are kept at once, and the artifact; by the size of the tensors in them."""
     weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     states = [s for optimizer in trainer.optimizers for s in optimizer.state.values() if isinstance(s, dict)]
     moments = sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, torch.Tensor))
     averaged = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
     checkpoint = weights * (2 if averaged else 1) + moments
-    kept = [c.save_top_k for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
     # one more than is kept: the old one is deleted after the new one is whole
-    return [PlannedFile("checkpoint", checkpoint, sum(max(k, 1) for k in kept) + 1), PlannedFile("artifact", weights)]
+    return [PlannedFile("checkpoint", checkpoint, kept + 1), PlannedFile("artifact", weights)]

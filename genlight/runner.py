@@ -60,6 +60,8 @@ def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
             return 0
     except SystemExit as stop:
         state = "interrupted"
+        if config.command == "fit" and process_rank() == 0:
+            sys.stderr.write("stopped and saved: the same command with resume=true goes on from here\n")
         return int(stop.code or 0)
     except KeyboardInterrupt:
         state = "interrupted"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from genlight import io
@@ -61,8 +62,10 @@ class Session:
 
     def validate(self) -> None:
         """Load the weights to be measured, and let the method do its work."""
-        self._load_weights()
         draw = str(getattr(self.datamodule, "draw", "report"))
+        if draw == "search":
+            raise UserError("data.draw=search: that noise chooses candidates and cannot judge them; use report")
+        self._load_weights()
         self._prepare_data(draw)
         self._prepare_metrics()
         # the setting is for validations inside a fit; a measurement takes everything
@@ -99,10 +102,10 @@ class Session:
             )
         strategy = build(config.strategy, "strategy")
         callbacks = [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items() if node]
+        saving = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
+        self.timer.kept_checkpoints = sum(max(c.save_top_k, 1) for c in saving)
         if config.dry_run:
-            from lightning.pytorch.callbacks import Checkpoint
-
-            callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+            callbacks = [c for c in callbacks if c not in saving]
         check_callbacks(strategy, callbacks, str(config.trainer.precision))
         loggers = [] if config.dry_run else self._build_loggers()
         # a single process opens the folder; its children and torchrun's other processes write nothing of their own

@@ -152,6 +152,7 @@ def test_classes_and_guidance_work_by_switches(root: Path) -> None:
         ),
         (["fit", "run.name=../out"], "run.name"),
         (["validate", "run.name=v1", "ckpt_path=nowhere"], "there is no such file or folder"),
+        (["validate", "run.name=v3", "data.draw=search"], "use report"),
         (["validate", "run.name=v2", "ckpt_path=."], "neither a run"),
         (["fit", "run.name=f1", "strategy=deepspeed_zero2"], "deepspeed_cpu"),
         (["fit", "run.name=f2", "data=cifar10", "data.root=nowhere"], "nowhere"),

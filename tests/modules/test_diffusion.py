@@ -247,7 +247,7 @@ class _Metric(torch.nn.Module):
     def reset(self):
         self.count = 0
 
-    def update(self, images):
+    def update(self, images, index=None):
         self.count += len(images)
 
     def compute(self):
