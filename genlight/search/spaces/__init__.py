@@ -1,0 +1,1 @@
+"""Search spaces: what is searched, apart from how."""

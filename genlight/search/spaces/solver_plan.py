@@ -1,0 +1,198 @@
+"""How solver schedules are searched: the hand-made ones first, then times, then every decision (S³).
+
+Liu et al. 2024, arXiv 2312.07243: stages of evolution, each guided by a predictor fitted on all that was measured.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from genlight.diffusion.noise_schedules import NoiseSchedule
+from genlight.diffusion.solver.compile import compile_schedule
+from genlight.diffusion.solver.decisions import SolverSchedule
+from genlight.diffusion.solver.presets import PRESETS, named_schedule
+from genlight.diffusion.solver.spacings import SPACINGS, End
+from genlight.predictors.ranking import RankingPredictor
+from genlight.search.engine import Budget
+from genlight.search.evolution import Evolution
+from genlight.search.guided import PredictorGuided
+from genlight.search.spaces.solver_schedule import SolverScheduleSpace, schedule_key
+from genlight.search.stages import Stage, Stages
+
+# grids that every noise schedule has; the lists of AYS are made for certain models
+PLAIN_SPACINGS: tuple[str, ...] = ("log_snr", "uniform", "quadratic", "edm")
+# a well-spread part of PRESETS, for networks whose every evaluation costs
+CORE_SOLVERS: tuple[str, ...] = (
+    "ddim",
+    *(f"{family}_{kind}" for family in ("dpm", "dpmpp") for kind in ("2m", "2m_heun", "3m", "3m_exact", "2s")),
+    *(f"unipc_{order}_{kind}{space}" for order in (2, 3) for kind in ("bh1", "bh2") for space in ("", "_noise")),
+    "deis_3",
+    "deis_tab_3",
+    "ipndm_3",
+    "heun",
+)
+
+
+def baselines(
+    noise_schedule: NoiseSchedule,
+    nfe: int,
+    *,
+    end: End = "t_min",
+    solvers: Iterable[str] = tuple(PRESETS),
+    spacings: Iterable[str] = SPACINGS,
+) -> list[tuple[str, SolverSchedule]]:
+    """Every hand-made solver on every grid that has a form with `nfe` evaluations on the noise schedule.
+
+    Names are solver/spacing, with "/full_order" for those that do not end with falling orders. Schedules that are the
+    same (`schedule_key`) appear once, under the first of their names.
+
+    Raises ValueError for an unknown solver or spacing, or where no solver has a form.
+    """
+    solvers, spacings = tuple(solvers), tuple(spacings)
+    unknown = [*(set(solvers) - set(PRESETS)), *(set(spacings) - set(SPACINGS))]
+    if unknown or nfe < 1:
+        raise ValueError(f"baselines: nfe = {nfe} must be 1 or more, and unknown are {sorted(unknown)}")
+    found: dict[str, tuple[str, SolverSchedule]] = {}
+    for lower_order_final in (True, False):
+        for spacing in spacings:
+            for solver in solvers:
+                try:
+                    schedule = named_schedule(
+                        solver, noise_schedule, nfe, spacing=spacing, end=end, lower_order_final=lower_order_final
+                    )
+                    compile_schedule(schedule, noise_schedule)
+                except ValueError:
+                    # no form with so many evaluations, or no meaning on this family
+                    continue
+                name = f"{solver}/{spacing}" + ("" if lower_order_final else "/full_order")
+                found.setdefault(schedule_key(schedule, noise_schedule), (name, schedule))
+    if not found:
+        raise ValueError(f"baselines: no solver has a form with nfe = {nfe} on {noise_schedule!r}")
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What `Search` needs beside the problem.
+
+    Attributes:
+        strategy: times first, then all genes.
+        initial: what is measured first, without duplicates.
+        budget: the initial candidates and the evaluations of the search.
+    """
+
+    strategy: Stages
+    initial: tuple[SolverSchedule, ...]
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How the evaluations of a search are spent.
+
+    Attributes:
+        times_share: share of the evaluations that goes to times alone.
+        time_parents, parents: the best so many are parents while times alone, and all genes, are searched. None: 20
+            and 12 from 1000 evaluations on, in proportion for fewer and at least 4, because a small budget that is
+            spread over many parents improves none of them.
+        stage_size: evaluations between two fits of the predictor. None: 40 from 800 evaluations on, 1/20 of fewer, at
+            least 10.
+        guided_fraction: share of a stage that the predictor chooses; 0: plain evolution.
+        time_sizes, sizes: size of the edits at the beginning and at the end of each half, relative to the gaps in λ;
+            from stage to stage it falls geometrically.
+        crossover_probability: share of children with two parents.
+        generations, children: bred on predicted scores in one stage. One generation screens children of measured
+            parents; more let the search drift to where the predictor knows nothing. Children None: 3 for each place.
+        predictor: settings of the predictor.
+    """
+
+    times_share: float = 0.5
+    time_parents: int | None = None
+    parents: int | None = None
+    stage_size: int | None = None
+    guided_fraction: float = 0.7
+    time_sizes: tuple[float, float] = (0.45, 0.05)
+    sizes: tuple[float, float] = (0.45, 0.05)
+    crossover_probability: float = 0.3
+    generations: int = 1
+    children: int | None = None
+    predictor: RankingPredictor = field(default_factory=RankingPredictor)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.times_share <= 1:
+            raise ValueError(f"s3.times_share = {self.times_share!r} must lie in [0, 1]")
+        for name in ("time_parents", "parents", "stage_size", "children"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"s3.{name} = {value!r} must be 1 or more, or null")
+
+    def for_budget(self, evaluations: int) -> "S3Settings":
+        """With numbers in place of None."""
+        return replace(
+            self,
+            time_parents=self.time_parents or min(20, max(4, evaluations // 50)),
+            parents=self.parents or min(12, max(4, evaluations // 80)),
+            stage_size=self.stage_size or min(40, max(10, evaluations // 20)),
+        )
+
+
+def s3_stages(
+    space: SolverScheduleSpace,
+    evaluations: int,
+    initial: Sequence[SolverSchedule] | None = None,
+    settings: S3Settings | None = None,
+) -> SearchPlan:
+    """S³ on a space: the initial candidates, then `evaluations` more, times first.
+
+    Args:
+        space: of the problem; its genes are those of the second half.
+        evaluations: true evaluations beside those of the initial candidates.
+        initial: hand-made schedules; `baselines` of all solvers on plain spacings if None.
+        settings: how the evaluations are spent.
+
+    Where the genes are times alone, or hold no times, all evaluations are of one kind.
+    """
+    if evaluations < 1:
+        raise ValueError(f"s3.evaluations = {evaluations!r} must be 1 or more")
+    settings = (settings or S3Settings()).for_budget(evaluations)
+    if initial is None:
+        made = baselines(space.noise_schedule, space.nfe, end=space.end, spacings=PLAIN_SPACINGS)
+        initial = [schedule for _, schedule in made]
+    unique = tuple({space.key(schedule): schedule for schedule in reversed(initial)}.values())[::-1]
+    share = settings.times_share if "times" in space.genes and len(space.genes) > 1 else 0.0
+    for_times = round(share * evaluations)
+    times_only = replace(space, genes=("times",))
+    first = _stages(times_only, for_times, settings.time_parents, settings.time_sizes, settings)
+    second = _stages(space, evaluations - for_times, settings.parents, settings.sizes, settings)
+    stages = [*first, *second]
+    # the engine counts the initial candidates too, and a larger budget extends the last stage
+    stages[0] = replace(stages[0], evaluations=(stages[0].evaluations or 0) + len(unique))
+    stages[-1] = replace(stages[-1], evaluations=None)
+    return SearchPlan(Stages(tuple(stages)), unique, Budget(len(unique) + evaluations))
+
+
+def _stages(
+    space: SolverScheduleSpace, evaluations: int, parents: int | None, sizes: tuple[float, float], settings: S3Settings
+) -> list[Stage]:
+    """Stages of one kind whose edits become smaller, together `evaluations` long."""
+    if parents is None or settings.stage_size is None:
+        raise RuntimeError("settings without numbers: see for_budget")
+    count = -(-evaluations // settings.stage_size)
+    first, last = sizes
+    result = []
+    for number in range(count):
+        size = first * (last / first) ** (number / max(1, count - 1))
+        length = evaluations * (number + 1) // count - evaluations * number // count
+        evolution = Evolution(
+            parents, length, crossover_probability=settings.crossover_probability, edit_sizes=(size, size)
+        )
+        guided = PredictorGuided(
+            evolution,
+            settings.predictor,
+            length,
+            settings.guided_fraction,
+            generations=settings.generations,
+            children=settings.children or 3 * length,
+        )
+        strategy = guided if settings.guided_fraction > 0 else evolution
+        result.append(Stage(strategy, length, space))
+    return result
