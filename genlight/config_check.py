@@ -17,7 +17,7 @@ FORBIDDEN_PARTS = {"hub", "cli", "subprocess", "os", "sys", "pickle", "serializa
 RESERVED = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 ROOT_TYPES = {
     "command": "str",
-    "seed": "int | None",
+    "seed": "int",
     "ckpt_path": "str | None",
     "resume": "bool",
     "dry_run": "bool",
@@ -91,7 +91,7 @@ def _check_root(config: dict[str, Any]) -> None:
     ckpt_path = config.get("ckpt_path")
     if ckpt_path is not None and "://" in ckpt_path:
         raise ConfigError("ckpt_path", f"ckpt_path={ckpt_path}: URLs are refused; download the file and give its path")
-    if config.get("seed") is not None and not 0 <= config["seed"] < 2**32:
+    if not 0 <= config["seed"] < 2**32:
         raise ConfigError("seed", f"seed={config['seed']}: a seed lies between 0 and 2**32 - 1")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from genlight.build import build
 from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
-from genlight.reports.cost import real_cost
+from genlight.reports.cost import count_macs, real_cost
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
 from genlight.reports.metrics_csv import merge_metrics
@@ -40,8 +41,7 @@ class Session:
     def __init__(self, this: Run) -> None:
         self.run = this
         config = this.config
-        if config.seed is not None:
-            seed_everything(config.seed, workers=True, verbose=False)
+        seed_everything(config.seed, workers=True, verbose=False)
         self.timer = StepTimer(this.started, stop=bool(config.dry_run))
         self.trainer = self._build_trainer()
         self.datamodule: Any = build(config.data, "data")
@@ -92,7 +92,8 @@ class Session:
         if self.trainer.is_global_zero:
             from rich.console import Console
 
-            Console().print(self.timer.estimate.table())
+            macs = _network_macs(self.module)
+            Console().print(replace(self.timer.estimate, extra=macs).table())
 
     def _build_trainer(self) -> Trainer:
         config = self.run.config
@@ -222,7 +223,7 @@ class Session:
             **environment(this.words),
             "experiment": this.experiment,
             "config_hash": this.fingerprint,
-            "seed": this.plain["seed"] if this.plain["seed"] is not None else -1,
+            "seed": this.plain["seed"],
             "draw": draw,
             "metrics": {name: value for name, value in metrics.items() if value == value},
             "floor": self.floor.to_dict() if measured else None,
@@ -256,8 +257,6 @@ class Session:
 
     def _finish(self, report: Report) -> None:
         """Pictures, report, and the files named for the person who waited."""
-        from dataclasses import replace
-
         folder = self.run.folder
         figures, table = folder / "figures", folder / "metrics.csv"
         parts = sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
@@ -272,6 +271,25 @@ class Session:
         for logger in self.trainer.loggers:
             _track(logger, folder, report)
         _print_result(folder, report, files)
+
+
+def _network_macs(module: Any) -> dict[str, float]:
+    """Multiply-accumulates of one call of a generator's network for one sample; nothing for other modules."""
+    if not hasattr(module, "predict") or not hasattr(module, "sample_shape"):
+        return {}
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module.net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            label = torch.zeros(1, dtype=torch.long, device=x.device) if module.class_conditional else None
+            return torch.as_tensor(module.predict(x, torch.ones(1, device=x.device), label))
+
+    return {
+        "macs_per_network_call": float(count_macs(Call(), torch.zeros(1, *module.sample_shape, device=module.device)))
+    }
 
 
 def _track(logger: Any, folder: Path, report: Report) -> None:
