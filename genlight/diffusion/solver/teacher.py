@@ -1,6 +1,7 @@
 """The problem of fitting a solver: a model, noise, and what a teacher with many evaluations makes of it."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,8 +11,14 @@ from torch import Tensor
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.sample import Model, sample, sample_many
+from genlight.errors import UserError
+from genlight.io import load_tensors, save_tensors
 
+# model(x, timestep, **conditions), with the conditions of each row; guidance is the callable's own affair
 ConditionalModel = Callable[..., Tensor]
+
+_FILE_KIND = "genlight.teacher_bank"
+_CONDITION = "condition."  # what the names of conditions begin with in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +26,18 @@ class TeacherBank:
     """Noise and what the teacher makes of it.
 
     Args:
-        noise: standard normal, [M, ...].
+        noise: standard normal, [M, ...], in the type and on the device that students are sampled with.
         target: the teacher's samples, [M, ...].
         conditions: further inputs of the model by name, each [M, ...]: model(x, timestep, **conditions).
+        fingerprint: names all that the target depends on, or empty; a bank in a file needs one.
+
+    Raises ValueError for shapes that do not fit, a target that is not finite.
     """
 
     noise: Tensor
     target: Tensor
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if len(self.noise) == 0 or self.noise.shape != self.target.shape:
@@ -35,14 +46,17 @@ class TeacherBank:
                 "M at least 1"
             )
         for name, value in self.conditions.items():
-            if len(value) != len(self.noise):
-                raise ValueError(f"bank: condition {name!r} has {len(value)} rows for {len(self.noise)} noises")
+            rows = len(value) if value.ndim else 0
+            if rows != len(self.noise):
+                raise ValueError(f"bank: condition {name!r} has {rows} rows for {len(self.noise)} noises")
+        if not bool(self.target.isfinite().all()):
+            raise ValueError("bank: the target is not finite: the teacher's schedule or the network is at fault")
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def rows(self, index: slice | Tensor) -> "TeacherBank":
-        """Some of the rows."""
+        """Some of the rows, without the fingerprint, which is that of all."""
         conditions = {name: value[index] for name, value in self.conditions.items()}
         return TeacherBank(self.noise[index], self.target[index], conditions)
 
@@ -53,7 +67,7 @@ class TeacherBank:
             return tensor.clone() if tensor.is_inference() else tensor
 
         conditions = {name: usable(value) for name, value in self.conditions.items()}
-        return TeacherBank(usable(self.noise), usable(self.target), conditions)
+        return TeacherBank(usable(self.noise), usable(self.target), conditions, self.fingerprint)
 
     def chunks(self, rows: int) -> "Iterator[TeacherBank]":
         """All rows, at most `rows` at a time."""
@@ -93,6 +107,38 @@ class TeacherBank:
                 for part in empty.chunks(batch_rows)
             ]
         return replace(empty, target=torch.cat(parts))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to one safetensors file; raises ValueError for a bank without a fingerprint."""
+        if not self.fingerprint:
+            raise ValueError(f"bank: {path} needs a fingerprint of what the target depends on, this bank has none")
+        conditions = {_CONDITION + name: value for name, value in self.conditions.items()}
+        tensors = {"noise": self.noise, "target": self.target, **conditions}
+        save_tensors(path, tensors, {"kind": _FILE_KIND, "fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], expected_fingerprint: str, device: torch.device | str = "cpu"
+    ) -> "TeacherBank":
+        """Read what `save` wrote.
+
+        Raises:
+            CorruptFileError: damaged.
+            UserError: no teacher bank, or one of another fingerprint.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("kind") != _FILE_KIND or not {"noise", "target"} <= tensors.keys():
+            raise UserError(f"{path} is no teacher bank")
+        found = metadata.get("fingerprint", "")
+        if found != expected_fingerprint:
+            raise UserError(
+                f"{path} holds a teacher of other weights, noise, schedule or conditions (fingerprint {found[:12]}, "
+                f"needed {expected_fingerprint[:12]}): delete it to make it again"
+            )
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        noise, target = on_device.pop("noise"), on_device.pop("target")
+        conditions = {name.removeprefix(_CONDITION): value for name, value in on_device.items()}
+        return cls(noise, target, conditions, found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -292,6 +292,8 @@ def test_bad_calls() -> None:
         TeacherBank(torch.zeros(3, 2), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="condition 'label' has 2 rows for 3"):
         TeacherBank(torch.zeros(3, 2), torch.zeros(3, 2), {"label": torch.zeros(2)})
+    with pytest.raises(ValueError, match="target is not finite"):
+        TeacherBank.of(lambda x, t: x * torch.nan, torch.ones(3, 2), table, VP)
     with pytest.raises(ValueError, match="batch_rows = 0"):
         replace(task, batch_rows=0)
     with pytest.raises(ValueError, match="must be finite and rise"):

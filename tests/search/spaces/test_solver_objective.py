@@ -14,12 +14,12 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.sample import sample
+from genlight.diffusion.solver.teacher import TeacherBank
 from genlight.errors import UserError
-from genlight.io import CorruptFileError
+from genlight.io import CorruptFileError, save_tensors
 from genlight.search.evaluation import in_one_batch, one_by_one
 from genlight.search.records import Trial
 from genlight.search.spaces.solver_objective import (
-    TeacherBank,
     TeacherObjective,
     bank_fingerprint,
     make_teacher_bank,
@@ -56,7 +56,7 @@ def bank() -> TeacherBank:
 
 def test_scores_are_rms_distances_to_the_teacher(bank: TeacherBank) -> None:
     teacher = sample(Counted(), NOISE, compile_schedule(teacher_schedule(VP), VP), PREDICTION)
-    torch.testing.assert_close(bank.samples, teacher, rtol=0, atol=1e-12)
+    torch.testing.assert_close(bank.target, teacher, rtol=0, atol=1e-12)
     objective = TeacherObjective(Counted(), PREDICTION, bank)
     for schedule in SCHEDULES:
         mine = sample(Counted(), NOISE[:16], compile_schedule(schedule, VP), PREDICTION)
@@ -74,7 +74,7 @@ def test_the_teacher_is_near_the_exact_solution(bank: TeacherBank) -> None:
     level = VP.noise_level
     start = NOISE / VP.alpha(VP.t_max)
     exact = MIXTURE.solve_ode(start, level(VP.t_max), level(VP.t_min)) * VP.alpha(VP.t_min)
-    teacher_error = (bank.samples - exact).square().mean().sqrt().item()
+    teacher_error = (bank.target - exact).square().mean().sqrt().item()
     best = min(TeacherObjective(Counted(), PREDICTION, bank).evaluate(s, 24).score for s in SCHEDULES)
     assert teacher_error < 0.02 * best
 
@@ -111,7 +111,7 @@ def test_out_of_memory_halves_the_chunks(bank: TeacherBank, memory: int) -> None
         TeacherObjective(Counted(0), PREDICTION, bank).evaluate(SCHEDULES[0], 24)
 
 
-def test_labels_follow_their_noises() -> None:
+def test_conditions_follow_their_noises() -> None:
     """With labels of two networks, each noise is scored by its own."""
     inner = network(PREDICTION)
 
@@ -122,7 +122,7 @@ def test_labels_follow_their_noises() -> None:
         return inner(x, timestep) * 0.5
 
     labels = torch.arange(24) % 2
-    both = make_teacher_bank(model, PREDICTION, NOISE, labels=labels, max_rows=7)
+    both = make_teacher_bank(model, PREDICTION, NOISE, conditions={"label": labels}, max_rows=7)
     found = TeacherObjective(model, PREDICTION, both, max_rows=31).errors(SCHEDULES)
     for plain, which in ((inner, 0), (halved, 1)):
         single = make_teacher_bank(plain, PREDICTION, NOISE)
@@ -148,20 +148,47 @@ def test_banks_come_back_from_their_file(bank: TeacherBank, tmp_path: Path) -> N
     bank.save(path)
     expected = bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP))
     again = TeacherBank.load(path, expected)
-    assert torch.equal(again.samples, bank.samples) and torch.equal(again.noise, bank.noise) and again.labels is None
+    assert torch.equal(again.target, bank.target) and torch.equal(again.noise, bank.noise) and not again.conditions
+    assert again.fingerprint == expected
+    label = torch.zeros(24, dtype=torch.int64)
     for other in (
         bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP), model_fingerprint="other weights"),
         bank_fingerprint(PREDICTION, NOISE + 1, teacher_schedule(VP)),
         bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP, 50)),
         bank_fingerprint(Prediction("sample", VP), NOISE, teacher_schedule(VP)),
-        bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP), torch.zeros(24, dtype=torch.int64)),
+        bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP), {"label": label}),
     ):
         assert other != expected
-        with pytest.raises(UserError, match="other weights, noise, schedule or labels"):
+        with pytest.raises(UserError, match="other weights, noise, schedule or conditions"):
             TeacherBank.load(path, other)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorruptFileError):
         TeacherBank.load(path, expected)
+    save_tensors(path, {"noise": NOISE, "target": NOISE}, {"kind": "another", "fingerprint": expected})
+    with pytest.raises(UserError, match="is no teacher bank"):
+        TeacherBank.load(path, expected)
+
+
+def test_conditions_come_back_from_their_file(tmp_path: Path) -> None:
+    conditions = {"label": torch.arange(24) % 2, "noise": torch.linspace(0.5, 1, 24)[:, None]}
+
+    def model(x: Tensor, timestep: Tensor, *, label: Tensor, noise: Tensor) -> Tensor:
+        return x * noise * (1 + label[:, None])
+
+    bank, path = make_teacher_bank(model, PREDICTION, NOISE, conditions=conditions), tmp_path / "teacher.safetensors"
+    assert bank.fingerprint == bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP), conditions)
+    for other in ({"label": conditions["label"]}, {"labels": conditions["label"], "noise": conditions["noise"]}):
+        assert bank.fingerprint != bank_fingerprint(PREDICTION, NOISE, teacher_schedule(VP), other)
+    bank.save(path)
+    again = TeacherBank.load(path, bank.fingerprint)
+    assert again.conditions.keys() == conditions.keys()
+    assert all(torch.equal(again.conditions[name], value) for name, value in conditions.items())
+    assert all(again.conditions[name].dtype == value.dtype for name, value in conditions.items())
+    assert torch.equal(again.noise, NOISE) and torch.equal(again.target, bank.target)
+    # some rows are another bank: the fingerprint does not speak for them
+    with pytest.raises(ValueError, match="fingerprint"):
+        again.rows(slice(0, 3)).save(path)
+    assert again.usable().fingerprint == bank.fingerprint
 
 
 def test_images_of_any_rank_and_flow() -> None:
@@ -182,11 +209,14 @@ def test_images_of_any_rank_and_flow() -> None:
 def test_wrong_banks_are_named(bank: TeacherBank) -> None:
     with pytest.raises(ValueError, match="fidelity = 25: the bank has 24"):
         TeacherObjective(Counted(), PREDICTION, bank).evaluate(SCHEDULES[0], 25)
-    with pytest.raises(ValueError, match="shape of the noise"):
-        TeacherBank(NOISE, NOISE[:3], None, "")
-    with pytest.raises(ValueError, match="one for each noise"):
-        TeacherBank(NOISE, NOISE, torch.zeros(3), "")
+    with pytest.raises(ValueError, match=r"noise \(24, 1\) and target \(3, 1\) need one shape"):
+        TeacherBank(NOISE, NOISE[:3])
+    for label, rows in ((torch.zeros(3), 3), (torch.zeros(()), 0)):
+        with pytest.raises(ValueError, match=f"condition 'label' has {rows} rows for 24 noises"):
+            TeacherBank(NOISE, NOISE, {"label": label})
     with pytest.raises(ValueError, match="not finite"):
-        TeacherBank(NOISE, NOISE * float("nan"), None, "")
+        TeacherBank(NOISE, NOISE * float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        make_teacher_bank(lambda x, timestep: x * torch.nan, PREDICTION, NOISE)
     with pytest.raises(ValueError, match="max_rows"):
         TeacherObjective(Counted(), PREDICTION, bank, max_rows=0)
