@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
-from genlight.config_check import ALLOWED_ROOTS, RESERVED, ConfigError, nearest
+from genlight.config_check import ALLOWED_ROOTS, RESERVED, ConfigError, nearest, targets
 from genlight.errors import UserError
 
 
@@ -18,21 +17,13 @@ def check_targets(config: dict[str, Any], allow: list[str]) -> None:
     Raises:
         ConfigError: target missing, from another package, or not taking a key.
     """
-    for path, node in _nodes(config):
+    for path, node in targets(config):
         found = _locate(path, node["_target_"])
         origin = getattr(found, "__module__", "") or ""
         roots = {root.split(".")[0] for root in (*ALLOWED_ROOTS, *allow)}
         if origin.split(".")[0] not in roots or not callable(found):
             raise ConfigError(path, f"{path}._target_={node['_target_']} leads to {origin}, which is not allowed")
         _check_keys(path, node, found)
-
-
-def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    if isinstance(node, dict) and "_target_" in node:
-        yield path, node
-    for key, value in items:
-        yield from _nodes(value, f"{path}.{key}" if path else str(key))
 
 
 def _locate(path: str, target: str) -> Any:

@@ -69,7 +69,7 @@ def check(config: dict[str, Any], allow: list[str] | None = None) -> None:
         ConfigError: at the first fault, naming the key, the value found and what is accepted.
     """
     _check_root(config)
-    for path, node in _targets(config):
+    for path, node in targets(config):
         _check_target(path, node["_target_"], tuple(allow or ()))
         _check_arguments(path, node)
 
@@ -102,15 +102,16 @@ def _select(config: dict[str, Any], path: str) -> Any:
     return node
 
 
-def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Dotted path and content of every node of a config that has a `_target_`."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield path, node
         for key, value in node.items():
-            yield from _targets(value, f"{path}.{key}" if path else str(key))
+            yield from targets(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            yield from _targets(value, f"{path}.{index}")
+            yield from targets(value, f"{path}.{index}")
 
 
 def _check_target(path: str, target: Any, allow: tuple[str, ...]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from genlight.config_check import GROUPS
 from genlight.config_errors import CONF, options_of
 
 COMMANDS = {
     "fit": "train: gradients (a generator, a student, a predictor, a feature extractor)",
     "validate": "measure, search, calibrate: no gradients",
 }
-GROUPS = ("data", "module", "metrics", "trainer", "callbacks", "method", "logger", "strategy")
 
 
 def first_comment(file: Path) -> str:
