@@ -62,19 +62,12 @@ class Session:
 
     def validate(self) -> None:
         """Load the weights to be measured, and let the method do its work."""
-        draw = str(getattr(self.datamodule, "draw", "report"))
-        if draw == "search":
-            raise UserError("data.draw=search: that noise chooses candidates and cannot judge them; use report")
-        self._load_weights()
-        self._prepare_data(draw)
-        self._prepare_metrics()
-        # the setting is for validations inside a fit; a measurement takes everything
-        self.trainer.limit_val_batches = 1.0
         method = build(self.run.config.method, "method")
+        self._prepare_measurement()
         metrics = method.run(self.trainer, self.module, self.datamodule)
         if self.trainer.is_global_zero:
             num_samples = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
-            self._finish(self._report(metrics, draw, num_samples))
+            self._finish(self._report(metrics, str(self.datamodule.draw), num_samples))
 
     def dry_run(self) -> None:
         """Three steps, and what the whole run will cost."""
@@ -82,10 +75,7 @@ class Session:
             self._prepare_data("select")
             self.trainer.fit(self.module, datamodule=self.datamodule)
         else:
-            self._load_weights()
-            self._prepare_data("report")
-            self._prepare_metrics()
-            self.trainer.limit_val_batches = 1.0
+            self._prepare_measurement()
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         if self.timer.estimate is None:
             raise UserError("the run is too short to be estimated: it has fewer than five steps")
@@ -125,10 +115,9 @@ class Session:
     def _build_loggers(self) -> list[Any]:
         loggers = []
         for name, node in (self.run.config.logger or {}).items():
-            wants_id = node and "id" in node and node.id is None
-            loggers += (
-                [build(node, f"logger.{name}", **({"id": self._tracking_id()} if wants_id else {}))] if node else []
-            )
+            if node:
+                extra = {"id": self._tracking_id()} if "id" in node and node.id is None else {}
+                loggers.append(build(node, f"logger.{name}", **extra))
         for logger in loggers:
             logger.log_hyperparams(self.run.recorded)
         return loggers
@@ -141,6 +130,17 @@ class Session:
                 return ""
             io.atomic_write_json(file, {"kind": "tracking", "version": 1, "id": uuid.uuid4().hex[:10]})
         return str(io.read_json(file)["id"])
+
+    def _prepare_measurement(self) -> None:
+        """Weights, evaluation noise and the real side of the metrics."""
+        draw = str(getattr(self.datamodule, "draw", "report"))
+        if draw == "search":
+            raise UserError("data.draw=search: that noise chooses candidates and cannot judge them; use report")
+        self._load_weights()
+        self._prepare_data(draw)
+        self._prepare_metrics()
+        # the setting is for validations inside a fit; a measurement takes everything
+        self.trainer.limit_val_batches = 1.0
 
     def _prepare_data(self, draw: str) -> None:
         if hasattr(self.module, "check_data"):
