@@ -1,6 +1,6 @@
 """A ranking predictor: an ensemble of small sequence encoders trained on the order of what was measured.
 
-Trained full-batch on the CPU, in about a second for 500 candidates; on one machine a function of data and seed.
+Trained on the CPU, in about a second for any number of candidates; on one machine a function of data and seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,8 @@ class RankingPredictor:
         members: size of the ensemble; their spread is the uncertainty.
         margin: of the hinge loss.
         min_difference_quantile: pairs closer than this quantile of all differences are left out.
-        steps: gradient steps of each member, all candidates at once.
+        steps: gradient steps of each member.
+        batch_size: candidates of one step at most, all pairs among them; drawn anew for each step where there are more.
         lr: learning rate of Adam at the first step; falls to 0 along a half cosine.
         weight_decay: of AdamW.
         subset: share of the candidates that a member sees, its own draw for each.
@@ -37,13 +38,14 @@ class RankingPredictor:
     members: int = 3
     margin: float = 1.0
     min_difference_quantile: float = 0.05
-    steps: int = 60
-    lr: float = 1e-2
+    steps: int = 120
+    batch_size: int = 256
+    lr: float = 2e-2
     weight_decay: float = 1e-4
     subset: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden", "head_width", "members", "steps"):
+        for name in ("width", "hidden", "head_width", "members", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"predictor.{name} = {getattr(self, name)!r} must be 1 or more")
         if self.encoder not in ("lstm", "transformer"):
@@ -67,11 +69,7 @@ class RankingPredictor:
         Raises:
             ValueError: fewer than two different targets, a NaN, or candidates of different or no features.
         """
-        values = torch.tensor(targets, dtype=torch.float64)
-        if len(values) != len(candidates):
-            raise ValueError(f"{len(candidates)} candidates have {len(values)} targets")
-        if torch.isnan(values).any() or len(torch.unique(values)) < 2:
-            raise ValueError("a ranking predictor needs two different targets or more, and no NaN")
+        values = checked_targets(candidates, targets)
         features, mask = pad(candidates)
         with single_thread():
             members = [self._fit_member(features, mask, values, seed, number) for number in range(self.members)]
@@ -82,11 +80,12 @@ class RankingPredictor:
             torch.manual_seed(seed * 1000 + number)
             network = SequenceRanker(features.shape[2], self.encoder, self.width, self.hidden, self.head_width)
             rows = torch.randperm(len(targets))[: max(2, round(self.subset * len(targets)))]
+            batches = [torch.randperm(len(rows))[: self.batch_size] for _ in range(self.steps)]
         network.embedding.set_statistics(features, mask)
         chosen = targets[rows]
-        signs = pairwise_signs(chosen, difference_quantile(chosen, self.min_difference_quantile))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        train(network, features[rows], mask[rows], signs.float(), optimizer, self.steps, self.margin)
+        signs = pairwise_signs(chosen, difference_quantile(chosen, self.min_difference_quantile)).float()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        train(network, features[rows], mask[rows], signs, optimizer, batches, self.margin)
         return network.eval()
 
 
@@ -128,18 +127,32 @@ def train(
     mask: Tensor,
     signs: Tensor,
     optimizer: torch.optim.Optimizer,
-    steps: int,
+    batches: Sequence[Tensor],
     margin: float,
 ) -> None:
-    """`steps` full-batch steps on the pairwise hinge loss, the learning rate falling to 0 along a half cosine."""
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    """A step on the pairwise hinge loss for each batch of rows, the learning rate falling to 0 along a half cosine."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     network.train()
-    for _ in range(steps):
-        loss = pairwise_hinge(network(features, mask), signs, margin)
+    for rows in batches:
+        loss = pairwise_hinge(network(features[rows], mask[rows]), signs[rows][:, rows], margin)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
+
+
+def checked_targets(candidates: Sequence[Tensor], targets: Sequence[float]) -> Tensor:
+    """The targets as float64 [n].
+
+    Raises:
+        ValueError: another number than there are candidates, fewer than two different ones, or a NaN.
+    """
+    values = torch.tensor(targets, dtype=torch.float64)
+    if len(values) != len(candidates):
+        raise ValueError(f"{len(candidates)} candidates have {len(values)} targets")
+    if torch.isnan(values).any() or len(torch.unique(values)) < 2:
+        raise ValueError("a ranking predictor needs two different targets or more, and no NaN")
+    return values
 
 
 def pad(candidates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

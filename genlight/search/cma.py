@@ -1,5 +1,6 @@
 """CMA-ES over spaces that can be walked as a box of real numbers, by the `cmaes` package."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ from cmaes import CMA
 
 from genlight.errors import UserError
 from genlight.search.protocols import Candidate, Vector, VectorView
-from genlight.search.records import History, Problem, Proposal
+from genlight.search.records import History, Problem, Proposal, Record
 
 CMA_ES = "cma_es"
 # CMA-ES looks at ranks only: a failed candidate is one that is worse than all others
@@ -48,33 +49,57 @@ class CMAES:
         Raises:
             UserError: the space has no view as a vector.
         """
+        before = [record for record in history if record.source != CMA_ES]
+        best = History(before).best(1)
+        return self.walk(problem, history, before, best[0].candidate if best else None, CMA_ES)
+
+    def walk(
+        self,
+        problem: Problem[Candidate],
+        history: History[Candidate],
+        before: Sequence[Record[Candidate]],
+        start: Candidate | None,
+        source: str,
+        *purpose: int,
+    ) -> list[Proposal[Candidate]]:
+        """The new candidates of the next generation that has any, on the walk that began at `start`.
+
+        Args:
+            before: the records of `history` that this walk did not propose.
+            start: None: the middle of a bounded box, else a random candidate.
+            source: of the proposals; names the walk.
+            purpose: tells the random numbers of several walks apart.
+
+        Raises:
+            UserError: the space has no view as a vector.
+        """
         if not isinstance(problem.space, VectorView):
             name = type(problem.space).__name__
             raise UserError(f"CMAES needs a space with a VectorView, which {name} does not offer")
         scores = {record.key: _WORST if record.score is None else record.score for record in history}
-        walk = self._cache.get("walk")
-        if walk is None or not walk.is_prefix_of(problem, scores):
-            before = History([record for record in history if record.source != CMA_ES])
-            walk = _Walk(problem, self._begin(problem, before), self.population_size, before.keys())
-            self._cache["walk"] = walk
+        walk = self._cache.get(source)
+        if walk is None or not walk.is_prefix_of(problem, start, scores):
+            known = {record.key for record in before}
+            box = self._box(problem, start)
+            walk = _Walk(problem, start, box, self.population_size, known, (_PURPOSE, *purpose))
+            self._cache[source] = walk
         while walk.idle < _IDLE_GENERATIONS:
             walk.draw()
             new = walk.unknown(scores)
             if new:
-                return [Proposal(candidate, problem.fidelity, CMA_ES) for candidate in new]
+                return [Proposal(candidate, problem.fidelity, source) for candidate in new]
             walk.tell(scores)
         return []
 
-    def _begin(self, problem: Problem[Any], before: History[Any]) -> "_Box":
+    def _box(self, problem: Problem[Any], begin: Any) -> "_Box":
         space: Any = problem.space
         bounds = np.asarray(space.vector_bounds, dtype=np.float64)
         if bounds.ndim != 2 or bounds.shape[1] != 2 or not np.all(bounds[:, 0] < bounds[:, 1]):
             raise ValueError(f"vector_bounds of {type(space).__name__} must be [n, 2] with lower < upper, got {bounds}")
         if len(bounds) < 2:
             raise UserError(f"CMAES needs 2 or more coordinates; {type(space).__name__} has {len(bounds)}")
-        best = before.best(1)
-        if best:
-            start = space.to_vector(best[0].candidate)
+        if begin is not None:
+            start = space.to_vector(begin)
         elif np.all(np.isfinite(bounds)):
             start = bounds.mean(axis=1)
         else:
@@ -105,18 +130,29 @@ class _Walk:
         idle: generations told in a row that held no candidate it had not met before.
     """
 
-    def __init__(self, problem: Problem[Any], box: _Box, population_size: int | None, known: set[str]) -> None:
+    def __init__(
+        self,
+        problem: Problem[Any],
+        start: Any,
+        box: _Box,
+        population_size: int | None,
+        known: set[str],
+        purpose: tuple[int, ...],
+    ) -> None:
         self.idle = 0
         self._met = known
         self._problem = problem
+        self._start = start
+        self._purpose = purpose
         self._box = box
         self._optimizer = box.optimizer(population_size)
         self._draws = 0
         self._drawn: list[tuple[Vector, Any, str | None]] = []
         self._told: dict[str, float] = {}
 
-    def is_prefix_of(self, problem: Problem[Any], scores: dict[str, float]) -> bool:
-        return problem == self._problem and self._told.items() <= scores.items() and self._new_told_first(scores)
+    def is_prefix_of(self, problem: Problem[Any], start: Any, scores: dict[str, float]) -> bool:
+        same = problem == self._problem and start == self._start
+        return same and self._told.items() <= scores.items() and self._new_told_first(scores)
 
     def _new_told_first(self, scores: dict[str, float]) -> bool:
         """What is new in `scores` was drawn and not yet told."""
@@ -127,7 +163,7 @@ class _Walk:
         """Draw a generation, its n-th member ever from a generator of its own. One that waits to be told is kept."""
         space = self._problem.space
         while len(self._drawn) < self._optimizer.population_size:
-            rng = self._problem.rng(self._draws, _PURPOSE)
+            rng = self._problem.rng(self._draws, *self._purpose)
             self._optimizer.reseed_rng(int(rng.integers(2**32)))
             self._draws += 1
             for _ in range(_LIMIT_TRIES):

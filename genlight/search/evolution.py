@@ -1,6 +1,6 @@
 """Evolution with tournament selection and elitism: parents are the best ever measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,9 +61,9 @@ class Evolution:
         problem: Problem[Candidate],
         history: History[Candidate],
         count: int,
-        before: list[Proposal[Candidate]] | None = None,
+        before: Mapping[str, Proposal[Candidate]] | None = None,
     ) -> list[Proposal[Candidate]]:
-        """`count` children of the best in `history`, after the proposals in `before`."""
+        """`count` children of the best in `history`, after the proposals in `before`, which are given by key."""
         # Sorted from best to worst: a smaller position wins the tournament
         parents = [record.candidate for record in history.best(self.population)]
         if not parents:

@@ -1,6 +1,6 @@
 """Filling a generation with new candidates, each from its own generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,16 +18,16 @@ def propose(
     history: History[Candidate],
     count: int,
     make: Callable[[np.random.Generator, int], Made[Candidate]],
-    before: list[Proposal[Candidate]] | None = None,
+    before: Mapping[str, Proposal[Candidate]] | None = None,
 ) -> list[Proposal[Candidate]]:
     """`count` new candidates within the cost limits, made by `make(rng, index)`, after those of `before`.
 
     A made candidate that is not new, or costs too much, is made again from the same generator. Where that keeps
     failing, a random candidate takes its place; where that fails too, the space is taken to be exhausted and the
-    generation ends there.
+    generation ends there. `before` holds what the generation begins with, by key.
     """
-    proposals = list(before or [])
-    taken = history.keys() | {problem.space.key(proposal.candidate) for proposal in proposals}
+    proposals = dict(before or {})
+    taken = history.keys() | proposals.keys()
     for _ in range(count):
         index = history.next_index + len(proposals)
         rng = problem.rng(index)
@@ -36,17 +36,19 @@ def propose(
             found = new_candidate(problem, taken, RANDOM_TRIES, lambda: (problem.space.sample(rng), RANDOM))  # noqa: B023
         if found is None:
             break
-        taken.add(problem.space.key(found[0]))
-        proposals.append(Proposal(found[0], problem.fidelity, found[1]))
-    return proposals
+        key, candidate, source = found
+        taken.add(key)
+        proposals[key] = Proposal(candidate, problem.fidelity, source)
+    return list(proposals.values())
 
 
 def new_candidate(
     problem: Problem[Candidate], taken: set[str], tries: int, make: Callable[[], Made[Candidate]]
-) -> Made[Candidate] | None:
-    """The first of `tries` made candidates that is not taken and keeps the cost limits."""
+) -> tuple[str, Candidate, str] | None:
+    """Key, candidate and source of the first of `tries` that is not taken and keeps the cost limits."""
     for _ in range(tries):
         candidate, source = make()
-        if problem.space.key(candidate) not in taken and problem.within_limits(problem.space.cost(candidate)):
-            return candidate, source
+        key = problem.space.key(candidate)
+        if key not in taken and problem.within_limits(problem.space.cost(candidate)):
+            return key, candidate, source
     return None

@@ -7,14 +7,17 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
+from search.local_space import LocalSpace
 from search.toy_search import (
     FINGERPRINT,
     Counting,
@@ -39,8 +42,10 @@ from genlight.search.evaluation import one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.guided import PredictorGuided
 from genlight.search.halving import SuccessiveHalving
+from genlight.search.polish import Polish
 from genlight.search.random_search import RandomSearch
 from genlight.search.records import Problem
+from genlight.search.screening import Screening
 from genlight.search.stages import Stage, Stages
 
 EVOLUTION = Evolution(population=6, children=5, anneal_evaluations=20)
@@ -49,18 +54,24 @@ STRATEGIES: dict[str, Any] = {
     "random": RandomSearch(7),
     "evolution": EVOLUTION,
     "cma": CMAES(population_size=5),
-    "guided": PredictorGuided(EVOLUTION, TINY, stage_size=6, min_measured=8, generations=2, children=10),
+    "guided": PredictorGuided(EVOLUTION, TINY, stage_size=6, min_measured=8, generations=2, children_per_place=3),
+    "gaussian": PredictorGuided(EVOLUTION, stage_size=6, min_measured=8),
     "halving": SuccessiveHalving(EVOLUTION, (1, 4, 16), (0.5, 0.25)),
     "stages": Stages(
         (Stage(RandomSearch(4), 9), Stage(EVOLUTION, 9, ScheduleSpace()), Stage(CMAES(population_size=4)))
     ),
+    "screening": Screening(
+        tuple(ScheduleSpace().sample(np.random.default_rng(n)) for n in range(10)), EVOLUTION, fidelity=2, promoted=4
+    ),
+    "polish": Stages((Stage(EVOLUTION, 14), Stage(Polish(2, 13, CMAES(0.1, 5))))),
 }
 INITIAL = (Schedule((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0,) * 6), Schedule((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (1,) * 6))
 
 
 def search(folder: Path, name: str, evaluations: int, function: Any = schedule_error, **options: Any) -> Any:
-    strategy = CMAES(population_size=5) if name == "cma" else STRATEGIES[name]  # without a cache, as in a new process
-    return run_search(folder, strategy, ScheduleSpace(), function, evaluations, initial=INITIAL, **options)
+    strategy = deepcopy(STRATEGIES[name])  # with no cache of another search, as in a new process
+    options = {"fidelity": 4 if name == "screening" else 1, **options}
+    return run_search(folder, strategy, LocalSpace(), function, evaluations, initial=INITIAL, **options)
 
 
 def history(folder: Path) -> bytes:
@@ -115,16 +126,17 @@ def test_asking_is_a_pure_function_of_the_history(name: str, tmp_path: Path) -> 
 
 
 def test_the_cache_of_cma_es_is_only_a_cache(reference: Any, tmp_path: Path) -> None:
+    strategy = CMAES(population_size=5)
     for seed in (1, 0, 0):
         folder = tmp_path / str(seed)
         for evaluations in (3, 11, 40):
-            run_search(
-                folder, STRATEGIES["cma"], ScheduleSpace(), schedule_error, evaluations, seed=seed, initial=INITIAL
-            )
+            run_search(folder, strategy, LocalSpace(), schedule_error, evaluations, seed=seed, initial=INITIAL)
     assert history(tmp_path / "0") == reference("cma", 40)
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("evolution", 10), ("guided", 10), ("halving", 9), ("stages", 10)])
+@pytest.mark.parametrize(
+    ("name", "evaluations"), [("evolution", 10), ("guided", 10), ("halving", 9), ("stages", 10), ("screening", 15)]
+)
 def test_dying_at_every_write_changes_nothing(
     name: str, evaluations: int, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +206,7 @@ def test_a_dozen_sigkills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3, 7])
-@pytest.mark.parametrize("name", ["evolution", "guided", "halving"])
+@pytest.mark.parametrize("name", ["evolution", "guided", "halving", "screening", "polish"])
 def test_any_number_of_workers_gives_the_same_archive(name: str, workers: int, reference: Any, tmp_path: Path) -> None:
     alone = one_by_one(Counting(schedule_error))
     with ThreadPoolExecutor(workers) as pool:
@@ -209,7 +221,7 @@ def test_any_number_of_workers_gives_the_same_archive(name: str, workers: int, r
 def test_two_processes_that_share_the_work_give_the_same_archive(reference: Any, tmp_path: Path) -> None:
     """As ranks do it: both open the archive, run the same search and evaluate their shares; the first one writes."""
     ends = Pipe()
-    problem: Problem[Schedule] = Problem(ScheduleSpace())
+    problem: Problem[Schedule] = Problem(LocalSpace())
     strategy = STRATEGIES["guided"]
     archives = [
         open_archive(tmp_path, problem, strategy, INITIAL, fingerprint=FINGERPRINT, writable=rank == 0)
