@@ -20,15 +20,8 @@ from torch.nn.functional import softplus
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
-from genlight.diffusion.solver.fitting import (
-    Adam,
-    LevenbergMarquardt,
-    Progress,
-    TuningRecord,
-    detached,
-    fit,
-    weight_units,
-)
+from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt, Progress, TuningRecord, fit
+from genlight.diffusion.solver.jacobian import detached, weight_units
 from genlight.diffusion.solver.levels import PURE_NOISE_HALF_LOG_SNR, levels_of
 from genlight.diffusion.solver.teacher import TuningProblem
 
@@ -41,6 +34,7 @@ def finetune(
     *,
     weights: bool = True,
     times: bool = True,
+    first_time: bool = False,
     progress: Progress | None = None,
 ) -> tuple[SolverTable, TuningRecord]:
     """A table nearer to the teacher than `start`, and how it was found. The same call gives the same table.
@@ -52,12 +46,14 @@ def finetune(
         weights, times: what is tuned. Mean weights of an analytical first step, the first and the last time of a
             schedule, the first of a table and times that coincide with a neighbour or with the end of the noise
             schedule stay as they are.
+        first_time: let the first time of a schedule move too, on variance-preserving noise schedules, where noise is
+            a state at every time; elsewhere it stays.
 
     Raises ValueError if the start has no finite RMS, or if nothing is left to tune.
     """
     if times and problem.integer_timesteps:
         raise ValueError("times: a network with integer timesteps has no gradients in time; tune the weights only")
-    space = _TableSpace(start, problem.prediction.schedule, weights, times)
+    space = _TableSpace(start, problem.prediction.schedule, weights, times, first_time)
     raw, record = fit(problem, space.table, space.start, method, progress)
     return detached(space.table(raw)), record
 
@@ -81,17 +77,20 @@ class MonotoneTimes:
         free = self.open.nonzero().flatten()[:-1]
         self.free, self.fixed, self.start = free, raw, raw[free]
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        """λ [n + 1]."""
+    def __call__(self, raw: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """λ [n + 1]; `shift` moves λ_0, and the others in proportion."""
         gaps = softplus(self.fixed.index_put((self.free,), raw)) * self.open
         rising = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-        return self.first + self.length * (rising / rising[-1])
+        return self.first + shift + (self.length - shift) * (rising / rising[-1])
 
 
 def schedule_times(
     schedule: SolverSchedule, noise_schedule: NoiseSchedule
-) -> tuple[MonotoneTimes, Callable[[Tensor], Tensor]]:
-    """The inner times of a schedule as free numbers, and the map from those to `times` of `compile_schedule`."""
+) -> tuple[MonotoneTimes, Callable[..., Tensor]]:
+    """The inner times of a schedule as free numbers, and the map from those to `times` of `compile_schedule`.
+
+    The map also takes by how much λ_0 is moved, where that is finite.
+    """
     levels = levels_of(schedule, noise_schedule)
     end = float(levels[-1].half_log_snr)
     inner = [float(level.half_log_snr) for level in levels[1:-1]]
@@ -101,20 +100,27 @@ def schedule_times(
     monotone = MonotoneTimes(torch.tensor(values, dtype=torch.float64))
     ends = [0.0 if time is None else time for time in (schedule.times[0], schedule.times[-1])]
 
-    def times(raw: Tensor) -> Tensor:
-        inner = monotone(raw)[1:-1]
+    def times(raw: Tensor, shift: Tensor | None = None) -> Tensor:
+        moved = monotone(raw, 0.0 if shift is None else shift)[:-1]
         if schedule.time_domain == "time":
-            inner = noise_schedule.t_of_half_log_snr(inner)
-        return torch.cat([inner.new_tensor(ends[:1]), inner, inner.new_tensor(ends[1:])])
+            moved = noise_schedule.t_of_half_log_snr(moved)
+        first = moved.new_tensor(ends[:1]) if shift is None else moved[:1]
+        return torch.cat([first, moved[1:], moved.new_tensor(ends[1:])])
 
     return monotone, times
 
 
 class _TableSpace:
-    """Tables as a function of one vector of parameters: differences of weights, then numbers of the inner times."""
+    """Tables as a function of one vector of parameters: differences of weights, numbers of the inner times, the shift
+    of λ_0."""
 
     def __init__(
-        self, start: SolverSchedule | SolverTable, noise_schedule: NoiseSchedule, weights: bool, times: bool
+        self,
+        start: SolverSchedule | SolverTable,
+        noise_schedule: NoiseSchedule,
+        weights: bool,
+        times: bool,
+        first_time: bool = False,
     ) -> None:
         self.origin, self.noise_schedule = start, noise_schedule
         self.base = start if isinstance(start, SolverTable) else compile_schedule(start, noise_schedule)
@@ -129,9 +135,13 @@ class _TableSpace:
         else:
             self.monotone, self.times = self._table_times()
         count = len(self.monotone.start) if times else 0
-        self.start = torch.cat([torch.zeros(int(mask.sum()), dtype=torch.float64), self.monotone.start[:count]])
+        movable = isinstance(start, SolverSchedule) and noise_schedule.family == "vp" and start.times[0] is not None
+        self.moves_first = first_time and times and at_noise and movable
+        self.lowest = noise_schedule.half_log_snr(noise_schedule.t_max) - self.monotone.first
+        zeros = [torch.zeros(number, dtype=torch.float64) for number in (int(mask.sum()), int(self.moves_first))]
+        self.start = torch.cat([zeros[0], self.monotone.start[:count], zeros[1]])
 
-    def _table_times(self) -> tuple[MonotoneTimes, Callable[[Tensor], Tensor]]:
+    def _table_times(self) -> tuple[MonotoneTimes, Callable[..., Tensor]]:
         values = self.noise_schedule.half_log_snr(self.base.times).clamp(min=PURE_NOISE_HALF_LOG_SNR)
         end = _highest(self.noise_schedule, values[-1].item())
         monotone = MonotoneTimes(torch.cat([values, values.new_tensor([end])]))
@@ -146,7 +156,8 @@ class _TableSpace:
         count = int(self.mask.sum())
         base = self.base
         if len(raw) > count:
-            times = self.times(raw[count:])
+            inner = raw[count : len(raw) - self.moves_first]
+            times = self.times(inner, raw[-1].clamp(min=self.lowest)) if self.moves_first else self.times(inner)
             if isinstance(self.origin, SolverSchedule):
                 base = compile_schedule(self.origin, self.noise_schedule, times=times)
             else:

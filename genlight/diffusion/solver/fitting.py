@@ -1,23 +1,23 @@
 """Fitting the parameters of a solver to a teacher's samples: the problem, two methods, and the record.
 
-What is fitted is any map from a vector of numbers to a `SolverTable` with gradients: free tables (`finetune`), times of
-a fixed solver (`learned_times`).
+What is fitted is any map from a vector of numbers to a `SolverTable`: free tables (`finetune`), times of a fixed solver
+(`learned_times`), times and factors of a schedule (`refine`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from genlight.diffusion.noise_schedules import NoiseSchedule
+from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable
-from genlight.diffusion.solver.sample import Model
-from genlight.diffusion.solver.teacher import ConditionalModel, TuningProblem
+from genlight.diffusion.solver.jacobian import normal_equations
+from genlight.diffusion.solver.teacher import ConditionalModel, NetworkSampling, Sampling, TeacherBank, TuningProblem
 
-_TRIES, _PATIENCE = 8, 3
+_TRIES, _PATIENCE, _SELECT_PATIENCE = 8, 3, 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class LevenbergMarquardt:
         iterations: steps at most.
         damping: the first factor μ of diag(JᵀJ); falls by 5 after a step that helps, rises by 4 after one that does
             not.
-        tolerance: stop after three steps in a row that lower the RMS by less than this share.
+        tolerance: stop after three steps in a row that lower the RMS by less than this share; or after five that do
+            not lower it on the selection bank.
         difference: size of the differences, in parameter units; None: 1e-5 in float64, 2e-3 in float32.
     """
 
@@ -110,17 +111,20 @@ def fit(
     """The parameters with the least RMS on the selection bank among those the method came by, and the record.
 
     Args:
-        make: the table of parameters [P], float64 on the CPU, differentiable. It may raise ValueError for parameters
-            that make no table; they count as infinitely bad.
+        make: the table of parameters [P], float64 on the CPU, differentiable for Adam. It may raise ValueError for
+            parameters that make no table; they count as infinitely bad.
         start: the first parameters.
 
-    Raises ValueError if there are no parameters, or the start has no finite RMS.
+    Raises ValueError if there are no parameters, the start has no finite RMS, or Adam is to descend through something
+    else than a network.
     """
     if len(start) == 0:
         raise ValueError("nothing is left to tune: no weights are free, and no inner time is")
     method = method if method is not None else LevenbergMarquardt()
     run = _Run(problem, make, start.detach().clone(), progress)
     if isinstance(method, Adam):
+        if not isinstance(run.problem.sampling, NetworkSampling):
+            raise ValueError("Adam needs gradients through a network; a whole pipeline is fitted by LevenbergMarquardt")
         _descend(run, method)
     else:
         _damped_gauss_newton(run, method)
@@ -134,9 +138,8 @@ class _Run:
         self, problem: TuningProblem, make: Callable[[Tensor], SolverTable], start: Tensor, progress: Progress | None
     ) -> None:
         self.rows, self.refused = 0, 0
-        self.problem = replace(
-            problem, model=self._counting(problem.model), train=problem.train.usable(), select=problem.select.usable()
-        )
+        train, select = problem.train.usable(), problem.select.usable()
+        self.problem = replace(problem, sampling=self._counting(problem.sampling), train=train, select=select)
         self.make, self.start, self.progress = make, start, progress
         self.best, self.best_step, self.steps = start, 0, list[TuningStep]()
         train_rms = self.rms(start)
@@ -144,12 +147,19 @@ class _Run:
         if not math.isfinite(train_rms + self.steps[0].select_rms):
             raise ValueError("the table to start from gives results that are not finite")
 
-    def _counting(self, model: ConditionalModel) -> ConditionalModel:
+    def _counting(self, sampling: Sampling) -> Sampling:
+        if not isinstance(sampling, NetworkSampling):
+            return _CountedSampling(sampling, self._count)
+        model = sampling.model
+
         def counted(x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-            self.rows += len(x)
+            self._count(len(x))
             return model(x, timestep, **conditions)
 
-        return counted
+        return replace(sampling, model=counted)
+
+    def _count(self, rows: int) -> None:
+        self.rows += rows
 
     @torch.no_grad()
     def table(self, raw: Tensor) -> SolverTable | None:
@@ -179,6 +189,22 @@ class _Run:
         return TuningRecord(method, tuple(self.steps), self.best_step, self.rows, self.refused)
 
 
+@dataclass(frozen=True, eq=False)
+class _CountedSampling:
+    """Sampling by a whole pipeline that says how many rows went through its network."""
+
+    sampling: Sampling
+    count: Callable[[int], None]
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.sampling.prediction
+
+    def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
+        self.count(sum(table.nfe for table in tables) * len(bank))
+        return self.sampling(tables, bank)
+
+
 def _damped_gauss_newton(run: _Run, method: LevenbergMarquardt) -> None:
     """Marquardt 1963: (JᵀJ + μ diag JᵀJ) δ = -Jᵀr; the scaling makes units of the parameters irrelevant."""
     raw, damping, idle = run.start, method.damping, 0
@@ -199,78 +225,8 @@ def _damped_gauss_newton(run: _Run, method: LevenbergMarquardt) -> None:
         idle = idle + 1 if found > rms * (1 - method.tolerance) else 0
         raw, rms, damping = proposal, found, damping / 5
         run.look(step, raw, rms)
-        if idle == _PATIENCE:
+        if idle == _PATIENCE or step - run.best_step >= _SELECT_PATIENCE:
             return
-
-
-def normal_equations(
-    problem: TuningProblem, make: Callable[[Tensor], SolverTable], raw: Tensor, difference: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """(JᵀJ, Jᵀr) [P, P] and [P] of the training residuals r over √(number of elements), so that rᵀr is the squared RMS.
-
-    J is by central differences in the entries of the table, row by row: tables that differ in row i only share the
-    evaluations before i. The way from parameters to entries is differentiated exactly.
-    """
-    table = detached(make(raw))
-    chain = torch.autograd.functional.jacobian(lambda values: _entries(make(values)), raw)
-    used = chain.any(1).nonzero().flatten()
-    wide = problem.train.noise.dtype == torch.float64
-    steps = _neighbours(table, problem.prediction.schedule, used, difference or (1e-5 if wide else 2e-3))
-    most = max(len(pairs) for pairs in steps)
-    size = table.nfe + 1
-    curvature, slope = torch.zeros(len(used), len(used), dtype=torch.float64), torch.zeros(len(used)).double()
-    with torch.no_grad():
-        for part in problem.train.chunks(max(1, problem.batch_rows // (2 * most))):
-            residual = (problem.sample(part, table) - part.target).double().flatten()
-            columns = residual.new_zeros(len(used), len(residual))
-            for pairs in steps[:size]:
-                if pairs:
-                    ups, downs = [up for _, up, _, _ in pairs], [down for _, _, down, _ in pairs]
-                    both = problem.sample_many(part, [*ups, *downs]).double().flatten(1)
-                    widths = both.new_tensor([width for *_, width in pairs])[:, None]
-                    columns[[index for index, *_ in pairs]] = (both[: len(ups)] - both[len(ups) :]) / widths
-            curvature += (columns @ columns.T).cpu()
-            slope += (columns @ residual).cpu()
-    chain, count = chain[used], problem.train.target.numel()
-    return chain.T @ curvature @ chain / count, chain.T @ slope / count
-
-
-def _entries(table: SolverTable) -> Tensor:
-    """Everything in a table that may be tuned: weights row by row, then times."""
-    rows, columns = torch.tril_indices(table.nfe + 1, table.nfe + 1)
-    return torch.cat([table.weights[rows, columns], table.times])
-
-
-def _neighbours(
-    table: SolverTable, noise_schedule: NoiseSchedule, used: Tensor, difference: float
-) -> list[list[tuple[int, SolverTable, SolverTable, float]]]:
-    """For each row of the table: (position in `used`, table above, table below, distance) of its entries."""
-    size = table.nfe + 1
-    rows, columns = torch.tril_indices(size, size)
-    # the root, so that differences stay above float32's rounding where the noise is small
-    units = weight_units(table, noise_schedule)
-    units[:, 1:] = units[:, 1:].sqrt()
-    units[:, 0] = units[:, 1] / table.initial_scale
-    low, high = noise_schedule.half_log_snr(noise_schedule.t_max), noise_schedule.half_log_snr(noise_schedule.t_min)
-    result: list[list[tuple[int, SolverTable, SolverTable, float]]] = [[] for _ in range(size)]
-    for position, entry in enumerate(used.tolist()):
-        if entry < len(rows):
-            row, column = int(rows[entry]), int(columns[entry])
-            moved = torch.zeros_like(table.weights)
-            moved[row, column] = difference * units[row, column]
-            up, down = replace(table, weights=table.weights + moved), replace(table, weights=table.weights - moved)
-            width = (up.weights - down.weights)[row, column].item()
-        else:
-            row = entry - len(rows)
-            half_log_snr = noise_schedule.half_log_snr(table.times[row].item())
-            ends = [min(max(half_log_snr + d, low), high) for d in (difference, -difference)]
-            times = [table.times.clone(), table.times.clone()]
-            for values, end in zip(times, ends):
-                values[row] = noise_schedule.t_of_half_log_snr(end)
-            up, down = (replace(table, times=values) for values in times)
-            width = (times[0] - times[1])[row].item()
-        result[row].append((position, up, down, width))
-    return result
 
 
 def _descend(run: _Run, method: Adam) -> None:
@@ -305,19 +261,22 @@ def gradient_of(
     checkpointing: bool = True,
 ) -> Tensor:
     """The gradient [P] of the squared RMS on some rows of the training bank, by reverse mode, in chunks."""
+    sampling = problem.sampling
+    if checkpointing and isinstance(sampling, NetworkSampling):
+        sampling = replace(sampling, model=_checkpointed(sampling.model))
     bank = problem.train if rows is None else problem.train.rows(rows.to(problem.train.noise.device))
     with torch.enable_grad():
         values = raw.detach().clone().requires_grad_()
         total = torch.zeros_like(values)
         for part in bank.chunks(problem.batch_rows):
-            found = problem.sample(part, make(values), _checkpointed if checkpointing else lambda model: model)
+            found = sampling([make(values)], part)[0]
             loss = (found - part.target).double().square().sum() / bank.target.numel()
             total += torch.autograd.grad(loss, values)[0]
     return total
 
 
-def _checkpointed(model: Model) -> Model:
-    return lambda x, timestep: checkpoint(model, x, timestep, use_reentrant=False)
+def _checkpointed(model: ConditionalModel) -> ConditionalModel:
+    return lambda x, timestep, **conditions: checkpoint(model, x, timestep, use_reentrant=False, **conditions)
 
 
 def _batches(count: int, method: Adam) -> Iterator[Tensor]:
@@ -328,25 +287,6 @@ def _batches(count: int, method: Adam) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=generator) if size < count else torch.arange(count)
         for start in range(0, count - size + 1, size):
             yield order[start : start + size]
-
-
-def weight_units(table: SolverTable, noise_schedule: NoiseSchedule) -> Tensor:
-    """What counts as one unit of each weight [E + 1, E + 1]: the noise level σ of its row, that of the last evaluation
-    for the result, shared out by the size of what it weighs."""
-    sigma = noise_schedule.sigma(table.times.detach())
-    rows = torch.cat([sigma, sigma[-1:]])[:, None].expand(-1, len(sigma) + 1).clone()
-    rows[:, 0] /= table.initial_scale
-    return rows
-
-
-def detached(table: SolverTable) -> SolverTable:
-    """The same numbers without gradients."""
-    return replace(
-        table,
-        weights=table.weights.detach().clone(),
-        mean_weights=table.mean_weights.detach().clone(),
-        times=table.times.detach().clone(),
-    )
 
 
 def _positive(**values: float) -> None:

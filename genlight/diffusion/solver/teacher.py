@@ -1,16 +1,18 @@
-"""The problem of fitting a solver: a model, noise, and what a teacher with many evaluations makes of it."""
+"""The problem of fitting a solver: what is sampled, noise, and what a teacher with many evaluations makes of it."""
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.solver.blocks import Blocks
 from genlight.diffusion.solver.compile import SolverTable
-from genlight.diffusion.solver.sample import Model, sample, sample_many
+from genlight.diffusion.solver.sample import Model, sample_many
 from genlight.errors import UserError
 from genlight.io import load_tensors, save_tensors
 
@@ -87,26 +89,34 @@ class TeacherBank:
 
         return bound
 
+    def to(self, device: torch.device | str) -> "TeacherBank":
+        """The bank on a device."""
+        conditions = {name: value.to(device) for name, value in self.conditions.items()}
+        return TeacherBank(self.noise.to(device), self.target.to(device), conditions, self.fingerprint)
+
     @classmethod
     def of(
         cls,
-        model: ConditionalModel,
+        sampling: "Sampling",
         noise: Tensor,
         teacher: SolverTable,
-        prediction: Prediction,
         *,
         conditions: Mapping[str, Tensor] | None = None,
         batch_rows: int = 1024,
-        integer_timesteps: bool = False,
     ) -> "TeacherBank":
-        """The bank of a teacher that is the same model with the many evaluations of `teacher`; see `sample`."""
+        """The bank of a teacher that is the same sampling with the many evaluations of `teacher`.
+
+        At most `batch_rows` noises [M, ...] are sampled at a time, fewer once memory has run out.
+        """
         empty = cls(noise, noise, conditions or {})
+        target = torch.empty_like(noise, dtype=torch.promote_types(noise.dtype, torch.float32))
+
+        def keep(_: slice, rows: slice, x: Tensor) -> None:
+            target[rows] = x[0]
+
         with torch.no_grad():
-            parts = [
-                sample(part.bind(model), part.noise, teacher, prediction, integer_timesteps=integer_timesteps)
-                for part in empty.chunks(batch_rows)
-            ]
-        return replace(empty, target=torch.cat(parts))
+            Blocks(batch_rows).run(1, len(empty), lambda _, rows: sampling([teacher], empty.rows(rows)), keep)
+        return replace(empty, target=target)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to one safetensors file; raises ValueError for a bank without a fingerprint."""
@@ -135,10 +145,47 @@ class TeacherBank:
                 f"{path} holds a teacher of other weights, noise, schedule or conditions (fingerprint {found[:12]}, "
                 f"needed {expected_fingerprint[:12]}): delete it to make it again"
             )
-        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-        noise, target = on_device.pop("noise"), on_device.pop("target")
-        conditions = {name.removeprefix(_CONDITION): value for name, value in on_device.items()}
-        return cls(noise, target, conditions, found)
+        noise, target = tensors.pop("noise"), tensors.pop("target")
+        conditions = {name.removeprefix(_CONDITION): value for name, value in tensors.items()}
+        return cls(noise, target, conditions, found).to(device)
+
+
+class Sampling(Protocol):
+    """Whatever makes samples of solver tables: a network in a loop, or a whole pipeline that is handed the table.
+
+    An attribute `integer_timesteps` that is true says that times between integers are errors.
+    """
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts, and the noise schedule that the tables are compiled on."""
+
+    def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
+        """Undecoded samples [S, M, ...] of S tables with one nfe and one basis, on the noise and conditions of a bank.
+
+        They depend on the noise and the tables alone: nothing is drawn.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkSampling:
+    """Sampling with a network; where the network has gradients, samples have those of tables and times.
+
+    Args:
+        model: model(x, timestep, **conditions of the bank), in evaluation mode and without randomness.
+        prediction: what it predicts.
+        mean, integer_timesteps: as in `sample`.
+    """
+
+    model: ConditionalModel
+    prediction: Prediction
+    mean: Tensor | None = None
+    integer_timesteps: bool = False
+
+    def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
+        """Samples [S, M, ...]; see `sample_many`."""
+        model, integers = bank.bind(self.model), self.integer_timesteps
+        return sample_many(model, bank.noise, tables, self.prediction, mean=self.mean, integer_timesteps=integers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,40 +193,57 @@ class TuningProblem:
     """What is fitted to what.
 
     Args:
-        model: model(x, timestep, **conditions of the bank), in evaluation mode and without randomness.
+        sampling: how tables become samples.
         train, select: disjoint noise, for fitting and for choosing what is kept. Reports need a third.
-        batch_rows: rows that go through the model at a time.
-        integer_timesteps, mean: as in `sample`.
+        batch_rows: rows that are sampled at a time, tables times noises; fewer once memory has run out.
     """
 
-    model: ConditionalModel
-    prediction: Prediction
+    sampling: Sampling
     train: TeacherBank
     select: TeacherBank
     batch_rows: int = 4096
-    integer_timesteps: bool = False
-    mean: Tensor | None = None
+    blocks: Blocks = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows = {self.batch_rows} must be positive")
+        object.__setattr__(self, "blocks", Blocks(self.batch_rows))
 
-    def sample(self, bank: TeacherBank, table: SolverTable, wrap: Callable[[Model], Model] = lambda m: m) -> Tensor:
-        """The result of one table for a bank, [M, ...]."""
-        model = wrap(bank.bind(self.model))
-        return sample(
-            model, bank.noise, table, self.prediction, mean=self.mean, integer_timesteps=self.integer_timesteps
-        )
+    @property
+    def prediction(self) -> Prediction:
+        """Of the sampling."""
+        return self.sampling.prediction
 
-    def sample_many(self, bank: TeacherBank, tables: list[SolverTable]) -> Tensor:
-        """The results of several tables, [S, M, ...]."""
-        model, integers = bank.bind(self.model), self.integer_timesteps
-        return sample_many(model, bank.noise, tables, self.prediction, mean=self.mean, integer_timesteps=integers)
+    @property
+    def integer_timesteps(self) -> bool:
+        """Whether times between integers are errors."""
+        return bool(getattr(self.sampling, "integer_timesteps", False))
+
+    def sample(self, bank: TeacherBank, table: SolverTable) -> Tensor:
+        """The result of one table for a bank at once, [M, ...], with gradients where the sampling has some."""
+        return self.sampling([table], bank)[0]
+
+    @torch.no_grad()
+    def sample_many(self, bank: TeacherBank, tables: Sequence[SolverTable]) -> Tensor:
+        """The results of several tables with one nfe and one basis, [S, M, ...], without gradients."""
+        result: list[Tensor] = []
+
+        def keep(here: slice, rows: slice, x: Tensor) -> None:
+            if not result:
+                result.append(x.new_empty((len(tables), *bank.noise.shape)))
+            result[0][here, rows] = x
+
+        self.blocks.run(len(tables), len(bank), lambda here, rows: self.sampling(tables[here], bank.rows(rows)), keep)
+        return result[0]
 
     @torch.no_grad()
     def rms(self, table: SolverTable, bank: TeacherBank) -> float:
         """The paired RMS distance to the teacher over all elements of a bank; inf where it is not finite."""
         total = 0.0
-        for part in bank.chunks(self.batch_rows):
-            total += (self.sample(part, table) - part.target).double().square().sum().item()
+
+        def add(_: slice, rows: slice, x: Tensor) -> None:
+            nonlocal total
+            total += (x[0] - bank.target[rows]).double().square().sum().item()
+
+        self.blocks.run(1, len(bank), lambda _, rows: self.sampling([table], bank.rows(rows)), add)
         return math.sqrt(total / bank.target.numel()) if math.isfinite(total) else math.inf

@@ -5,27 +5,30 @@ The teacher's samples are made once. A score depends on the schedule, the networ
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.solver.blocks import Blocks
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import named_schedule
-from genlight.diffusion.solver.sample import Model, sample_many
 from genlight.diffusion.solver.serialization import fingerprint, schedule_to_json
 from genlight.diffusion.solver.spacings import End
-from genlight.diffusion.solver.teacher import ConditionalModel, TeacherBank
+from genlight.diffusion.solver.teacher import ConditionalModel, NetworkSampling, Sampling, TeacherBank
 from genlight.search.protocols import Evaluation
 
 TEACHER_STEPS = 100
 MAX_ROWS = 1024
 # the size of a batch shows in the last bits of float32 networks; a score must not depend on it
 SCORE_DIGITS = 6
+# starts whose first evaluation is kept, and starts that are remembered: searched ones are new without end
+_KEPT_STARTS, _SEEN_STARTS = 4, 32
 
 
 def teacher_schedule(
@@ -51,67 +54,57 @@ def bank_fingerprint(
 
 
 def make_teacher_bank(
-    model: ConditionalModel,
-    prediction: Prediction,
+    sampling: Sampling,
     noise: Tensor,
     *,
     schedule: SolverSchedule | None = None,
     conditions: Mapping[str, Tensor] | None = None,
     model_fingerprint: str = "",
     max_rows: int = MAX_ROWS,
-    mean: Tensor | None = None,
-    integer_timesteps: bool = False,
 ) -> TeacherBank:
     """Sample the teacher, in smaller chunks where memory runs out; the bank has the fingerprint of `bank_fingerprint`.
 
     `schedule` is `teacher_schedule` of the noise schedule if None.
     """
+    prediction = sampling.prediction
     chosen = teacher_schedule(prediction.schedule) if schedule is None else schedule
-    runner = _Runner(model, prediction, max_rows, mean, integer_timesteps)
     table = compile_schedule(chosen, prediction.schedule)
-    empty = TeacherBank(noise, noise, conditions or {})
-    target = torch.empty_like(noise, dtype=torch.promote_types(noise.dtype, torch.float32))
+    bank = TeacherBank.of(sampling, noise, table, conditions=conditions, batch_rows=max_rows)
+    return replace(bank, fingerprint=bank_fingerprint(prediction, noise, chosen, conditions, model_fingerprint))
 
-    def keep(_: slice, rows: slice, x: Tensor) -> None:
-        target[rows] = x[0]
 
-    runner.run([table], empty, keep)
-    found = bank_fingerprint(prediction, noise, chosen, conditions, model_fingerprint)
-    return replace(empty, target=target, fingerprint=found)
+def rms_evaluation(mean_squared_error: float) -> Evaluation:
+    """The score of a candidate: the root, in as many digits as do not depend on how noises were batched."""
+    return Evaluation(_rounded(math.sqrt(mean_squared_error)))
 
 
 class TeacherObjective:
     """Scores a schedule, or a compiled table, by the RMS distance of its samples to the teacher's.
 
     Args:
-        model: model(x, timestep, **conditions of the bank); called without gradients.
-        prediction: what it predicts, and the noise schedule.
+        sampling: what samples, without gradients.
         bank: noise and target. `fidelity` of an evaluation is how many of its noises are used, from the first.
-        max_rows: rows of one forward pass at most; halved for good whenever memory runs out.
-        mean: mean image of analytical first steps.
-        integer_timesteps: the network looks its timesteps up.
+        max_rows: rows of one forward pass at most; fewer for good whenever memory runs out.
 
-    The first evaluation, which all schedules from one starting time share, is made once for the whole bank.
+    Where a network is sampled, the first evaluation of schedules with one starting time is made once for the whole
+    bank and kept for a while.
     """
 
-    def __init__(
-        self,
-        model: ConditionalModel,
-        prediction: Prediction,
-        bank: TeacherBank,
-        *,
-        max_rows: int = MAX_ROWS,
-        mean: Tensor | None = None,
-        integer_timesteps: bool = False,
-    ) -> None:
-        self.prediction, self.bank = prediction, bank
-        self._runner = _Runner(model, prediction, max_rows, mean, integer_timesteps)
-        self._first_outputs: dict[tuple[float, float], Tensor] = {}
+    def __init__(self, sampling: Sampling, bank: TeacherBank, *, max_rows: int = MAX_ROWS) -> None:
+        self.sampling, self.bank = sampling, bank
+        self._blocks = Blocks(max_rows)
+        self._first_outputs: OrderedDict[_Start, Tensor] = OrderedDict()
+        self._seen: deque[_Start | None] = deque(maxlen=_SEEN_STARTS)
+
+    @property
+    def prediction(self) -> Prediction:
+        """Of the sampling."""
+        return self.sampling.prediction
 
     @property
     def max_rows(self) -> int:
         """Rows of one forward pass at most, by now."""
-        return self._runner.max_rows
+        return self._blocks.max_rows
 
     def evaluate(self, candidate: SolverSchedule | SolverTable, fidelity: int) -> Evaluation:
         """The RMS distance over `fidelity` noises; NaN or infinite where the samples are."""
@@ -119,9 +112,9 @@ class TeacherObjective:
 
     def evaluate_many(self, candidates: Sequence[SolverSchedule | SolverTable], fidelity: int) -> list[Evaluation]:
         """One evaluation for each candidate, in shared forward passes."""
-        errors = self.errors(candidates, fidelity)
-        return [Evaluation(_rounded(math.sqrt(value))) for value in errors.mean(dim=1).tolist()]
+        return [rms_evaluation(value) for value in self.errors(candidates, fidelity).mean(dim=1).tolist()]
 
+    @torch.inference_mode()
     def errors(self, candidates: Sequence[SolverSchedule | SolverTable], fidelity: int | None = None) -> Tensor:
         """Mean squared error of each candidate on each noise, float64 [candidates, fidelity] on the CPU.
 
@@ -129,147 +122,113 @@ class TeacherObjective:
         """
         count = len(self.bank) if fidelity is None else fidelity
         if not 1 <= count <= len(self.bank):
-            raise ValueError(f"fidelity = {count}: the bank has {len(self.bank)} noises")
+            raise ValueError(f"fidelity = {count}: the bank has 1 to {len(self.bank)} noises")
         tables = [
             candidate if isinstance(candidate, SolverTable) else compile_schedule(candidate, self.prediction.schedule)
             for candidate in candidates
         ]
         result = torch.empty(len(tables), count, dtype=torch.float64)
-        # schedules are sampled together if they have as many evaluations, in one basis, from one start
-        groups: dict[tuple[int, str, tuple[float, float] | None], list[int]] = {}
-        for index, table in enumerate(tables):
-            groups.setdefault((table.nfe, table.basis, _common_start(table)), []).append(index)
-        for (_, _, start), members in groups.items():
-            self._measure([tables[index] for index in members], members, start, result)
+        groups: dict[tuple[object, ...], list[int]] = {}
+        starts = self._shared_starts(tables)
+        for index, (table, start) in enumerate(zip(tables, starts, strict=True)):
+            groups.setdefault((table.nfe, table.basis, start), []).append(index)
+        for members in groups.values():
+            self._measure([tables[index] for index in members], members, starts[members[0]], result)
         return result
 
-    def _measure(
-        self, tables: list[SolverTable], members: list[int], start: tuple[float, float] | None, result: Tensor
-    ) -> None:
+    def _shared_starts(self, tables: Sequence[SolverTable]) -> list["_Start | None"]:
+        """The start of each table whose first evaluation is worth keeping: others have it, now or before."""
+        if not isinstance(self.sampling, NetworkSampling):
+            return [None] * len(tables)
+        starts = [_start(table) for table in tables]
+        count = Counter([*set(self._seen), *starts])
+        self._seen.extend(dict.fromkeys(starts))
+        return [start if count[start] > 1 or start in self._first_outputs else None for start in starts]
+
+    def _measure(self, tables: list[SolverTable], members: list[int], start: "_Start | None", result: Tensor) -> None:
         bank = self.bank.rows(slice(0, result.shape[1]))
         first = None if start is None else self._first_output(start, tables[0], bank)
         where = torch.tensor(members)
+
+        def sample(here: slice, rows: slice) -> Tensor:
+            sampling = self.sampling
+            if first is not None and isinstance(sampling, NetworkSampling):
+                sampling = replace(sampling, model=_Remembering(sampling.model, first[rows]))
+            return sampling(tables[here], bank.rows(rows))
 
         def keep(here: slice, rows: slice, x: Tensor) -> None:
             squared = (x.double() - bank.target[rows].double()).square().flatten(2).mean(2)
             result[where[here], rows] = squared.cpu()
 
-        self._runner.run(tables, bank, keep, first)
+        self._blocks.run(len(tables), len(bank), sample, keep)
 
-    def _first_output(self, start: tuple[float, float], table: SolverTable, bank: TeacherBank) -> Tensor:
+    def _first_output(self, start: "_Start", table: SolverTable, bank: TeacherBank) -> Tensor:
         """What the network says at the start, for these first rows of the whole bank or for more."""
-        known = self._first_outputs.get(start)
+        known = self._first_outputs.pop(start, None)
         if known is None or len(known) < len(bank):
-            known = self._runner.first_output(table, bank)
-            self._first_outputs[start] = known
+            known = self._ask_first(table, bank)
+        self._first_outputs[start] = known
+        while len(self._first_outputs) > _KEPT_STARTS:
+            self._first_outputs.popitem(last=False)
         return known
 
-
-class _Runner:
-    """Samples tables in blocks of `max_rows` rows at most, in smaller ones once memory has run out."""
-
-    def __init__(
-        self,
-        model: ConditionalModel,
-        prediction: Prediction,
-        max_rows: int,
-        mean: Tensor | None,
-        integer_timesteps: bool,
-    ) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows = {max_rows} must be 1 or more")
-        self.model, self.prediction, self.max_rows = model, prediction, max_rows
-        self.mean, self.integer_timesteps = mean, integer_timesteps
-
-    def run(
-        self,
-        tables: Sequence[SolverTable],
-        bank: TeacherBank,
-        keep: Callable[[slice, slice, Tensor], None],
-        first: Tensor | None = None,
-    ) -> None:
-        """Call keep(tables, rows, x [tables, rows, ...]) for every block of tables and noises.
-
-        Args:
-            first: what the network says at the first evaluation of all tables, [n, ...]; None: ask it.
-        """
-        blocks = [(slice(0, len(tables)), slice(0, len(bank)))]
-        while blocks:
-            block = blocks.pop()
-            parts = _split(*block, self.max_rows)
-            if len(parts) > 1:
-                blocks.extend(reversed(parts))
-                continue
-            here, rows = block
-            chunk = bank.rows(rows)
-            model = _Remembering(chunk.bind(self.model), None if first is None else first[rows])
-            try:
-                x = self._sample(tables[here], chunk.noise, model)
-            except torch.OutOfMemoryError:
-                self.max_rows = (here.stop - here.start) * len(chunk) // 2
-                if self.max_rows < 1:
-                    self.max_rows = 1
-                    raise
-                blocks.append(block)
-                continue
-            keep(here, rows, x)
-
-    def first_output(self, table: SolverTable, bank: TeacherBank) -> Tensor:
-        """The network's first answer [n, ...] when a table is sampled."""
+    def _ask_first(self, table: SolverTable, bank: TeacherBank) -> Tensor:
+        """The network's first answer [M, ...] when a table is sampled."""
         # the table cut to one evaluation: sampling it asks the network once
         one = SolverTable(
             table.weights[:2, :2], table.mean_weights[:2], table.times[:1], table.basis, table.initial_scale
         )
-        heard: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        def listening(x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-            heard[:] = [self.model(x, timestep, **conditions)]
-            return heard[0]
+        def sample(_: slice, rows: slice) -> Tensor:
+            heard = _Listening(self.sampling.model)  # type: ignore[attr-defined]
+            replace(self.sampling, model=heard)([one], bank.rows(rows))  # type: ignore[type-var]
+            return heard.answer
 
-        runner = _Runner(listening, self.prediction, self.max_rows, self.mean, self.integer_timesteps)
-        runner.run([one], bank, lambda here, rows, x: outputs.append(heard[0]))
-        self.max_rows = runner.max_rows
+        self._blocks.run(1, len(bank), sample, lambda here, rows, answer: outputs.append(answer))
         return torch.cat(outputs)
 
-    def _sample(self, tables: Sequence[SolverTable], noise: Tensor, model: Model) -> Tensor:
-        with torch.inference_mode():
-            return sample_many(
-                model, noise, tables, self.prediction, mean=self.mean, integer_timesteps=self.integer_timesteps
-            )
+
+@dataclass(frozen=True)
+class _Start:
+    """A first evaluation that is made on the noise itself."""
+
+    time: float
+    scale: float
+
+
+def _start(table: SolverTable) -> _Start | None:
+    """None after an analytical first step."""
+    if float(table.weights[0, 0]) != 1.0 or float(table.mean_weights[0]) != 0.0:
+        return None
+    return _Start(float(table.times[0]), table.initial_scale)
 
 
 class _Remembering:
-    """The network bound to a chunk, with its first answer where that is known."""
+    """A network that knows its first answer."""
 
-    def __init__(self, model: Model, first: Tensor | None) -> None:
-        self.model, self.first = model, first
+    def __init__(self, model: ConditionalModel, first: Tensor) -> None:
+        self.model, self.first = model, [first]
 
-    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        if self.first is None:
-            return self.model(x, timestep)
+    def __call__(self, x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        if not self.first:
+            return self.model(x, timestep, **conditions)
         # one evaluation for all tables, or for each its own copy
-        answer, self.first = self.first, None
+        answer = self.first.pop()
         return answer.repeat(len(x) // len(answer), *[1] * (answer.ndim - 1))
 
 
-def _split(here: slice, rows: slice, limit: int) -> list[tuple[slice, slice]]:
-    """The block itself, or two parts of one that is larger than `limit`: first tables are parted, then noises."""
-    tables, count = here.stop - here.start, rows.stop - rows.start
-    if tables * count <= limit:
-        return [(here, rows)]
-    if tables > 1:
-        middle = here.start + max(1, limit // count)
-        return [(slice(here.start, middle), rows), (slice(middle, here.stop), rows)]
-    middle = rows.start + limit
-    return [(here, slice(rows.start, middle)), (here, slice(middle, rows.stop))]
+class _Listening:
+    """A network whose last answer is kept."""
 
+    answer: Tensor
 
-def _common_start(table: SolverTable) -> tuple[float, float] | None:
-    """Where the first evaluation is, if it is made on the noise itself; None after an analytical first step."""
-    if float(table.weights[0, 0]) != 1.0 or float(table.mean_weights[0]) != 0.0:
-        return None
-    return float(table.times[0]), table.initial_scale
+    def __init__(self, model: ConditionalModel) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        self.answer = self.model(x, timestep, **conditions)
+        return self.answer
 
 
 def _rounded(value: float) -> float:

@@ -1,6 +1,7 @@
 """How solver schedules are searched: the hand-made ones first, then times, then every decision (S³).
 
 Liu et al. 2024, arXiv 2312.07243: stages of evolution, each guided by a predictor fitted on all that was measured.
+Other strategies get a plan of the same kind (`PlainPlan`), so that they can be compared at equal evaluations.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,10 +12,11 @@ from genlight.diffusion.solver.compile import compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import PRESETS, named_schedule
 from genlight.diffusion.solver.spacings import SPACINGS, End
-from genlight.predictors.ranking import RankingPredictor
-from genlight.search.engine import Budget
+from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.search.evolution import Evolution
-from genlight.search.guided import PredictorGuided
+from genlight.search.guided import Predictor, PredictorGuided
+from genlight.search.plan import SearchPlan, measured_twice, with_screening, without_duplicates
+from genlight.search.polish import Polish
 from genlight.search.spaces.solver_schedule import SolverScheduleSpace, schedule_key
 from genlight.search.stages import Stage, Stages
 
@@ -71,23 +73,8 @@ def baselines(
 
 
 @dataclass(frozen=True)
-class SearchPlan:
-    """What `Search` needs beside the problem.
-
-    Attributes:
-        strategy: times first, then all genes.
-        initial: what is measured first, without duplicates.
-        budget: the initial candidates and the evaluations of the search.
-    """
-
-    strategy: Stages
-    initial: tuple[SolverSchedule, ...]
-    budget: Budget
-
-
-@dataclass(frozen=True)
 class S3Settings:
-    """How the evaluations of a search are spent.
+    """S³: how the evaluations of a search are spent.
 
     Attributes:
         times_share: share of the evaluations that goes to times alone.
@@ -96,36 +83,83 @@ class S3Settings:
             spread over many parents improves none of them.
         stage_size: evaluations between two fits of the predictor. None: 40 from 800 evaluations on, 1/20 of fewer, at
             least 10.
-        guided_fraction: share of a stage that the predictor chooses; 0: plain evolution.
-        time_sizes, sizes: size of the edits at the beginning and at the end of each half, relative to the gaps in λ;
-            from stage to stage it falls geometrically.
-        crossover_probability: share of children with two parents.
-        generations, children: bred on predicted scores in one stage. One generation screens children of measured
-            parents; more let the search drift to where the predictor knows nothing. Children None: 3 for each place.
-        predictor: settings of the predictor.
+        edit_sizes: size of the edits at the beginning and at the end of each half, relative to the gaps in λ; from
+            stage to stage it falls geometrically.
+        predictor, guided_fraction, children_per_place, kappa: see `PredictorGuided`; guided_fraction 0 is plain
+            evolution.
+        screening_fidelity, promoted: the initial candidates are measured on so many samples, and only the best so many
+            of them at the full fidelity. None, or no more candidates than that: all at the full fidelity.
+        polish: last evaluations, given to CMA-ES around the best two; for objectives that have no teacher, whose
+            continuous decisions cannot be refined by Gauss-Newton.
     """
 
     times_share: float = 0.5
     time_parents: int | None = None
     parents: int | None = None
     stage_size: int | None = None
+    edit_sizes: tuple[float, float] = (0.45, 0.05)
+    predictor: Predictor = field(default_factory=GaussianProcessPredictor)
     guided_fraction: float = 0.7
-    time_sizes: tuple[float, float] = (0.45, 0.05)
-    sizes: tuple[float, float] = (0.45, 0.05)
-    crossover_probability: float = 0.3
-    generations: int = 1
-    children: int | None = None
-    predictor: RankingPredictor = field(default_factory=RankingPredictor)
+    children_per_place: int = 10
+    kappa: float = 2.0
+    screening_fidelity: int | None = 64
+    promoted: int = 60
+    polish: int = 0
 
     def __post_init__(self) -> None:
+        # A config gives a list; repr is part of the fingerprint
+        object.__setattr__(self, "edit_sizes", tuple(float(size) for size in self.edit_sizes))
         if not 0 <= self.times_share <= 1:
-            raise ValueError(f"s3.times_share = {self.times_share!r} must lie in [0, 1]")
-        for name in ("time_parents", "parents", "stage_size", "children"):
+            raise ValueError(f"strategy.times_share = {self.times_share!r} must lie in [0, 1]")
+        for name in ("time_parents", "parents", "stage_size", "screening_fidelity"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"s3.{name} = {value!r} must be 1 or more, or null")
+                raise ValueError(f"strategy.{name} = {value!r} must be 1 or more, or null")
+        if self.promoted < 1 or self.polish < 0:
+            raise ValueError(
+                f"strategy.promoted = {self.promoted!r} must be 1 or more and "
+                f"strategy.polish = {self.polish!r} not negative"
+            )
 
-    def for_budget(self, evaluations: int) -> "S3Settings":
+    def plan(
+        self, space: SolverScheduleSpace, evaluations: int, initial: Sequence[SolverSchedule] | None = None
+    ) -> SearchPlan:
+        """S³ on a space: the initial candidates, then times, then all genes, then polishing.
+
+        Args:
+            space: of the problem; its genes are those of the second half.
+            evaluations: true evaluations beside those of the initial candidates.
+            initial: hand-made schedules; `baselines` of all solvers on plain spacings if None.
+
+        Where the genes are times alone, or hold no times, all evaluations are of one kind.
+
+        Raises:
+            ValueError: no evaluation is left beside those for polishing.
+        """
+        if evaluations - self.polish < 1:
+            raise ValueError(f"search.budget = {evaluations!r} must be above strategy.polish = {self.polish}")
+        if initial is None:
+            made = baselines(space.noise_schedule, space.nfe, end=space.end, spacings=PLAIN_SPACINGS)
+            initial = [schedule for _, schedule in made]
+        unique = without_duplicates(space, initial)
+        settings = self._for_budget(evaluations - self.polish)
+        share = self.times_share if "times" in space.genes and len(space.genes) > 1 else 0.0
+        for_times = round(share * (evaluations - self.polish))
+        for_all = evaluations - self.polish - for_times
+        times_only = replace(space, genes=("times",))
+        stages = [
+            *settings._stages(times_only, for_times, settings.time_parents),
+            *settings._stages(space, for_all, settings.parents),
+        ]
+        if self.polish:
+            stages.append(Stage(Polish(starts=2, evaluations=-(-self.polish // 2))))
+        # the stages count the initial candidates too, and a larger budget extends the last one
+        before = len(unique) + measured_twice(len(unique), self.screening_fidelity, self.promoted)
+        stages[0] = replace(stages[0], evaluations=(stages[0].evaluations or 0) + before)
+        stages[-1] = replace(stages[-1], evaluations=None)
+        return with_screening(Stages(tuple(stages)), unique, evaluations, self.screening_fidelity, self.promoted)
+
+    def _for_budget(self, evaluations: int) -> "S3Settings":
         """With numbers in place of None."""
         return replace(
             self,
@@ -134,65 +168,24 @@ class S3Settings:
             stage_size=self.stage_size or min(40, max(10, evaluations // 20)),
         )
 
-
-def s3_stages(
-    space: SolverScheduleSpace,
-    evaluations: int,
-    initial: Sequence[SolverSchedule] | None = None,
-    settings: S3Settings | None = None,
-) -> SearchPlan:
-    """S³ on a space: the initial candidates, then `evaluations` more, times first.
-
-    Args:
-        space: of the problem; its genes are those of the second half.
-        evaluations: true evaluations beside those of the initial candidates.
-        initial: hand-made schedules; `baselines` of all solvers on plain spacings if None.
-        settings: how the evaluations are spent.
-
-    Where the genes are times alone, or hold no times, all evaluations are of one kind.
-    """
-    if evaluations < 1:
-        raise ValueError(f"s3.evaluations = {evaluations!r} must be 1 or more")
-    settings = (settings or S3Settings()).for_budget(evaluations)
-    if initial is None:
-        made = baselines(space.noise_schedule, space.nfe, end=space.end, spacings=PLAIN_SPACINGS)
-        initial = [schedule for _, schedule in made]
-    unique = tuple({space.key(schedule): schedule for schedule in reversed(initial)}.values())[::-1]
-    share = settings.times_share if "times" in space.genes and len(space.genes) > 1 else 0.0
-    for_times = round(share * evaluations)
-    times_only = replace(space, genes=("times",))
-    first = _stages(times_only, for_times, settings.time_parents, settings.time_sizes, settings)
-    second = _stages(space, evaluations - for_times, settings.parents, settings.sizes, settings)
-    stages = [*first, *second]
-    # the engine counts the initial candidates too, and a larger budget extends the last stage
-    stages[0] = replace(stages[0], evaluations=(stages[0].evaluations or 0) + len(unique))
-    stages[-1] = replace(stages[-1], evaluations=None)
-    return SearchPlan(Stages(tuple(stages)), unique, Budget(len(unique) + evaluations))
-
-
-def _stages(
-    space: SolverScheduleSpace, evaluations: int, parents: int | None, sizes: tuple[float, float], settings: S3Settings
-) -> list[Stage]:
-    """Stages of one kind whose edits become smaller, together `evaluations` long."""
-    if parents is None or settings.stage_size is None:
-        raise RuntimeError("settings without numbers: see for_budget")
-    count = -(-evaluations // settings.stage_size)
-    first, last = sizes
-    result = []
-    for number in range(count):
-        size = first * (last / first) ** (number / max(1, count - 1))
-        length = evaluations * (number + 1) // count - evaluations * number // count
-        evolution = Evolution(
-            parents, length, crossover_probability=settings.crossover_probability, edit_sizes=(size, size)
-        )
-        guided = PredictorGuided(
-            evolution,
-            settings.predictor,
-            length,
-            settings.guided_fraction,
-            generations=settings.generations,
-            children=settings.children or 3 * length,
-        )
-        strategy = guided if settings.guided_fraction > 0 else evolution
-        result.append(Stage(strategy, length, space))
-    return result
+    def _stages(self, space: SolverScheduleSpace, evaluations: int, parents: int | None) -> list[Stage]:
+        """Stages of one kind whose edits become smaller, together `evaluations` long."""
+        if parents is None or self.stage_size is None:
+            raise RuntimeError("settings without numbers: see _for_budget")
+        count = -(-evaluations // self.stage_size)
+        first, last = self.edit_sizes
+        result = []
+        for number in range(count):
+            size = first * (last / first) ** (number / max(1, count - 1))
+            length = evaluations * (number + 1) // count - evaluations * number // count
+            evolution = Evolution(parents, length, edit_sizes=(size, size))
+            guided = PredictorGuided(
+                evolution,
+                self.predictor,
+                length,
+                self.guided_fraction,
+                children_per_place=self.children_per_place,
+                kappa=self.kappa,
+            )
+            result.append(Stage(guided if self.guided_fraction > 0 else evolution, length, space))
+        return result

@@ -14,12 +14,13 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule, StepDecision
 from genlight.diffusion.solver.finetune import MonotoneTimes, _TableSpace, finetune
-from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt, gradient_of, normal_equations
+from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt, gradient_of
+from genlight.diffusion.solver.jacobian import normal_equations
 from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.sample import sample
 from genlight.diffusion.solver.serialization import SolverBank, TableRecord, bank_from_json
 from genlight.diffusion.solver.spacings import on_integers
-from genlight.diffusion.solver.teacher import TeacherBank, TuningProblem
+from genlight.diffusion.solver.teacher import NetworkSampling, TeacherBank, TuningProblem
 
 METHODS = [LevenbergMarquardt(iterations=15), Adam(steps=60, learning_rate=0.04, batch_size=64)]
 
@@ -154,7 +155,7 @@ def test_only_what_is_asked_for_changes() -> None:
 def test_nothing_better_keeps_the_start() -> None:
     """A student that is its own teacher; then one whose selection bank says something else than the training bank."""
     task, (schedule, table) = problem(VP, 16), start_of(VP, 4)
-    own = TeacherBank.of(task.model, task.train.noise, table, VP)
+    own = TeacherBank.of(task.sampling, task.train.noise, table)
     for method in (LevenbergMarquardt(iterations=3), Adam(steps=4)):
         tuned, record = finetune(replace(task, train=own, select=own), schedule, method)
         assert record.best_step == 0 and record.steps[0].select_rms < 1e-9
@@ -183,10 +184,11 @@ def test_conditions_go_with_their_rows() -> None:
     teacher = compile_schedule(named_schedule("dpmpp_2m", VP.schedule, 40), VP.schedule)
     conditions = {"gain": torch.linspace(0.9, 1.1, 40, dtype=torch.float64)[:, None]}
     whole, parts = (
-        TeacherBank.of(model, noise, teacher, VP, conditions=conditions, batch_rows=rows) for rows in (40, 7)
+        TeacherBank.of(NetworkSampling(model, VP), noise, teacher, conditions=conditions, batch_rows=rows)
+        for rows in (40, 7)
     )
     torch.testing.assert_close(whole.target, parts.target)
-    task, (schedule, _) = TuningProblem(model, VP, whole, whole), start_of(VP, 4)
+    task, (schedule, _) = TuningProblem(NetworkSampling(model, VP), whole, whole), start_of(VP, 4)
     space = _TableSpace(schedule, VP.schedule, weights=True, times=True)
     gradient = gradient_of(task, space.table, space.start, torch.arange(39, -1, -1))
     torch.testing.assert_close(gradient, gradient_of(replace(task, batch_rows=9), space.table, space.start))
@@ -228,12 +230,13 @@ def test_a_trained_network_in_float32() -> None:
         model = trained_network()
     (schedule, table) = start_of(VP)
     teacher = compile_schedule(named_schedule("dpmpp_3m_exact", VP.schedule, 100), VP.schedule)
+    sampling = NetworkSampling(model, VP)
     with torch.inference_mode():
         banks = [
-            TeacherBank.of(model, torch.randn(count, 2, generator=torch.Generator().manual_seed(seed)), teacher, VP)
+            TeacherBank.of(sampling, torch.randn(count, 2, generator=torch.Generator().manual_seed(seed)), teacher)
             for seed, count in ((0, 192), (1, 192), (2, 768))
         ]
-        task = TuningProblem(model, VP, banks[0], banks[1])
+        task = TuningProblem(sampling, banks[0], banks[1])
         for method, factor in zip(METHODS, (2.0, 1.5)):
             tuned, record = finetune(task, schedule, method)
             assert task.rms(tuned, banks[2]) * factor < task.rms(table, banks[2]), record.method
@@ -250,20 +253,20 @@ def test_integer_timesteps() -> None:
 
     schedule, _ = start_of(VP, 4)
     whole = replace(schedule, times=on_integers(schedule.times))
-    task = replace(problem(VP, 32), model=model, integer_timesteps=True)
+    task = replace(problem(VP, 32), sampling=NetworkSampling(model, VP, integer_timesteps=True))
     _, record = finetune(task, whole, LevenbergMarquardt(iterations=3), times=False)
     assert record.best_step > 0 and set(seen) == {torch.int64}
     with pytest.raises(ValueError, match="integer timesteps"):
         finetune(task, whole)
     table = compile_schedule(whole, VP.schedule)
-    own = TeacherBank.of(model, task.train.noise, table, VP, integer_timesteps=True)
+    own = TeacherBank.of(task.sampling, task.train.noise, table)
     assert task.rms(table, own) == 0.0
 
 
 def test_what_is_not_finite() -> None:
     task, (schedule, _) = problem(VP, 16), start_of(VP, 4)
     with pytest.raises(ValueError, match="not finite"):
-        finetune(replace(task, model=lambda x, t: x * torch.nan), schedule)
+        finetune(replace(task, sampling=NetworkSampling(lambda x, t: x * torch.nan, VP)), schedule)
 
     class Fragile(torch.autograd.Function):
         """Right forwards, nan backwards."""
@@ -276,7 +279,8 @@ def test_what_is_not_finite() -> None:
         def backward(context, gradient: Tensor) -> Tensor:
             return gradient * torch.nan
 
-    fragile = replace(task, model=lambda x, t: task.model(Fragile.apply(x), t))
+    model = task.sampling.model
+    fragile = replace(task, sampling=NetworkSampling(lambda x, t: model(Fragile.apply(x), t), VP))
     tuned, record = finetune(fragile, schedule, Adam(steps=5))
     assert record.refused == 5 and record.best_step == 0 and bool(tuned.weights.isfinite().all())
     assert finetune(fragile, schedule, LevenbergMarquardt(iterations=2))[1].best_step > 0
@@ -293,12 +297,12 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="condition 'label' has 2 rows for 3"):
         TeacherBank(torch.zeros(3, 2), torch.zeros(3, 2), {"label": torch.zeros(2)})
     with pytest.raises(ValueError, match="target is not finite"):
-        TeacherBank.of(lambda x, t: x * torch.nan, torch.ones(3, 2), table, VP)
+        TeacherBank.of(NetworkSampling(lambda x, t: x * torch.nan, VP), torch.ones(3, 2), table)
     with pytest.raises(ValueError, match="batch_rows = 0"):
         replace(task, batch_rows=0)
     with pytest.raises(ValueError, match="must be finite and rise"):
         MonotoneTimes(torch.tensor([0.0, 2.0, 1.0]).double())
-    assert sample(task.model, task.train.noise, table, VP).shape == (4, 2)
+    assert sample(task.sampling.model, task.train.noise, table, VP).shape == (4, 2)
 
 
 def test_monotone_times() -> None:

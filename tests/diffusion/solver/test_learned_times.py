@@ -90,7 +90,10 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="nothing is left to tune"):
         learn_times(task, named_schedule("ddim", VP.schedule, 1))
     with pytest.raises(ValueError, match="integer timesteps"):
-        learn_times(replace(task, integer_timesteps=True), named_schedule("ddim", VP.schedule, 3))
+        learn_times(
+            replace(task, sampling=replace(task.sampling, integer_timesteps=True)),
+            named_schedule("ddim", VP.schedule, 3),
+        )
 
 
 def test_the_start_is_kept_if_nothing_is_better() -> None:
