@@ -38,6 +38,8 @@ _CONFIG = "scheduler_config.json"
 _THEIR_NAMES = {"flow": "flow_prediction"}
 _OWN_NAMES = {"flow_prediction": "flow"}
 _FAMILIES: dict[str, type[NoiseSchedule]] = {"vp": VPSchedule, "edm": EDMSchedule, "flow": FlowSchedule}
+# their constructors build the scheduler anew, as DDIM or PNDM, from its config
+_OWN_SCHEDULER = ("DDIMPipeline", "PNDMPipeline")
 # diffusers computes its weights in float32, at each step
 _EQUAL = 3e-5
 # tables of one solver schedule, compiled here and read from a config, agree to this
@@ -139,11 +141,15 @@ def write_scheduler(scheduler: SolverScheduleScheduler, folder: str | Path) -> N
 
     The folder then loads with ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
 
-    Raises ValueError if the folder is none of a pipeline, or its present scheduler states another noise schedule or
-    prediction type: that is what the network was trained on.
+    Raises ValueError if the folder is none of a pipeline, is of a pipeline that puts a scheduler of its own in place of
+    any other, or its present scheduler states another noise schedule or prediction type: that is what the network was
+    trained on.
     """
     folder = Path(folder)
     _check_model(scheduler, folder)
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
+    if pipeline in _OWN_SCHEDULER:
+        raise ValueError(f"{folder}: a {pipeline} replaces every scheduler by one of its own; use a DDPMPipeline")
     module = solver_schedule.MODULE
     atomic_write_bytes(folder / SCHEDULER / f"{module}.py", Path(solver_schedule.__file__).read_bytes())
     atomic_write_text(folder / SCHEDULER / _CONFIG, scheduler.to_json_string())

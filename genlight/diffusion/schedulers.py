@@ -2,7 +2,8 @@
 
 A diffusers scheduler repeats the noise schedule in its own words; if the two disagree, sampling goes wrong silently.
 So schedulers are only built here, from the schedule. In a diffusers pipeline folder the scheduler's config is the one
-record of what the network was trained on; `read_scheduler` turns it back.
+record of what the network was trained on; `read_scheduler` turns it back. The scheduler of searched solver schedules
+states its noise schedule and prediction type itself, and is only held against those that it is to sample.
 
 The network is called the same way under all of them: network(scheduler.scale_model_input(x, t), t) for each t of
 `scheduler.timesteps`, which are values of `NoiseSchedule.model_timestep`. Flow matching has no `scale_model_input`.
@@ -14,6 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
+from genlight.diffusion.prediction import Prediction
+
+# our own class; a folder that has it carries a copy of its code, which is never run here
+SEARCHED = "SolverScheduleScheduler"
 
 _ALL_VP = ("epsilon", "v_prediction", "sample")
 _NO_SAMPLE = ("epsilon", "v_prediction")
@@ -81,23 +86,22 @@ def build_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_t
         scheduler: a class of diffusers, its name ("DDIMScheduler") or dotted path.
         options: further constructor arguments, such as `timestep_spacing`. Defaults are those of diffusers, except that
             a schedule of zero terminal SNR gets timestep_spacing "trailing": any other may skip its noisiest step.
+            "SolverScheduleScheduler" takes its whole config, without the keys that begin with "_".
 
     Raises:
         ValueError: the three do not belong together (`check_scheduler`), an option that the class does not have, or one
             that contradicts the schedule.
     """
+    name = _name(scheduler)
+    if name == SEARCHED:
+        return _build_searched(schedule, prediction_type, options)
     check_scheduler(scheduler, schedule, prediction_type)
     import diffusers
 
-    name = _name(scheduler)
     cls = getattr(diffusers, name)
     config = _config(name, schedule, prediction_type)
-    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
+    known = _check_known(cls, options)
     for key, value in options.items():
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; it has {', '.join(known)}"
-            raise ValueError(f"scheduler.{key}: {name} has no such option{hint}")
         if (key in config or key in _RESERVED) and config.get(key) != value:
             raise ValueError(
                 f"scheduler.{key} = {value!r} contradicts noise_schedule = {schedule!r} with "
@@ -156,9 +160,11 @@ def read_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
     """
     config: Mapping[str, Any] = scheduler if isinstance(scheduler, Mapping) else scheduler.config
     name = str(config.get("_class_name", type(scheduler).__name__))
+    if name == SEARCHED:
+        return _noise_schedule_of(_searched(config).config)
     families = [family for family, classes in _SUPPORTED.items() if name in classes]
     if not families:
-        known = sorted({name for classes in _SUPPORTED.values() for name in classes})
+        known = sorted({SEARCHED, *(name for classes in _SUPPORTED.values() for name in classes)})
         raise ValueError(f"scheduler = {name!r} is not known here; known are {_choice(known)}")
     if config.get("trained_betas") is not None:
         raise ValueError(f"scheduler.trained_betas: a {name} with its own table of betas is not supported")
@@ -199,6 +205,50 @@ def _config(name: str, schedule: NoiseSchedule, prediction_type: str) -> dict[st
         config.update(use_flow_sigmas=True, flow_shift=config.pop("shift"))
         config["prediction_type"] = {"flow": "flow_prediction"}.get(prediction_type, prediction_type)
     return config
+
+
+def _build_searched(schedule: NoiseSchedule, prediction_type: str, config: Mapping[str, Any]) -> Any:
+    scheduler = _searched(config)
+    found, found_type = _noise_schedule_of(scheduler.config)
+    if (found.fingerprint(), found_type) != (schedule.fingerprint(), prediction_type):
+        raise ValueError(
+            f"scheduler = {SEARCHED!r} holds schedules searched for noise_schedule = {found!r} with prediction_type = "
+            f"{found_type!r}, not for {schedule!r} with {prediction_type!r}"
+        )
+    return scheduler
+
+
+def _searched(config: Mapping[str, Any]) -> Any:
+    """The scheduler of solver schedules that a config describes; ValueError if the config is not whole."""
+    from genlight.diffusion.solver_schedule import SolverScheduleScheduler
+
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    _check_known(SolverScheduleScheduler, options)
+    try:
+        return SolverScheduleScheduler(**options)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"scheduler: this config of a {SEARCHED} is damaged ({error!r})") from error
+
+
+def _noise_schedule_of(config: Any) -> tuple[NoiseSchedule, str]:
+    """Noise schedule and prediction type of a checked config of solver schedules."""
+    from genlight.diffusion.solver_schedule import definition
+
+    families: dict[str, type[NoiseSchedule]] = {"vp": VPSchedule, "edm": EDMSchedule, "flow": FlowSchedule}
+    schedule = families[config.family](**definition(config))
+    prediction_type = {"flow_prediction": "flow"}.get(config.prediction_type, config.prediction_type)
+    return schedule, Prediction(prediction_type, schedule).prediction_type
+
+
+def _check_known(cls: Any, options: Mapping[str, Any]) -> list[str]:
+    """The arguments that a scheduler class has; ValueError for an option that is none of them."""
+    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
+    for key in options:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; it has {', '.join(known)}"
+            raise ValueError(f"scheduler.{key}: {cls.__name__} has no such option{hint}")
+    return known
 
 
 def _name(scheduler: str | type) -> str:

@@ -34,11 +34,12 @@ from genlight.modules.networks import (
     prepare_network,
 )
 from genlight.modules.optimization import Optimization
+from genlight.modules.searched_sampling import SearchedSampling
 
 SchedulerChoice = str | type | functools.partial[Any]
 
 
-class DiffusionModule(GeneratorValidation, Optimization, LightningModule):
+class DiffusionModule(SearchedSampling, GeneratorValidation, Optimization, LightningModule):
     """A generator: network, noise schedule, loss and sampler. Works in pixels, or in the latent space of a VAE.
 
     The loss of a sample is w(t) times the mean squared error of the network against its target, with the input, the
@@ -228,6 +229,11 @@ class DiffusionModule(GeneratorValidation, Optimization, LightningModule):
                     f"{self.num_classes} has none: add a row, or set {key}={plain:g}"
                 )
 
+    def check_guidance(self, scale: float) -> None:
+        """ValueError if the network cannot be guided with this scale."""
+        if scale != 1.0 and (not self.class_conditional or label_rows(self.net) == self.num_classes):
+            raise ValueError(f"guidance_scale = {scale} needs a class-conditional module with a null class")
+
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
         loss = self.loss(batch["image"], batch.get("label"))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
@@ -303,7 +309,8 @@ class DiffusionModule(GeneratorValidation, Optimization, LightningModule):
 
         Args:
             label: class of each sample [B]; needed if class-conditional.
-            num_inference_steps, guidance_scale, scheduler: instead of those of the module.
+            num_inference_steps, guidance_scale, scheduler: instead of those of the module. Steps or a scheduler given
+                here also take the place of a sampler that was set.
             generator: for schedulers that add noise; by default one per sample, seeded by its own noise, so that a
                 sample does not depend on the batch it is in.
         """
@@ -311,11 +318,12 @@ class DiffusionModule(GeneratorValidation, Optimization, LightningModule):
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if self.class_conditional and label is None:
             raise ValueError("sampling a class-conditional module needs labels")
-        if scale != 1.0 and (not self.class_conditional or label_rows(self.net) == self.num_classes):
-            raise ValueError(f"guidance_scale = {scale} needs a class-conditional module with a null class")
-        if generator is None:
-            generator = noise_seeded_generators(noise)
+        self.check_guidance(scale)
+        own = num_inference_steps is None and scheduler is None
         with _evaluating(self.net):
+            if self.sampler is not None and own:
+                return self.sample_with_sampler(noise, label if self.class_conditional else None, scale)
+            generator = noise_seeded_generators(noise) if generator is None else generator
             return denoise(
                 self.net,
                 self._style,

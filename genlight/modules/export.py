@@ -20,6 +20,10 @@ The last row holds guidance, classes with a FlowMatch sampler, samplers whose st
 Heun), DiT in pixels or without classes, UNet2DConditionModel, the learned variance of a UNet, latents with a
 shift. It needs
 ``DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)``.
+
+Searched solver schedules are a sampler that draws no noise, scales the input for EDM only, and starts at unit noise
+otherwise. Their class lies in the folder's ``scheduler/solver_schedule.py``, so any pipeline of theirs needs
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
+from genlight.diffusion.schedulers import SEARCHED
 from genlight.io import atomic_write_bytes, atomic_write_json, atomic_write_text
 from genlight.modules import exported_pipeline
 from genlight.modules.exported_pipeline import GenerationPipeline, network_style
@@ -52,9 +57,8 @@ def pipeline_name(module: DiffusionModule) -> str:
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     scales = hasattr(scheduler, "scale_model_input")
     first = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    scheduler.set_timesteps(steps)
     # some samplers know their first noise level only when they know the steps, and stock pipelines ask before
-    steady = float(getattr(scheduler, "init_noise_sigma", 1.0)) == first
+    steady = all(_first_level(scheduler, count) == first for count in (*_searched_steps(scheduler), steps))
     deterministic = not _draws_noise(scheduler)
     conditional = module.class_conditional
     stock_latents = module.vae is not None and _only_scaled(module.vae) and scales and steady and deterministic
@@ -82,16 +86,17 @@ def save_pipeline(module: DiffusionModule, folder: Path) -> str:
     ``model_index.json`` carries what the pipeline itself reads: class names for DiTPipeline; class names, number of
     classes, guidance scale and steps for pipeline.py. ``genlight.json`` carries all of these in any case.
     """
-    network, name = module.net, pipeline_name(module)
+    network, name, scheduler = module.net, pipeline_name(module), module.build_scheduler()
     key = "transformer" if network_style(network) == "dit" else "unet"
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder / key, safe_serialization=True)
-    module.build_scheduler().save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
         "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         key: ["diffusers", type(network).__name__],
-        "scheduler": ["diffusers", type(module.build_scheduler()).__name__],
+        # a searched one names the file beside its config
+        "scheduler": [scheduler.__module__ if _is_searched(scheduler) else "diffusers", type(scheduler).__name__],
     }
     if module.vae is not None:
         vae_key = "vqvae" if name == "LDMPipeline" else "vae"
@@ -135,7 +140,9 @@ def _readme(module: DiffusionModule, name: str) -> str:
     call = f"{count}, {steps}"
     if name == "DiTPipeline":
         call += f", guidance_scale={module.guidance_scale}"
-    extra = ', custom_pipeline="pipeline", trust_remote_code=True' if name == CUSTOM else ""
+    searched = _is_searched(module.build_scheduler())
+    extra = ', custom_pipeline="pipeline"' if name == CUSTOM else ""
+    extra += ", trust_remote_code=True" if name == CUSTOM or searched else ""
     lines = [
         "# A diffusion model trained with genlight",
         "",
@@ -150,6 +157,10 @@ def _readme(module: DiffusionModule, name: str) -> str:
     ]
     if name == CUSTOM:
         lines += ["", "No pipeline of diffusers samples this kind of model; `pipeline.py` needs torch and diffusers."]
+    if searched:
+        known = ", ".join(str(count) for count in _searched_steps(module.build_scheduler()))
+        lines += ["", "The steps of the sampler were found by search; `scheduler/solver_schedule.py` makes them with"]
+        lines += [f"torch and diffusers, for num_inference_steps = {known} only."]
     return "\n".join(lines) + "\n"
 
 
@@ -158,6 +169,21 @@ def _only_scaled(vae: FrozenVAE) -> bool:
     config = vae.network.config
     moments = config.get("latents_mean") is not None and config.get("latents_std") is not None
     return not config.get("shift_factor") and not moments and bool(config.get("scaling_factor"))
+
+
+def _is_searched(scheduler: Any) -> bool:
+    return type(scheduler).__name__ == SEARCHED
+
+
+def _searched_steps(scheduler: Any) -> list[int]:
+    """The numbers of steps that searched schedules are for; empty for other schedulers."""
+    return list(scheduler.available_steps) if _is_searched(scheduler) else []
+
+
+def _first_level(scheduler: Any, steps: int) -> float:
+    """What unit noise is multiplied by to begin with so many steps."""
+    scheduler.set_timesteps(steps)
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def _draws_noise(scheduler: Any) -> bool:
@@ -173,5 +199,7 @@ def _leaves_input(scheduler: Any) -> bool:
 
     if not hasattr(scheduler, "scale_model_input"):
         return True
+    if _is_searched(scheduler):  # it counts its steps, so it cannot be asked for them all
+        return bool(scheduler.config.family != "edm")
     one = torch.ones(1)
     return all(torch.equal(scheduler.scale_model_input(one, t), one) for t in scheduler.timesteps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genlight.diffusion.noise_schedules import NoiseSchedule
-from genlight.diffusion.schedulers import build_scheduler, read_scheduler
+from genlight.diffusion.schedulers import SEARCHED, build_scheduler, read_scheduler
 from genlight.errors import UserError
 from genlight.io import parse_json, read_json, verify_folder
 from genlight.modules.exported_pipeline import Network, network_style
@@ -42,6 +42,7 @@ class Pipeline:
     def apply_to(self, module: Any) -> None:
         """Give a DiffusionModule what it lacks; UserError naming the first keys in which the two disagree."""
         self._check_schedule(module)
+        self._check_steps(module)
         num_classes = self._num_classes(module)
         network = self._checked_network(num_classes)
         if module.network is None:
@@ -74,6 +75,18 @@ class Pipeline:
             raise UserError(
                 f"{self.source} was trained otherwise than the module is configured: {first_of(different)}; "
                 "null takes what the folder says"
+            )
+
+    def _check_steps(self, module: Any) -> None:
+        """UserError if the folder's scheduler is to be used and was not searched for the module's number of steps."""
+        if module.scheduler is not None or self.scheduler.func.__name__ != SEARCHED:
+            return
+        available = sorted(int(steps) for steps in self.scheduler.keywords["schedules"])
+        if module.num_inference_steps not in available:
+            raise UserError(
+                f"module.num_inference_steps = {module.num_inference_steps}, but the searched schedules of "
+                f"{self.source} are for {', '.join(str(steps) for steps in available)}: set it to one of these, or "
+                "module.scheduler to one of diffusers"
             )
 
     def _num_classes(self, module: Any) -> int | None:
@@ -237,20 +250,30 @@ def _scheduler_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _scheduler_defaults(name: str) -> dict[str, Any]:
+def _scheduler_class(name: str) -> Any:
+    """The class of a scheduler: of diffusers, or the one that samples searched schedules, never code of the folder."""
+    if name == SEARCHED:
+        from genlight.diffusion.solver_schedule import SolverScheduleScheduler
+
+        return SolverScheduleScheduler
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    return getattr(diffusers, name)
+
+
+def _scheduler_defaults(name: str) -> dict[str, Any]:
+    parameters = inspect.signature(_scheduler_class(name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _scheduler_partial(
     config: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str
 ) -> functools.partial[Any]:
-    """The scheduler class with those options that the schedule does not decide already."""
-    import diffusers
-
-    scheduler_class = getattr(diffusers, str(config["_class_name"]))
+    """The scheduler class with those options that the schedule does not decide already; all, of a searched one."""
+    scheduler_class = _scheduler_class(str(config["_class_name"]))
+    if config["_class_name"] == SEARCHED:
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        return functools.partial(scheduler_class, **options)
     plain = build_scheduler(scheduler_class, schedule, prediction_type).config
     options = {key: value for key, value in config.items() if key in plain and not key.startswith("_")}
     changed = {key: value for key, value in options.items() if _plain(plain[key]) != _plain(value)}

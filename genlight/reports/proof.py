@@ -15,7 +15,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from genlight.errors import UserError
 from genlight.io import atomic_write_json, atomic_write_text, read_json
 from genlight.reports.environment import environment
-from genlight.reports.report import STRICT, duration
+from genlight.reports.report import STRICT, cell, duration, escaped, table_lines
 
 _ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 
@@ -120,14 +120,14 @@ def results_page(folder: str | Path) -> str:
     ]
     for name, proof in proofs.items():
         for bar in proof.bars:
-            cells = [f"[{name}]({name}.json)", f"`{bar.id}`", bar.what, _cell(bar.value), bar.bar]
+            cells = [f"[{name}]({name}.json)", f"`{bar.id}`", bar.what, cell(bar.value), bar.bar]
             lines.append(
-                "| " + " | ".join(_escaped(cell) for cell in cells) + f" | {'yes' if bar.holds else '**no**'} |"
+                "| " + " | ".join(escaped(cell) for cell in cells) + f" | {'yes' if bar.holds else '**no**'} |"
             )
     for name, proof in proofs.items():
         lines += ["", f"## {name}", "", f"    {proof.command}", "", _circumstances(proof)]
         if proof.table:
-            lines += ["", *_table(proof.table)]
+            lines += ["", *table_lines(proof.table)]
     return "\n".join(lines) + "\n"
 
 
@@ -156,21 +156,3 @@ def _circumstances(proof: Proof) -> str:
         machine += ", " + ", ".join(str(gpu) for gpu in gpus)
     seeds = ", ".join(str(seed) for seed in proof.seeds)
     return f"{proof.date[:10]}, {revision}, {machine}, {duration(proof.wall_seconds)}, seeds {seeds}."
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(_escaped(column) for column in columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_escaped(_cell(row.get(column))) for column in columns) + " |")
-    return lines
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -70,6 +70,7 @@ class Report:
         metrics: name to value; names "fid" and "mifid" only with Inception features.
         predicted: what the dry run said (seconds, bytes), or None.
         real: what it took, under the same keys.
+        table: before and after: one row for each variant that was measured.
         files: paths below the run folder, worth looking at first.
     """
 
@@ -91,6 +92,7 @@ class Report:
     real: dict[str, JsonValue]
     files: list[str]
     notes: list[str]
+    table: list[dict[str, JsonValue]] = field(default_factory=list)
     date: str = ""
     kind: Literal["report"] = "report"
     version: Literal[1] = 1
@@ -162,6 +164,7 @@ def to_markdown(report: Report) -> str:
     sections = [
         f"# {report.experiment}\n\n    {report.command}",
         _result(report),
+        _before_and_after(report),
         _measured_in(report),
         _cost(report),
         "## Files\n\n" + "\n".join(f"- [{name}]({name})" for name in report.files) if report.files else "",
@@ -218,6 +221,31 @@ def _result(report: Report) -> str:
         label = f"{title_of(name, report.features)} `{name}`"
         rows.append(f"| {label} | {value:.4g}{spread} | {'–' if floor is None else f'{floor:.4g}'} | {ratio} |")
     return "## Result\n\n" + "\n".join(rows)
+
+
+def _before_and_after(report: Report) -> str:
+    return "## Before and after\n\n" + "\n".join(table_lines(report.table)) if report.table else ""
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as a Markdown table; the columns are those of all rows, in the order in which they appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(escaped(column) for column in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(escaped(cell(row.get(column))) for column in columns) + " |")
+    return lines
+
+
+def cell(value: Any) -> str:
+    """A value as a cell of a table: four digits of a number, a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def escaped(text: str) -> str:
+    """Text that cannot break a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _title_stem(name: str) -> str:
