@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,6 +92,19 @@ class SignalGuard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+
+    @contextmanager
+    def listening(self) -> Iterator["SignalGuard"]:
+        """Handlers in place outside the trainer's loops too, as in a search; ask `requested` between pieces of work."""
+        self._install()
+        try:
+            yield self
+        finally:
+            self._restore()
+
+    def requested(self, trainer: Trainer) -> int | None:
+        """The exit code if any process was asked to stop, the same on all of them."""
+        return self._requested(trainer)
 
     def _install(self) -> None:
         if self._previous:

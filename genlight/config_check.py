@@ -29,7 +29,7 @@ ROOT_TYPES = {
     "paths.cache": "str",
     "targets.allow": "list[str]",
 }
-GROUPS = ("data", "module", "metrics", "trainer", "callbacks", "method", "logger", "strategy")
+GROUPS = ("data", "module", "metrics", "trainer", "callbacks", "search", "method", "logger", "strategy")
 
 
 class ConfigError(UserError):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 
 from genlight import io
 from genlight.build import build
@@ -28,6 +28,7 @@ from genlight.reports.report import Report, parse_report, write_report
 from genlight.run_folder import process_rank
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict
+from genlight.trainer.resident import is_sharded
 from genlight.trainer.sharded_folder import is_sharded_checkpoint
 from genlight.trainer.strategies import check_callbacks
 
@@ -57,33 +58,42 @@ class Session:
         metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items() if torch.isfinite(torch.as_tensor(v))}
         if self.trainer.is_global_zero:
             report = self._report(metrics, "select", num_samples=0)
-            self._save_artifact(report)
+            self._save_artifact(report, "training", self._whole_module().save_pretrained)
             self._finish(report)
 
     def validate(self) -> None:
         """Load the weights to be measured, and let the method do its work."""
         method = build(self.run.config.method, "method")
         self._prepare_measurement()
-        metrics = method.run(self.trainer, self.module, self.datamodule)
+        result = method.run(self.trainer, self.module, self.datamodule)
+        whole = self._whole_module() if result.save is not None else None  # on all processes: they may hold a part each
         if self.trainer.is_global_zero:
-            num_samples = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
-            self._finish(self._report(metrics, str(self.datamodule.draw), num_samples))
+            measured = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
+            self.run.notes.extend(result.notes)
+            report = self._report(
+                dict(result.metrics), str(self.datamodule.draw), result.num_samples or measured, result.table
+            )
+            if result.save is not None:
+                self._save_artifact(report, result.method, lambda folder: result.save(folder, whole))
+            self._finish(report)
 
     def dry_run(self) -> None:
         """Three steps, and what the whole run will cost."""
+        estimate = None
         if self.run.command == "fit":
             self._prepare_data("select")
             self.trainer.fit(self.module, datamodule=self.datamodule)
         else:
+            method = build(self.run.config.method, "method")
             self._prepare_measurement()
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
-        if self.timer.estimate is None:
+            estimate = method.dry_run(self.trainer, self.module, self.datamodule)
+        estimate = estimate or self.timer.estimate
+        if estimate is None:
             raise UserError("the run is too short to be estimated: it has fewer than five steps")
         if self.trainer.is_global_zero:
             from rich.console import Console
 
-            macs = _network_macs(self.module)
-            Console().print(replace(self.timer.estimate, extra=macs).table())
+            Console().print(replace(estimate, extra={**estimate.extra, **_network_macs(self.module)}).table())
 
     def _build_trainer(self) -> Trainer:
         config = self.run.config
@@ -136,7 +146,7 @@ class Session:
         draw = str(getattr(self.datamodule, "draw", "report"))
         if draw == "search":
             raise UserError("data.draw=search: that noise chooses candidates and cannot judge them; use report")
-        self._load_weights()
+        self._load_weights(self.module)
         self._prepare_data(draw)
         self._prepare_metrics()
         # the setting is for validations inside a fit; a measurement takes everything
@@ -162,10 +172,10 @@ class Session:
         self.floor = floor(self.metrics, self.datamodule, cache, num_samples=self.datamodule.num_samples, device=device)
         self.module.metrics = self.metrics
 
-    def _load_weights(self) -> None:
+    def _load_weights(self, module: Any) -> None:
         given = self.run.plain["ckpt_path"]
         if given is None:
-            if not getattr(self.module, "pretrained", None):
+            if not getattr(module, "pretrained", None):
                 self.run.notes.append("ckpt_path is null: the untrained network was measured")
             return
         path = Path(given)
@@ -174,7 +184,7 @@ class Session:
         if (path / "run.json").is_file():
             path = self._newest(path / CHECKPOINTS)
         if (path / "model_index.json").is_file():
-            self.module.load_pretrained(path)
+            module.load_pretrained(path)
             return
         if path.is_dir() and not is_sharded_checkpoint(path):
             raise UserError(
@@ -186,8 +196,8 @@ class Session:
         else:
             checkpoint = load_checkpoint(path)
             state = checkpoint["state_dict"]
-            self.module.on_load_checkpoint(checkpoint)
-        self.module.load_state_dict(state)
+            module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(state)
 
     def _newest(self, folder: Path, set_aside: bool = False) -> Path:
         """The newest whole checkpoint; damaged newer ones are named, and with `set_aside` renamed."""
@@ -211,7 +221,9 @@ class Session:
         print_line(f"continuing from {path}")
         return str(path)
 
-    def _report(self, metrics: dict[str, float], draw: str, num_samples: int) -> Report:
+    def _report(
+        self, metrics: dict[str, float], draw: str, num_samples: int, table: Sequence[Mapping[str, Any]] = ()
+    ) -> Report:
         this, extractor = self.run, getattr(self.metrics, "extractor", None)
         measured = self.floor is not None and extractor is not None
         features: dict[str, Any] | None = None
@@ -226,6 +238,7 @@ class Session:
             "seed": this.plain["seed"],
             "draw": draw,
             "metrics": {name: value for name, value in metrics.items() if value == value},
+            "table": [dict(row) for row in table],
             "floor": self.floor.to_dict() if measured else None,
             "features": features,
             "num_samples": num_samples,
@@ -236,22 +249,25 @@ class Session:
         }
         return parse_report(record)
 
-    def _save_artifact(self, report: Report) -> None:
+    def _save_artifact(self, report: Report, method: str, write: Callable[[Path], None]) -> None:
         from genlight.reports.model_card import write_model_card
 
         with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
-            self._whole_module().save_pretrained(folder)
+            write(folder)
             data = str(getattr(self.datamodule, "name", "data"))
-            base = self.run.plain["module"].get("pretrained")
-            write_model_card(folder, report, dataset=data, method="training", base_model=base)
+            base = self.run.plain["module"].get("pretrained") or self.run.plain["ckpt_path"]
+            write_model_card(folder, report, dataset=data, method=method, base_model=base)
 
     def _whole_module(self) -> Any:
-        """The trained module; where its weights lie in shards, a fresh one with the weights of the last checkpoint."""
-        strategy = self.trainer.strategy
-        if not (getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)):
+        """The module; where its weights lie in shards, a fresh one with the weights of the last checkpoint of a fit, or
+        with those that a measurement was given."""
+        if not is_sharded(self.trainer):
             return self.module
         module = build(self.run.config.module, "module")
-        module.load_state_dict(consolidated_state_dict(self._newest(self.run.folder / CHECKPOINTS)))
+        if self.run.command == "fit":
+            module.load_state_dict(consolidated_state_dict(self._newest(self.run.folder / CHECKPOINTS)))
+        else:
+            self._load_weights(module)
         module.class_names = getattr(self.module, "class_names", None)
         return module
 

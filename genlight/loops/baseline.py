@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from genlight.loops.result import MethodResult
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -11,7 +13,11 @@ if TYPE_CHECKING:
 class Baseline:
     """Measure the module as it is on the report draw."""
 
-    def run(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> dict[str, float]:
-        """One ``trainer.validate``; returns the metrics it logged, by name."""
+    def run(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> MethodResult:
+        """One ``trainer.validate``; its metrics, by name."""
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        return {name: float(value) for name, value in logged[0].items()}
+        return MethodResult({name: float(value) for name, value in logged[0].items()})
+
+    def dry_run(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
+        """A few batches; the timer of the trainer extrapolates."""
+        trainer.validate(module, datamodule=datamodule, verbose=False)

@@ -1,0 +1,161 @@
+"""Candidates measured by Lightning's Trainer, on one device or spread over processes, with the same result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from genlight.errors import UserError
+from genlight.search.evaluation import Evaluator, over_ranks
+from genlight.search.protocols import Evaluation, SearchSpace
+from genlight.search.records import Outcome
+from genlight.trainer.resident import is_sharded, local_trainer, silenced
+
+Result = TypeVar("Result")
+
+
+class CandidateTrainer:
+    """The trainer of a run as a search uses it: silent, and with the module left on its device.
+
+    Where each process holds the whole module, each measures candidates of its own, by a trainer of its own. Where the
+    module is sharded, all processes measure the same candidate together.
+
+    Args:
+        trainer: of the run; it must have validated once, which starts its other processes.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.sharded = is_sharded(trainer)
+
+    @property
+    def shares(self) -> int:
+        """How many processes measure different candidates at a time."""
+        return 1 if self.sharded else int(self.trainer.world_size)
+
+    @cached_property
+    def _local(self) -> Trainer:
+        return local_trainer(self.trainer)
+
+    def validate(self, module: LightningModule, **data: Any) -> dict[str, float]:
+        """One validation; what it logged, by name. `data` is `dataloaders` or `datamodule`.
+
+        Where every process has candidates of its own, the metrics of the module must not wait for the others: see
+        `alone`.
+        """
+        quiet: AbstractContextManager[Trainer] = silenced(self.trainer) if self.sharded else nullcontext(self._local)
+        with quiet as trainer:
+            logged = trainer.validate(module, verbose=False, **data)
+        return {name: float(value) for name, value in (logged[0] if logged else {}).items()}
+
+    def inside(self, module: LightningModule, work: Callable[[], Result]) -> Result:
+        """Call `work` in a validation step: the module on its device, in the trainer's precision, without gradients.
+
+        What `work` returns must not be on a device that others wait for: it stays with this process.
+        """
+        step = _Inside(module, work)
+        one: Any = [0]
+        self.validate(step, dataloaders=DataLoader(one, batch_size=None))
+        result: Result = step.result[0]
+        return result
+
+    def spread(self, evaluator: Evaluator[Any]) -> Evaluator[Any]:
+        """The evaluator, spread over the processes that have candidates of their own."""
+        if self.shares == 1:
+            return evaluator
+        return over_ranks(evaluator, int(self.trainer.global_rank), self.shares, self._gather)
+
+    def clock(self) -> float:
+        """Monotonic seconds, the same on all processes."""
+        now = time.monotonic()
+        return now if self.trainer.world_size == 1 else float(self.trainer.strategy.broadcast(now))
+
+    def agreed(self, value: Any) -> Any:
+        """The value of the first process, on all of them."""
+        return value if self.trainer.world_size == 1 else self.trainer.strategy.broadcast(value)
+
+    def _gather(self, outcomes: list[Outcome]) -> list[list[Outcome]]:
+        return [self.trainer.strategy.broadcast(outcomes, src) for src in range(self.shares)]
+
+
+class _Inside(LightningModule):
+    """A validation of one step that calls a function."""
+
+    def __init__(self, module: LightningModule, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.module, self.work = module, work
+        self.result: list[Any] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.result = [self.work()]
+
+
+@dataclass(frozen=True)
+class MetricObjective:
+    """Scores a candidate by a metric that `validate` logs, on the noise of one draw.
+
+    Attributes:
+        evaluations: what validates.
+        space: applies candidates to the module.
+        module, datamodule: of the run.
+        metric: such as "val/fd_digits".
+        mode: "min", or "max" for metrics where more is better.
+        draw: the noise it is measured on.
+    """
+
+    evaluations: CandidateTrainer
+    space: SearchSpace[Any]
+    module: Any
+    datamodule: Any
+    metric: str
+    mode: str = "min"
+    draw: str = "search"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"method.mode = {self.mode!r} must be min or max")
+
+    def evaluate(self, candidate: Any, fidelity: int) -> Evaluation:
+        """The metric over `fidelity` samples, negated where more is better. Raises UserError if it is not logged."""
+        self.space.apply(self.module, candidate)
+        found = measured(self.evaluations, self.module, self.datamodule, self.draw, fidelity)
+        if self.metric not in found:
+            raise UserError(f"method.objective={self.metric}: validate logs {', '.join(found) or 'no metric'}")
+        sign = 1.0 if self.mode == "min" else -1.0
+        return Evaluation(sign * found[self.metric], {k: v for k, v in found.items() if not k.endswith("_std")})
+
+
+def measured(
+    evaluations: CandidateTrainer, module: Any, datamodule: Any, draw: str, num_samples: int
+) -> dict[str, float]:
+    """The metrics of the module as it is, on the first `num_samples` of a draw."""
+    before = datamodule.draw, datamodule.num_samples
+    metrics: Any = getattr(module, "metrics", None)
+    synced = getattr(metrics, "sync", None)
+    datamodule.draw, datamodule.num_samples = draw, num_samples
+    if synced is not None and not evaluations.sharded:
+        metrics.sync = False
+    try:
+        return evaluations.validate(module, datamodule=datamodule)
+    finally:
+        datamodule.draw, datamodule.num_samples = before
+        if synced is not None:
+            metrics.sync = synced
+
+
+def in_turn(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of independent pieces of work, each done by one process where every one holds the whole module."""
+    share = evaluations.shares
+    rank = int(evaluations.trainer.global_rank) if share > 1 else 0
+    mine = {index: piece() for index, piece in enumerate(work) if index % share == rank}
+    if share == 1:
+        return [mine[index] for index in range(len(work))]
+    parts = [evaluations.trainer.strategy.broadcast(mine, src) for src in range(share)]
+    return [parts[index % share][index] for index in range(len(work))]

@@ -1,0 +1,44 @@
+"""What a method of `validate` hands back: numbers for the report, and what writes the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from genlight.reports.cost import CostEstimate
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """The outcome of one method.
+
+    Attributes:
+        metrics: measured on the report draw.
+        method: what the model card calls it.
+        num_samples: samples behind the metrics; 0: as many as the data module's.
+        table: before and after, one row for each variant, with equal keys.
+        notes: what the report has to say besides numbers.
+        save: writes the artifact into an empty folder, given the module with all of its weights; None: there is none.
+    """
+
+    metrics: Mapping[str, float]
+    method: str = "none"
+    num_samples: int = 0
+    table: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    save: Callable[[Path, Any], None] | None = field(default=None, repr=False)
+
+
+class Method(Protocol):
+    """What `validate` runs: `method._target_` of the config."""
+
+    def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
+        """Do the work on the weights that the module has; called on every process."""
+        ...
+
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate | None:
+        """Measure a little of the work and say what all of it will cost; None: the measurement of one validation says
+        all there is."""
+        ...

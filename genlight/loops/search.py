@@ -1,0 +1,158 @@
+"""One search under the trainer: candidates measured, progress shown, curves logged, stopped and resumed in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from genlight.callbacks.progress import StepProgress
+from genlight.callbacks.signals import RunInterrupted, SignalGuard
+from genlight.loops.evaluation import CandidateTrainer
+from genlight.reports.progress import ProgressDisplay
+from genlight.search.engine import Budget, FailureLimits, Progress, Search, SearchResult, open_archive
+from genlight.search.evaluation import Evaluator
+from genlight.search.plan import SearchPlan
+from genlight.search.records import Problem
+
+
+class Planner(Protocol):
+    """How the candidates of a search are chosen: makes the plan for one space and one set of initial candidates."""
+
+    def plan(self, space: Any, evaluations: int, initial: Any) -> SearchPlan:
+        """Strategy, initial candidates and the budget in records of the archive."""
+        ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a search is carried out, whatever is searched: the section `search` of the config.
+
+    Attributes:
+        strategy: chooses the candidates.
+        budget: candidates measured beside the initial ones. A larger one extends a finished search.
+        fidelity: samples per candidate.
+        seed: of the search, apart from that of the data.
+        finalists: the best so many are measured again on the noise of the select draw, where the winner is chosen.
+        seconds: a search ends after so many seconds of this run too; null: by its budget only.
+        time_limit_s: a candidate that takes longer is failed; null: none is.
+        workers: candidates measured together in one process, in shared forward passes where the method can.
+        failure_limits: when a search gives up.
+    """
+
+    strategy: Planner
+    budget: int = 300
+    fidelity: int = 256
+    seed: int = 0
+    finalists: int = 10
+    seconds: float | None = None
+    time_limit_s: float | None = None
+    workers: int = 8
+    failure_limits: FailureLimits = field(default_factory=FailureLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "fidelity", "finalists", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"search.{name} = {getattr(self, name)!r} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """One search of a method.
+
+    Attributes:
+        name: of its folder and its curves, e.g. "nfe5".
+        problem: space, seed, fidelity.
+        plan: strategy, initial candidates, budget.
+        evaluator: measures candidates in this process.
+        fingerprint: what the scores depend on beside the search itself.
+    """
+
+    name: str
+    problem: Problem[Any]
+    plan: SearchPlan
+    evaluator: Evaluator[Any]
+    fingerprint: Mapping[str, str]
+
+
+class SearchRunner:
+    """Runs the searches of a method in a run folder; each has an archive of its own below `search/`.
+
+    Args:
+        evaluations: the trainer as searches use it.
+        settings: how they are carried out.
+    """
+
+    def __init__(self, evaluations: CandidateTrainer, settings: SearchSettings) -> None:
+        self.evaluations, self.settings = evaluations, settings
+        trainer: Any = evaluations.trainer
+        self.folder = Path(trainer.default_root_dir) / "search"
+        bars = [c.display for c in trainer.callbacks if isinstance(c, StepProgress)]
+        self.display = bars[0] if bars else _silent()
+        guards = [c for c in trainer.callbacks if isinstance(c, SignalGuard)]
+        self.guard = guards[0] if guards else SignalGuard()
+        self.main = bool(trainer.is_global_zero)
+
+    def run(self, task: SearchTask) -> SearchResult[Any]:
+        """Search until the budget is spent, from where an earlier run stopped.
+
+        Raises:
+            RunInterrupted: a signal asked to stop; the candidate at hand was finished and kept.
+            SearchFailedError, UserError: as `Search.run`.
+        """
+        plan, evaluations, trainer = task.plan, self.evaluations, self.evaluations.trainer
+        archive = open_archive(
+            self.folder / task.name,
+            task.problem,
+            plan.strategy,
+            plan.initial,
+            fingerprint=task.fingerprint,
+            writable=self.main,
+        )
+        evaluations.agreed(None)  # all have read the archive before any of them goes on
+        search = Search(
+            task.problem,
+            plan.strategy,
+            archive,
+            evaluations.spread(task.evaluator),
+            plan.initial,
+            workers=self.settings.workers * evaluations.shares,
+            limits=self.settings.failure_limits,
+            on_progress=lambda progress: self._show(task.name, progress),
+            should_stop=lambda: self.guard.requested(trainer) is not None,
+            clock=evaluations.clock,
+        )
+        done = len(archive.records)
+        self.display.enabled &= self.main
+        self.display.start(task.name, plan.budget.evaluations, done)
+        try:
+            with self.guard.listening():
+                result = search.run(Budget(plan.budget.evaluations, self.settings.seconds))
+                if result.stopped == "request":
+                    raise RunInterrupted(self.guard.requested(trainer))
+        finally:
+            self.display.stop(task.name)
+        return result
+
+    def _show(self, name: str, progress: Progress[Any]) -> None:
+        best = progress.best
+        record = progress.record
+        if self.main:
+            values = {f"search/{name}/failed": float(progress.failed)}
+            if record.score is not None:
+                values[f"search/{name}/score@{record.fidelity}"] = record.score
+            if best is not None and best.score is not None:
+                values[f"search/{name}/best"] = best.score
+            for logger in self.evaluations.trainer.loggers:
+                logger.log_metrics(values, step=record.index)
+        if self.display.due():
+            note = "none yet" if best is None or best.score is None else f"best {best.score:.5g} ({best.source})"
+            failed = f", {progress.failed} failed" if progress.failed else ""
+            self.display.show(name, progress.evaluated, note + failed)
+
+
+def _silent() -> ProgressDisplay:
+    display = ProgressDisplay()
+    display.enabled = False
+    return display

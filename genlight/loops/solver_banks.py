@@ -1,0 +1,197 @@
+"""What a search of solver schedules measures against: noise, and what a teacher with many steps makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlight.diffusion.solver.compile import SolverTable
+from genlight.diffusion.solver.spacings import End
+from genlight.diffusion.solver.teacher import NetworkSampling, Sampling, TeacherBank
+from genlight.errors import UserError
+from genlight.loops.evaluation import CandidateTrainer
+from genlight.search.protocols import Evaluation
+from genlight.search.spaces.solver_objective import (
+    TeacherObjective,
+    bank_fingerprint,
+    make_teacher_bank,
+    rms_evaluation,
+    teacher_schedule,
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How the teacher samples.
+
+    Attributes:
+        steps: evaluations.
+        solver: one of `genlight.diffusion.solver.presets.PRESETS`, on times even in λ.
+    """
+
+    steps: int = 100
+    solver: str = "dpmpp_3m_exact"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"method.teacher.steps = {self.steps!r} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class BankSizes:
+    """Noises of each draw: for measuring candidates, for choosing among finalists and tuning, for the report."""
+
+    search: int = 256
+    select: int = 256
+    report: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("search", "select", "report"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"method.noise.{name} = {getattr(self, name)!r} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class PipelineSampling:
+    """A module that samples compiled tables by itself, by calls of its pipeline."""
+
+    module: Any
+
+    @property
+    def prediction(self) -> Any:
+        return self.module.prediction
+
+    def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
+        """Undecoded samples [S, M, ...]."""
+        samples: Tensor = self.module.sample_tables(tables, bank.noise, bank.conditions.get("label"))
+        return samples
+
+
+def sampling_of(module: Any) -> Sampling:
+    """How a module is sampled with solver tables; UserError for a module that is no diffusion model."""
+    if hasattr(module, "denoiser"):
+        return NetworkSampling(module.denoiser(), module.prediction)
+    if hasattr(module, "sample_tables"):
+        return PipelineSampling(module)
+    raise UserError(
+        f"method=s3 searches the sampler of a diffusion or flow model, which {type(module).__name__} is not; use "
+        "module=diffusion, module=diffusion_pretrained or module=pipeline"
+    )
+
+
+def noise_of(datamodule: Any, draw: str, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first `count` noises [count, ...] of a draw and their conditions, whatever the number of processes."""
+    before = datamodule.draw, datamodule.num_samples, datamodule.trainer
+    datamodule.draw, datamodule.num_samples, datamodule.trainer = draw, count, None
+    try:
+        batches = list(datamodule.val_dataloader())
+    finally:
+        datamodule.draw, datamodule.num_samples, datamodule.trainer = before
+    noise = torch.cat([batch["noise"] for batch in batches])
+    conditions = {"label": torch.cat([batch["label"] for batch in batches])} if "label" in batches[0] else {}
+    return noise, conditions
+
+
+class Banks:
+    """The three banks of a run, each made once and kept in the run folder.
+
+    Args:
+        evaluations: what samples the teacher.
+        module, datamodule: of the run.
+        teacher, sizes, end: see `Teacher`, `BankSizes`, `spacings.grid`.
+        folder: where they are kept.
+    """
+
+    def __init__(
+        self,
+        evaluations: CandidateTrainer,
+        module: Any,
+        datamodule: Any,
+        teacher: Teacher,
+        sizes: BankSizes,
+        end: End,
+        folder: Path,
+    ) -> None:
+        self.evaluations, self.module, self.datamodule, self.sizes = evaluations, module, datamodule, sizes
+        self.folder, self.device = folder, evaluations.trainer.strategy.root_device
+        self.sampling = sampling_of(module)
+        self.schedule = teacher_schedule(
+            self.sampling.prediction.schedule, teacher.steps, solver=teacher.solver, end=end
+        )
+        self.uses_labels = bool(getattr(module, "class_conditional", True))
+        self.model_fingerprint = f"{module.fingerprint()}/{module.guidance_scale}"
+
+    def bank(self, draw: str) -> TeacherBank:
+        """The bank of a draw, read from the folder where it was made before."""
+        noise, conditions = noise_of(self.datamodule, draw, getattr(self.sizes, draw))
+        conditions = conditions if self.uses_labels else {}
+        found = self.fingerprint(draw, noise, conditions)
+        file = self.folder / f"teacher-{draw}.safetensors"
+        if self.evaluations.agreed(file.is_file()):
+            return TeacherBank.load(file, found, self.device)
+        on_device = {name: value.to(self.device) for name, value in conditions.items()}
+        bank = self.evaluations.inside(
+            self.module,
+            lambda: make_teacher_bank(
+                self.sampling,
+                noise.to(self.device),
+                schedule=self.schedule,
+                conditions=on_device,
+                model_fingerprint=self.model_fingerprint,
+            ),
+        )
+        if self.evaluations.trainer.is_global_zero:
+            bank.save(file)
+        return bank
+
+    def fingerprint(self, draw: str, noise: Tensor, conditions: dict[str, Tensor]) -> str:
+        """What the bank of a draw depends on."""
+        return bank_fingerprint(self.sampling.prediction, noise, self.schedule, conditions, self.model_fingerprint)
+
+
+class TeacherScoring:
+    """Distances of schedules to the teacher, measured in validations: objective and batch objective of a search.
+
+    Args:
+        module: the generator.
+        sampling: how it is sampled.
+        bank: noise and target; where the module is sharded, each process measures a share of the rows.
+        evaluations: what validates.
+    """
+
+    def __init__(self, module: Any, sampling: Sampling, bank: TeacherBank, evaluations: CandidateTrainer) -> None:
+        self.module, self.evaluations, self.bank = module, evaluations, bank
+        trainer = evaluations.trainer
+        self.parts = int(trainer.world_size) if evaluations.sharded else 1
+        rank = int(trainer.global_rank) if evaluations.sharded else 0
+        self.objective = TeacherObjective(sampling, bank.rows(slice(rank, None, self.parts)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the bank: what scores depend on."""
+        return self.bank.fingerprint
+
+    def evaluate(self, candidate: Any, fidelity: int) -> Evaluation:
+        """The RMS distance over the first `fidelity` noises."""
+        return self.evaluate_many([candidate], fidelity)[0]
+
+    def evaluate_many(self, candidates: Sequence[Any], fidelity: int) -> list[Evaluation]:
+        """One evaluation for each candidate, in shared forward passes."""
+        return [rms_evaluation(value) for value in self.errors(candidates, fidelity).mean(dim=1).tolist()]
+
+    def errors(self, candidates: Sequence[Any], fidelity: int) -> Tensor:
+        """Mean squared error of each candidate on each noise, float64 [candidates, fidelity], in no order of noises."""
+        if fidelity % self.parts:
+            raise UserError(f"search.fidelity = {fidelity} must be a multiple of the {self.parts} processes")
+        rows = fidelity // self.parts
+        errors = self.evaluations.inside(self.module, lambda: self.objective.errors(candidates, rows))
+        if self.parts == 1:
+            return errors
+        strategy = self.evaluations.trainer.strategy
+        gathered: Tensor = strategy.all_gather(errors.to(strategy.root_device))
+        return gathered.transpose(0, 1).flatten(1).cpu()
