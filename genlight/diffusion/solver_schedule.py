@@ -178,7 +178,7 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         """The next point from the current one and the network's output there, both [B, ...] of any rank.
 
         Sums are formed in float32, or wider for wider samples, and returned in the type of `sample`. An output with
@@ -204,7 +204,10 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             del self._history[entry]
         self._step_index = index + 1
         result = result.to(sample.dtype)
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+        if return_dict:
+            return SchedulerOutput(prev_sample=result)
+        # pipelines of one step take the second entry, what is predicted of the clean image
+        return (result, result) if self._step_index == len(self.timesteps) else (result,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = α x_0 + σ ε at model timesteps [B] of the noise schedule, for samples [B, ...]."""

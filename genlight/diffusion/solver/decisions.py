@@ -19,6 +19,7 @@ made, and a bad value raises `ValueError` that names the field. The rest is chec
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, get_args
 
 PredictionSpace = Literal["noise", "data"]
@@ -220,10 +221,11 @@ class SolverSchedule:
         object.__setattr__(self, "times", times)
         if None in times[1:-1]:
             raise ValueError(f"times[{times.index(None, 1)}] is null: only the first and the last time may be infinite")
+        positions = [self._position(index) for index in range(len(times))]
         for index, step in enumerate(self.steps):
             try:
                 self._check_history(index, step)
-                self._check_order_of_times(index, step)
+                self._check_order_of_times(index, step, positions)
             except ValueError as error:
                 raise ValueError(f"steps[{index}].{error}") from None
         if self.nfe < 1:
@@ -251,8 +253,7 @@ class SolverSchedule:
         if step.corrector is not None and index == len(self.steps) - 1:
             raise ValueError("corrector: the last step has none, because the network is not evaluated after it")
 
-    def _check_order_of_times(self, index: int, step: StepDecision) -> None:
-        position = [self._position(i) for i in range(index + 2)]
+    def _check_order_of_times(self, index: int, step: StepDecision, position: list[float]) -> None:
         source, target = position[index + 1 + step.source], position[index + 1]
         if target < position[index] or target <= source:
             direction = "rise" if self.time_domain == "half_log_snr" else "fall"
@@ -300,9 +301,14 @@ def check_clean_end(step: StepDecision, index: int) -> None:
         )
 
 
-def _known(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} = {value!r}; known are {', '.join(get_args(choices))}")
+@cache
+def _choices(literal: Any) -> tuple[str, ...]:
+    return get_args(literal)
+
+
+def _known(name: str, value: object, literal: Any) -> None:
+    if value not in _choices(literal):
+        raise ValueError(f"{name} = {value!r}; known are {', '.join(_choices(literal))}")
 
 
 def _finite(name: str, value: Any) -> float:

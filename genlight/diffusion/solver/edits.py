@@ -51,13 +51,21 @@ def fitted(steps: Sequence[StepDecision], times: Sequence[float | None]) -> tupl
     last = len(steps) - 1
     result = []
     for index, step in enumerate(steps):
-        step = _fit_history(step, stored=index + 1)
+        step = step if _is_stored(step, index + 1) else _fit_history(step, stored=index + 1)
         if index == last:
-            step = replace(step, corrector=None)
-            if times[-1] is None and step.weights is None and step.variable == "half_log_snr":
+            step = step if step.corrector is None else replace(step, corrector=None)
+            if times[-1] is None and step.order > 1 and step.weights is None and step.variable == "half_log_snr":
                 step = replace(step, order=1, points=(), scales=())
         result.append(step)
     return tuple(result)
+
+
+def _is_stored(step: StepDecision, stored: int) -> bool:
+    """Whether everything that a step needs is stored."""
+    oldest = max(step.order if step.weights is None else 1, -step.source)
+    corrector = step.corrector
+    sets = step.points if corrector is None or corrector.points is None else (*step.points, *corrector.points)
+    return oldest <= stored and all(-point <= stored for points in sets for point in points)
 
 
 def _fit_history(step: StepDecision, stored: int) -> StepDecision:

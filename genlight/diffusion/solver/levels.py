@@ -1,8 +1,10 @@
 """The times of a solver schedule as levels of signal and noise on one noise schedule."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +16,10 @@ from genlight.diffusion.solver.phi import Scalar, number
 # λ that pure noise (α = 0) counts as in finite differences and φ functions: that of σ = 1 - 1e-6 in flow matching,
 # where diffusers starts its multistep solvers
 PURE_NOISE_HALF_LOG_SNR = math.log(1e-6) - math.log1p(-1e-6)
+# levels that a noise schedule was asked for are kept: children of a search share most of their times with their parents
+_KEPT = 4096
+# up to this λ there is noise in float64 for every family
+_FINITE_HALF_LOG_SNR = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,18 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
 
     Raises ValueError for times outside the noise schedule, infinite ends that it lacks, levels that do not rise.
     """
-    given = [index for index, time in enumerate(schedule.times) if time is not None]
     if times is None:
-        values = torch.tensor([schedule.times[index] for index in given], dtype=torch.float64)
+        finite = [time for time in schedule.times if time is not None]
+        levels = _kept_levels(finite, schedule.time_domain == "half_log_snr", noise_schedule)
     else:
         if times.shape != (len(schedule.times),) or times.dtype != torch.float64:
             raise ValueError(
                 f"times: a float64 tensor [{len(schedule.times)}] is needed, not {times.dtype} {times.shape}"
             )
-        values = times[given]
-    time = noise_schedule.t_of_half_log_snr(values) if schedule.time_domain == "half_log_snr" else values
-    # a time that missed the range by rounding has been clamped to it; α, σ and λ then belong to the clamped one
-    time = time.clamp(noise_schedule.t_min, noise_schedule.t_max) if times is None else time
-    columns = [time, noise_schedule.half_log_snr(time), noise_schedule.alpha(time), noise_schedule.sigma(time)]
-    rows = zip(*(column.tolist() for column in columns)) if times is None else zip(*columns)
-    levels = [Level(*row) for row in rows]
-    levels = [_constant(level) if math.isinf(number(level.half_log_snr)) else level for level in levels]
+        values = times[[index for index, time in enumerate(schedule.times) if time is not None]]
+        time = noise_schedule.t_of_half_log_snr(values) if schedule.time_domain == "half_log_snr" else values
+        levels = [Level(*row) for row in zip(*_columns(time, noise_schedule))]
+        levels = [_constant(level) if math.isinf(number(level.half_log_snr)) else level for level in levels]
     if schedule.times[0] is None:
         levels.insert(0, _pure_noise(noise_schedule))
     if schedule.times[-1] is None:
@@ -74,11 +76,60 @@ def levels_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule, times: Te
     return levels
 
 
+def half_log_snrs_of(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> list[float]:
+    """λ of the N + 1 times, infinite at infinite ends; errors are those of `levels_of`."""
+    if schedule.time_domain == "half_log_snr":
+        low, high = _range_of(noise_schedule)
+        # inside the range `levels_of` could find nothing but steps below rounding, and it takes ten times as long
+        lower, upper = max(low, PURE_NOISE_HALF_LOG_SNR), min(high, _FINITE_HALF_LOG_SNR)
+        times = schedule.times
+        inside = all(lower <= time <= upper for time in times if time is not None)
+        if inside and (times[0] is not None or low == -math.inf):
+            return [(math.inf if index else -math.inf) if time is None else time for index, time in enumerate(times)]
+    return [number(level.half_log_snr) for level in levels_of(schedule, noise_schedule)]
+
+
 def in_half_log_snr(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> SolverSchedule:
     """The same schedule with its times as λ, infinite ends as None."""
     times = [level.half_log_snr for level in levels_of(schedule, noise_schedule)]
     finite = tuple(None if math.isinf(time) else time for time in times)
     return replace(schedule, times=finite, time_domain="half_log_snr")
+
+
+def _columns(time: Tensor, noise_schedule: NoiseSchedule) -> list[Tensor]:
+    return [time, noise_schedule.half_log_snr(time), noise_schedule.alpha(time), noise_schedule.sigma(time)]
+
+
+_ranges: "WeakKeyDictionary[NoiseSchedule, tuple[float, float]]" = WeakKeyDictionary()
+_levels: "WeakKeyDictionary[NoiseSchedule, dict[tuple[bool, float], Level]]" = WeakKeyDictionary()
+
+
+def _range_of(noise_schedule: NoiseSchedule) -> tuple[float, float]:
+    """Lowest and highest λ."""
+    found = _ranges.get(noise_schedule)
+    if found is None:
+        found = noise_schedule.half_log_snr(noise_schedule.t_max), noise_schedule.half_log_snr(noise_schedule.t_min)
+        _ranges[noise_schedule] = found
+    return found
+
+
+def _kept_levels(times: Sequence[float], as_half_log_snr: bool, noise_schedule: NoiseSchedule) -> list[Level]:
+    """The levels of finite times, given as λ or not, as plain numbers."""
+    kept = _levels.setdefault(noise_schedule, {})
+    if len(kept) > _KEPT:
+        kept.clear()
+    found = {time: kept.get((as_half_log_snr, time)) for time in times}
+    new = [time for time, level in found.items() if level is None]
+    if new:
+        values = torch.tensor(new, dtype=torch.float64)
+        time = noise_schedule.t_of_half_log_snr(values) if as_half_log_snr else values
+        # a time that missed the range by rounding has been clamped to it; α, σ and λ then belong to the clamped one
+        time = time.clamp(noise_schedule.t_min, noise_schedule.t_max)
+        rows = zip(*(column.tolist() for column in _columns(time, noise_schedule)))
+        made = {given: Level(*row) for given, row in zip(new, rows)}
+        found |= made
+        kept.update({(as_half_log_snr, given): level for given, level in made.items()})
+    return [level for given in times if (level := found[given]) is not None]
 
 
 def _constant(level: Level) -> Level:

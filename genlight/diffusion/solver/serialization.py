@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -13,13 +13,13 @@ from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.decisions import (
-    Corrector,
+    LinearScale,
     PredictionSpace,
     Scale,
     SolverSchedule,
     StepDecision,
 )
-from genlight.diffusion.solver.levels import levels_of
+from genlight.diffusion.solver.levels import half_log_snrs_of
 
 KIND: Literal["genlight.solver_bank"] = "genlight.solver_bank"
 VERSION = 1
@@ -47,17 +47,24 @@ def schedule_from_json(text: str | bytes) -> SolverSchedule:
     return result
 
 
-def canonical_key(schedule: SolverSchedule, noise_schedule: NoiseSchedule, resolution: float = KEY_RESOLUTION) -> str:
+def canonical_key(
+    schedule: SolverSchedule,
+    noise_schedule: NoiseSchedule,
+    resolution: float = KEY_RESOLUTION,
+    *,
+    steps: Sequence[StepDecision] | None = None,
+) -> str:
     """SHA-256 (hex) of a schedule for finding duplicates.
 
     Equal for schedules that differ in λ by rounding to `resolution` only, in the domain of their times, in the order of
-    points, and in trailing factors of 1. `schedule_to_json` is the exact form.
+    points, and in trailing factors of 1. `schedule_to_json` is the exact form. `steps` take the place of
+    `schedule.steps`.
     """
-    levels = levels_of(schedule, noise_schedule)
+    half_log_snrs = half_log_snrs_of(schedule, noise_schedule)
     content = {
-        "times": [_rounded(level.half_log_snr, resolution) for level in levels],
+        "times": [_rounded(value, resolution) for value in half_log_snrs],
         "afs": schedule.afs,
-        "steps": [asdict(_plain(step)) for step in schedule.steps],
+        "steps": [_key_content(step) for step in (schedule.steps if steps is None else steps)],
     }
     return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
@@ -173,23 +180,28 @@ def _rounded(value: float, resolution: float) -> int | str:
     return round(value / resolution)
 
 
-def _plain(step: StepDecision) -> StepDecision:
-    """The step with sorted points and without trailing factors of 1; explicit weights stay with their points."""
+def _key_content(step: StepDecision) -> dict[str, Any]:
+    """The fields with sorted points and without trailing factors of 1; explicit weights stay with their points."""
     corrector = step.corrector
-    if corrector is not None and corrector.weights is None:
-        corrector = Corrector(corrector.kind, _trimmed(corrector.scales), _sorted(step.corrector_points()))
-    points = step.points if step.weights is not None else _sorted(step.points)
-    return replace(step, points=points, scales=_trimmed(step.scales), corrector=corrector)
+    content = {**vars(step), "scales": _plain_scales(step.scales)}
+    if step.weights is None:
+        content["points"] = _sorted(step.points)
+    if corrector is not None:
+        content["corrector"] = {**vars(corrector), "scales": _plain_scales(corrector.scales)}
+        if corrector.weights is None:
+            content["corrector"]["points"] = _sorted(step.corrector_points())
+    return content
 
 
 def _sorted(sets: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(points, reverse=True)) for points in sets)
 
 
-def _trimmed(scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
+def _plain_scales(scales: tuple[Scale, ...]) -> list[Any]:
+    """Without trailing factors of 1, as plain values."""
     while scales and scales[-1] == 1.0:
         scales = scales[:-1]
-    return scales
+    return [{"omega": scale.omega} if isinstance(scale, LinearScale) else scale for scale in scales]
 
 
 def _canonical(content: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from genlight.diffusion.solver.decisions import (
+    AnalyticalFirstStep,
     Corrector,
     LinearScale,
     PredictionSpace,
@@ -19,10 +20,8 @@ from genlight.diffusion.solver.decisions import (
     StepDecision,
     nearest_points,
 )
-from genlight.diffusion.solver.phi import bh1, bh2
-
-Lambdas = np.ndarray[tuple[int], np.dtype[np.float64]]
-Generator = np.random.Generator
+from genlight.diffusion.solver.phi import bh1, bh2, expm1
+from genlight.search.spaces.solver_times import Generator, Lambdas, TimeRange
 
 SCALES: tuple[Scale, ...] = (1.0, "bh1", "bh2", "exp", "minus_exp")
 _ORDER_ODDS = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1}
@@ -34,72 +33,52 @@ _SCALE_RANGE = (-3.0, 3.0)
 _MAX_SOURCE = 3
 
 
-@dataclass(frozen=True)
-class TimeRange:
-    """Where the times of a schedule may be, in λ; an infinite end is -inf or inf and stays as it is.
-
-    Attributes:
-        start, end: lowest λ of the first time and highest λ of the last one.
-        start_slack, end_slack: how far the first may rise above `start` and the last fall below `end`.
-        low, high: bounds of the inner times.
-        min_gap: smallest step in λ; less where so many steps leave no room for it.
-    """
-
-    start: float
-    end: float
-    start_slack: float
-    end_slack: float
-    low: float
-    high: float
-    min_gap: float
-
-    def settle(self, lambdas: Lambdas) -> Lambdas:
-        """The times sorted, inside their bounds and at least the smallest gap apart."""
-        result = np.array(lambdas, dtype=np.float64)
-        if math.isfinite(result[0]):
-            result[0] = min(max(result[0], self.start), self.start + self.start_slack)
-        if math.isfinite(result[-1]):
-            result[-1] = min(max(result[-1], self.end - self.end_slack), self.end)
-        count = len(result) - 2
-        if count < 1:
-            return result
-        low, high = max(self.low, result[0]), min(self.high, result[-1])
-        gap = min(self.min_gap, (high - low) / (2 * (count + 1)))
-        # next to a finite end the gap is kept, at a bound before an infinite one it is not needed
-        low = low + gap if math.isfinite(result[0]) else low
-        high = high - gap if math.isfinite(result[-1]) else high
-        inner = np.sort(result[1:-1]).clip(low, high)
-        # number by number, so that times that need no change keep their last bit
-        for i in range(1, count):
-            inner[i] = max(inner[i], inner[i - 1] + gap)
-        inner[-1] = min(inner[-1], high)
-        for i in reversed(range(count - 1)):
-            inner[i] = min(inner[i], inner[i + 1] - gap)
-        result[1:-1] = inner
-        return result
-
-    def movable(self, lambdas: Lambdas) -> list[int]:
-        """Positions of the times that may change."""
-        ends = [0] if self.start_slack > 0 and math.isfinite(lambdas[0]) else []
-        ends += [len(lambdas) - 1] if self.end_slack > 0 and math.isfinite(lambdas[-1]) else []
-        return [*range(1, len(lambdas) - 1), *ends]
-
-
 @dataclass
 class Draft:
-    """A schedule taken apart: λ [N + 1] and N decisions."""
+    """A schedule taken apart: λ [N + 1] and N decisions, and how far its space lets them go."""
 
     lambdas: Lambdas
     steps: list[StepDecision]
     range: TimeRange
     max_order: int
+    afs: AnalyticalFirstStep | None = None
+    mean_first_step: bool = False
 
     def length(self, index: int) -> float:
         """h of a step from its source; infinite at an infinite end."""
         return float(self.lambdas[index + 1] - self.lambdas[max(0, index + 1 + self.steps[index].source)])
 
-    def is_last(self, index: int) -> bool:
-        return index == len(self.steps) - 1
+    def split(self, index: int, prediction: PredictionSpace) -> None:
+        """A step more: of order 2 at most, to the middle of the one at `index`."""
+        bounds = self.lambdas[index : index + 2].clip(self.range.low, self.range.high)
+        self.steps.insert(index, with_order(StepDecision(prediction), min(2, index + 1), index + 1))
+        self.lambdas = self.range.settle(np.insert(self.lambdas, index + 1, bounds.mean()))
+
+    def remove(self, index: int) -> None:
+        """A step less, not the last."""
+        del self.steps[index]
+        self.lambdas = np.delete(self.lambdas, index + 1)
+
+    def widest(self) -> int:
+        """The step with the largest finite h."""
+        gaps = np.diff(self.lambdas)
+        return int(np.argmax(np.where(np.isfinite(gaps), gaps, -1.0)))
+
+    def implicit(self) -> list[int]:
+        """The steps that cost two evaluations."""
+        return [i for i, step in enumerate(self.steps) if step.corrector and step.corrector.kind == "implicit"]
+
+
+def factor(scale: Scale, h: float, prediction: PredictionSpace) -> float:
+    """The number c that a scale stands for in a step of length h, which is finite where the scale depends on it."""
+    if isinstance(scale, float):
+        return scale
+    if isinstance(scale, LinearScale):
+        return 1 + scale.omega * h
+    z = h if prediction == "noise" else -h
+    if scale in ("bh1", "bh2"):
+        return float(bh1(z) if scale == "bh1" else bh2(z))
+    return float(1 + 0.5 * expm1(z) if scale == "exp" else 1 - 0.5 * expm1(z))
 
 
 def scale_value(scale: Scale, h: float, prediction: PredictionSpace) -> float:
@@ -108,14 +87,7 @@ def scale_value(scale: Scale, h: float, prediction: PredictionSpace) -> float:
         return scale
     if not math.isfinite(h):
         return 1.0
-    z = h if prediction == "noise" else -h
-    if isinstance(scale, LinearScale):
-        value = 1 + scale.omega * h
-    elif scale in ("bh1", "bh2"):
-        value = float(bh1(z) if scale == "bh1" else bh2(z))
-    else:
-        value = 1 + 0.5 * math.expm1(min(z, 10.0)) * (1 if scale == "exp" else -1)
-    return min(max(value, _SCALE_RANGE[0]), _SCALE_RANGE[1])
+    return min(max(factor(scale, h, prediction), _SCALE_RANGE[0]), _SCALE_RANGE[1])
 
 
 def edit_time(draft: Draft, rng: Generator, size: float) -> bool:
@@ -245,15 +217,13 @@ def edit_variable(draft: Draft, rng: Generator, size: float) -> bool:
 
 def edit_implicit(draft: Draft, rng: Generator, size: float) -> bool:
     """Exchange a step for a corrector that costs an evaluation, or back: their sum stays."""
-    implicit = [i for i, step in enumerate(draft.steps) if step.corrector and step.corrector.kind == "implicit"]
+    implicit = draft.implicit()
     if implicit and rng.random() < 0.5:
         index = int(rng.choice(implicit))
         step = draft.steps[index]
         draft.steps[index] = replace(step, corrector=None)
-        where = _widest(draft.lambdas) if rng.random() < 0.5 else int(rng.integers(len(draft.steps)))
-        bounds = draft.lambdas[where : where + 2].clip(draft.range.low, draft.range.high)
-        draft.steps.insert(where, with_order(StepDecision(step.prediction), min(2, where + 1), where + 1))
-        draft.lambdas = draft.range.settle(np.insert(draft.lambdas, where + 1, bounds.mean()))
+        where = draft.widest() if rng.random() < 0.5 else int(rng.integers(len(draft.steps)))
+        draft.split(where, step.prediction)
         return True
     # neither the last step, which has no corrector, nor one that costs two evaluations already
     free = [i for i in range(len(draft.steps) - 1) if i not in implicit]
@@ -261,8 +231,25 @@ def edit_implicit(draft: Draft, rng: Generator, size: float) -> bool:
         return False
     index, gone = (int(i) for i in rng.choice(free, size=2, replace=False))
     draft.steps[index] = replace(draft.steps[index], corrector=Corrector("implicit"))
-    del draft.steps[gone]
-    draft.lambdas = np.delete(draft.lambdas, gone + 1)
+    draft.remove(gone)
+    return True
+
+
+def edit_afs(draft: Draft, rng: Generator, size: float) -> bool:
+    """Another analytical first step; the evaluation that it saves is a step more, and without one a step less."""
+    kinds: tuple[AnalyticalFirstStep | None, ...] = (None, "zero", "mean") if draft.mean_first_step else (None, "zero")
+    others = [kind for kind in kinds if kind != draft.afs]
+    kind = others[int(rng.integers(len(others)))]
+    if kind is None:
+        implicit = draft.implicit()
+        free = [i for i in range(len(draft.steps) - 1) if i not in implicit]
+        if not free:
+            return False
+        draft.remove(free[int(rng.integers(len(free)))])
+    elif draft.afs is None:
+        where = draft.widest()
+        draft.split(where, draft.steps[where].prediction)
+    draft.afs = kind
     return True
 
 
@@ -277,6 +264,7 @@ EDITS: dict[str, Edit] = {
     "source": edit_source,
     "variable": edit_variable,
     "implicit": edit_implicit,
+    "afs": edit_afs,
 }
 
 
@@ -310,12 +298,6 @@ def _other_scale(scale: Scale, step: StepDecision, h: float, rng: Generator, siz
     return LinearScale((value - 1) / h + move)
 
 
-def _widest(lambdas: Lambdas) -> int:
-    """The step with the largest finite h."""
-    gaps = np.diff(lambdas)
-    return int(np.argmax(np.where(np.isfinite(gaps), gaps, -1.0)))
-
-
 @dataclass(frozen=True)
 class Crossing:
     """Parts of two drafts put together; which parts may be taken from the second is said by the genes.
@@ -344,8 +326,9 @@ class Crossing:
             else:
                 inner = np.where(pick[:-1], other[1:-1], a.lambdas[1:-1])
             lambdas[1:-1] = inner
-            if math.isfinite(lambdas[-1]) and math.isfinite(other[-1]) and pick[-1]:
-                lambdas[-1] = other[-1]
+            for end in (0, -1):
+                if math.isfinite(lambdas[end]) and math.isfinite(other[end]) and pick[end]:
+                    lambdas[end] = other[end]
             lambdas = a.range.settle(lambdas)
         steps = list(a.steps)
         if self.decisions and same:
@@ -370,8 +353,10 @@ def _mixed(a: StepDecision, b: StepDecision, fields: np.ndarray) -> StepDecision
 
 
 def resampled(draft: Draft, count: int, like: Lambdas) -> Lambdas:
-    """The times of a draft at `count` steps, linear between its own; ends as in `like`."""
+    """The times of a draft at `count` steps, linear between its own; an end is its own where `like` is finite too."""
     finite = draft.lambdas.clip(draft.range.low, draft.range.high)
     result: Lambdas = np.interp(np.linspace(0, 1, count + 1), np.linspace(0, 1, len(finite)), finite)
-    result[0], result[-1] = like[0], like[-1]
+    for end in (0, -1):
+        both = math.isfinite(like[end]) and math.isfinite(draft.lambdas[end])
+        result[end] = draft.lambdas[end] if both else like[end]
     return result

@@ -21,7 +21,9 @@ from genlight.diffusion.solver.sample import sample
 from genlight.diffusion.solver.serialization import canonical_key
 from genlight.diffusion.solver.spacings import End
 from genlight.search.protocols import SettableSampler, Vector, require_capability
-from genlight.search.spaces.solver_genes import EDITS, Crossing, Draft, Lambdas, TimeRange, resampled, scale_value
+from genlight.search.spaces.solver_continuous import ContinuousGenes
+from genlight.search.spaces.solver_genes import EDITS, Crossing, Draft, scale_value
+from genlight.search.spaces.solver_times import OPEN_END_ROOM, Lambdas, TimeRange
 
 DECISIONS: tuple[str, ...] = ("type", "order", "low_order", "scale", "corrector")
 ALL_GENES: tuple[str, ...] = ("times", *DECISIONS)
@@ -31,8 +33,6 @@ _OPEN_END = math.log(1e3)
 _TIME_ODDS = 3.0
 _MAX_EDITS = 3
 _TRIES = 20
-# room in λ that softmax coordinates have beyond an infinite end, so that a time may lie at its bound
-_VECTOR_ROOM = 1.0
 _KEY_DIGITS = 16
 
 
@@ -63,13 +63,15 @@ class SolverScheduleSpace:
         noise_schedule: what the times are times of.
         nfe: network evaluations of every candidate.
         genes: which decisions may change, of `solver_genes.EDITS`: "times", "type", "order", "low_order", "scale",
-            "corrector", and, only where named, "source" (singlestep), "variable" (expansion in σ/(α + σ)) and
-            "implicit" (a step for a corrector with an evaluation of its own).
+            "corrector", and, only where named, "source" (singlestep), "variable" (expansion in σ/(α + σ)),
+            "implicit" (a step for a corrector with an evaluation of its own) and "afs" (a step for the first
+            evaluation, which is then analytical).
         end: where schedules end, see `spacings.grid`.
         max_order: highest order that edits give.
         min_gap: smallest step in λ that edits of times leave.
         start_slack, end_slack: how far, in λ, the first time may rise and the last fall; 0: that end is fixed.
         integer_times: times are whole numbers of the noise schedule's time, for networks that look them up.
+        mean_first_step: the gene "afs" may also take the mean image, which the sampler must then be given.
         template: decisions of random candidates where they are no genes, and of `from_vector`; None: DPM-Solver++(2M).
     """
 
@@ -82,6 +84,7 @@ class SolverScheduleSpace:
     start_slack: float = 0.0
     end_slack: float = 0.0
     integer_times: bool = False
+    mean_first_step: bool = False
     template: SolverSchedule | None = field(default=None, repr=False)
 
     candidate_type = SolverSchedule
@@ -109,6 +112,18 @@ class SolverScheduleSpace:
                 )
         if self.integer_times and self.noise_schedule.family != "vp":
             raise ValueError(f"space.integer_times: times of {self.noise_schedule!r} are no whole numbers")
+        if "afs" in self.genes and (self.noise_schedule.family == "flow" or math.isinf(self.range.start)):
+            raise ValueError(
+                f"space.genes: 'afs' on {self.noise_schedule!r} gives schedules that no diffusers scheduler can carry; "
+                "leave it out"
+            )
+        if self.mean_first_step and "afs" not in self.genes:
+            raise ValueError("space.mean_first_step needs the gene 'afs'")
+        if self.start_slack + self.end_slack > 0 and not self.range.has_room():
+            raise ValueError(
+                f"space: start_slack = {self.start_slack} and end_slack = {self.end_slack} must leave some of the "
+                f"{self.range.end - self.range.start:.4g} in λ between the ends"
+            )
         if self.template is not None and self.template.nfe != self.nfe:
             raise ValueError(f"space.template makes {self.template.nfe} evaluations, not {self.nfe}")
 
@@ -124,28 +139,24 @@ class SolverScheduleSpace:
 
     def sample(self, rng: np.random.Generator) -> SolverSchedule:
         """Random times and, where they are genes, random decisions."""
-        draft = self._draft(self._template)
+        draft = self.draft(self._template)
         if "times" in self.genes:
-            walls = self._walls(draft)
-            gaps = rng.dirichlet(np.full(len(draft.steps), 3.0))
-            lambdas = walls[0] + (walls[1] - walls[0]) * np.concatenate([[0.0], gaps.cumsum()])
-            lambdas[0], lambdas[-1] = draft.lambdas[0], draft.lambdas[-1]
-            draft.lambdas = self.range.settle(lambdas)
+            draft.lambdas = self.range.draw(draft.lambdas, rng)
         decisions = [gene for gene in self.genes if gene != "times"]
         for _ in range(3 * len(draft.steps) if decisions else 0):
             self._edit(draft, str(rng.choice(decisions)), rng, 1.0)
-        return self._finished(draft, self._template)
+        return self.finished(draft, self._template)
 
     def mutate(self, candidate: SolverSchedule, rng: np.random.Generator, *, size: float = 1.0) -> SolverSchedule:
         """One to three genes changed; an edit of a time is a Gaussian of `size` × the smaller neighbouring gap in λ."""
-        odds = np.array([_TIME_ODDS if gene == "times" else 1.0 for gene in self.genes])
-        odds /= odds.sum()
+        odds = self._odds
         for _ in range(_TRIES):
-            draft = self._draft(candidate)
+            draft = self.draft(candidate)
             wanted = int(rng.integers(1, _MAX_EDITS + 1))
-            done = sum(self._edit(draft, str(gene), rng, size) for gene in rng.choice(self.genes, wanted, p=odds))
+            drawn = rng.choice(len(odds), wanted, p=odds)
+            done = sum(self._edit(draft, self.genes[i], rng, size) for i in drawn.tolist())
             if done:
-                return self._finished(draft, candidate)
+                return self.finished(draft, candidate)
         return candidate
 
     def crossover(self, a: SolverSchedule, b: SolverSchedule, rng: np.random.Generator) -> SolverSchedule:
@@ -154,12 +165,12 @@ class SolverScheduleSpace:
         Only genes come from `b`.
         """
         crossing = Crossing("times" in self.genes, any(gene != "times" for gene in self.genes))
-        first, second = self._draft(a), self._draft(b)
-        child = self._finished(crossing.cross(first, second, rng), a)
+        first, second = self.draft(a), self.draft(b)
+        child = self.finished(crossing.cross(first, second, rng), a)
         if child.nfe == self.nfe:
             return child
         # implicit correctors of both met: decisions stay those of one parent
-        return self._finished(replace(crossing, decisions=False).cross(first, second, rng), a)
+        return self.finished(replace(crossing, decisions=False).cross(first, second, rng), a)
 
     def cost(self, candidate: SolverSchedule) -> dict[str, float]:
         """The network evaluations."""
@@ -183,6 +194,8 @@ class SolverScheduleSpace:
             "integer_times": self.integer_times,
             "template": None if self.template is None else self.key(self.template),
         }
+        if self.mean_first_step:
+            options["mean_first_step"] = True
         return json.dumps(options, sort_keys=True)
 
     def apply(self, target: Any, candidate: SolverSchedule) -> None:
@@ -191,42 +204,42 @@ class SolverScheduleSpace:
         target.set_sampler(TableSampler(candidate, compile_schedule(candidate, self.noise_schedule)))
 
     def encode(self, candidate: SolverSchedule) -> Tensor:
-        """Float32 [steps, 23]: times, one-hot choices, and what the factors amount to in each step."""
-        draft = self._draft(candidate)
-        lambdas = draft.lambdas.clip(self.range.low - _VECTOR_ROOM, self.range.high + _VECTOR_ROOM)
+        """Float32 [steps, 25]: times, one-hot choices, and what the factors amount to in each step."""
+        draft = self.draft(candidate)
+        lambdas = draft.lambdas.clip(self.range.low - OPEN_END_ROOM, self.range.high + OPEN_END_ROOM)
         rows = [_features(step, i, draft, lambdas) for i, step in enumerate(draft.steps)]
         return torch.tensor(rows, dtype=torch.float32)
 
     @property
     def vector_bounds(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """No bounds: coordinates are logarithms of the N - 1 first gaps in λ over the last one, float64 [N - 1, 2]."""
-        return np.tile([-np.inf, np.inf], (len(self._template.steps) - 1, 1))
+        """No bounds, float64 [n, 2]; coordinates are those of `ContinuousGenes` for the template."""
+        return self._continuous.vector_bounds
 
     def to_vector(self, candidate: SolverSchedule) -> Vector:
-        """The times; decisions are left out. Other numbers of steps than the template's are interpolated."""
-        draft, template = self._draft(candidate), self._draft(self._template)
-        if len(draft.steps) != len(template.steps):
-            draft = replace(template, lambdas=resampled(draft, len(template.steps), template.lambdas))
-        low, high = self._walls(draft)
-        walled = np.concatenate([[low], draft.lambdas[1:-1], [high]])
-        gaps = np.diff(walled) - self._vector_gap(low, high, len(draft.steps))
-        gaps = np.maximum(gaps, 1e-6)
-        vector: Vector = np.log(gaps[:-1] / gaps[-1])
-        return vector
+        """Times and factors, as far as they are genes; other decisions are left out. See `ContinuousGenes`."""
+        return self._continuous.to_vector(candidate)
 
     def from_vector(self, vector: Vector) -> SolverSchedule:
-        """The template's decisions at the times of a point."""
-        draft = self._draft(self._template)
-        low, high = self._walls(draft)
-        count = len(draft.steps)
-        logits = np.append(np.asarray(vector, dtype=np.float64), 0.0)
-        weights = np.exp(logits - logits.max())
-        gap = self._vector_gap(low, high, count)
-        gaps = gap + (high - low - count * gap) * weights / weights.sum()
-        lambdas = draft.lambdas.copy()
-        lambdas[1:-1] = low + gaps.cumsum()[:-1]
-        draft.lambdas = self.range.settle(lambdas)
-        return self._finished(draft, self._template)
+        """The template's discrete decisions with the times and factors of a point."""
+        return self._continuous.from_vector(vector)
+
+    def around(self, candidate: SolverSchedule) -> "SolverScheduleSpace":
+        """The same space with `candidate` as its template, so that its vectors are the continuous genes of `candidate`.
+
+        Raises ValueError for another number of evaluations.
+        """
+        return replace(self, template=candidate)
+
+    @cached_property
+    def _continuous(self) -> ContinuousGenes:
+        return ContinuousGenes(self, self._template)
+
+    @cached_property
+    def _odds(self) -> Vector:
+        """How often each gene is edited."""
+        odds: Vector = np.array([_TIME_ODDS if gene == "times" else 1.0 for gene in self.genes])
+        odds /= odds.sum()
+        return odds
 
     @cached_property
     def _template(self) -> SolverSchedule:
@@ -246,13 +259,15 @@ class SolverScheduleSpace:
         ]
         return SolverSchedule(tuple(times), tuple(steps))
 
-    def _draft(self, candidate: SolverSchedule) -> Draft:
+    def draft(self, candidate: SolverSchedule) -> Draft:
+        """The schedule taken apart, to be edited."""
         if candidate.time_domain == "half_log_snr":
             ends = (-math.inf, math.inf)
             times = [ends[i > 0] if time is None else time for i, time in enumerate(candidate.times)]
         else:
             times = [level.half_log_snr for level in levels_of(candidate, self.noise_schedule)]
-        return Draft(np.array(times, dtype=np.float64), list(candidate.steps), self.range, self.max_order)
+        lambdas, steps = np.array(times, dtype=np.float64), list(candidate.steps)
+        return Draft(lambdas, steps, self.range, self.max_order, candidate.afs, self.mean_first_step)
 
     def _edit(self, draft: Draft, gene: str, rng: np.random.Generator, size: float) -> bool:
         done = EDITS[gene](draft, rng, size)
@@ -271,18 +286,18 @@ class SolverScheduleSpace:
             for i, step in enumerate(steps)
         ]
 
-    def _finished(self, draft: Draft, parent: SolverSchedule) -> SolverSchedule:
+    def finished(self, draft: Draft, parent: SolverSchedule) -> SolverSchedule:
         """The draft as a schedule; times are the parent's own numbers where they did not change."""
         steps = tuple(self._repaired(draft))
         unchanged = len(parent.times) == len(draft.lambdas) and np.array_equal(
-            self._draft(parent).lambdas, draft.lambdas
+            self.draft(parent).lambdas, draft.lambdas
         )
         if unchanged and (self.integer_times or parent.time_domain == "half_log_snr"):
-            return replace(parent, steps=steps)
+            return replace(parent, steps=steps, afs=draft.afs)
         if self.integer_times:
-            return SolverSchedule(self._on_integers(draft.lambdas), steps, "time", parent.afs)
+            return SolverSchedule(self._on_integers(draft.lambdas), steps, "time", draft.afs)
         times = tuple(None if math.isinf(time) else float(time) for time in draft.lambdas)
-        return SolverSchedule(times, steps, "half_log_snr", parent.afs)
+        return SolverSchedule(times, steps, "half_log_snr", draft.afs)
 
     def _on_integers(self, lambdas: Lambdas) -> tuple[float | None, ...]:
         """Falling whole times nearest to λ."""
@@ -302,17 +317,6 @@ class SolverScheduleSpace:
         plain: list[float | None] = times.tolist()
         return (*plain[:-1], None) if clean else tuple(plain)
 
-    def _walls(self, draft: Draft) -> tuple[float, float]:
-        """λ between which the gaps of all steps are shared out."""
-        low, high = float(draft.lambdas[0]), float(draft.lambdas[-1])
-        return (
-            low if math.isfinite(low) else self.range.low - _VECTOR_ROOM,
-            high if math.isfinite(high) else self.range.high + _VECTOR_ROOM,
-        )
-
-    def _vector_gap(self, low: float, high: float, count: int) -> float:
-        return min(self.min_gap, (high - low) / (2 * count))
-
 
 def schedule_key(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> str:
     """Sixteen hexadecimal digits: `canonical_key` of the schedule without differences that make none.
@@ -324,8 +328,12 @@ def schedule_key(schedule: SolverSchedule, noise_schedule: NoiseSchedule) -> str
         before = i + step.source  # the step that led to the source
         corrected = before >= 0 and steps[before].corrector is not None
         if not _expands(step) and not corrected:
-            steps[i] = replace(step, prediction="data", variable="half_log_snr")
-    return canonical_key(replace(schedule, steps=tuple(steps)), noise_schedule)[:_KEY_DIGITS]
+            steps[i] = replace(step, prediction="data", variable="half_log_snr") if _is_other(step) else step
+    return canonical_key(schedule, noise_schedule, steps=steps)[:_KEY_DIGITS]
+
+
+def _is_other(step: StepDecision) -> bool:
+    return step.prediction != "data" or step.variable != "half_log_snr"
 
 
 def _expands(step: StepDecision) -> bool:
@@ -361,4 +369,6 @@ def _features(step: StepDecision, index: int, draft: Draft, lambdas: Lambdas) ->
         float(corrector is not None and corrector.kind == "implicit"),
         corrected,
         1 / count,
+        float(draft.afs is not None),
+        float(draft.afs == "mean"),
     ]

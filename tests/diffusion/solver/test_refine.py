@@ -120,9 +120,7 @@ def test_the_first_time_moves_where_noise_is_a_state_at_every_time() -> None:
     schedule = in_half_log_snr(named_schedule("dpmpp_2m", VP.schedule, 4), VP.schedule)
     late = replace(schedule, times=(schedule.times[0] + 1.5, *schedule.times[1:]))
     task, report, method = problem(VP), bank(VP, 2, 512), LevenbergMarquardt(iterations=15)
-    fixed, moved = (
-        finetune(task, late, method, weights=False, first_time=first)[0] for first in (False, True)
-    )
+    fixed, moved = (finetune(task, late, method, weights=False, first_time=first)[0] for first in (False, True))
     assert fixed.times[0].item() == pytest.approx(VP.schedule.t_of_half_log_snr(late.times[0]))
     assert abs(fixed.times[0] - moved.times[0]) > 1 and moved.times[0] <= VP.schedule.t_max
     assert moved.initial_scale == pytest.approx(1.0)
