@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight.errors import UserError
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
-from genlight.reports.report import duration, size
+from genlight.reports.report import size
 
 WARM_UP = 2
 MEASURED = 3
@@ -22,7 +22,7 @@ class StepTimer(Callback):
     """Times a few steps after warm-up, end to end (data, network, callbacks), and extrapolates to the whole run.
 
     A fit measures its sanity batch of validation and `MEASURED` optimizer steps; a validation `MEASURED` batches.
-    The estimate is printed once, and is `estimate` from then on.
+    The estimate is printed once, unless `quiet`, and is `estimate` from then on.
 
     Args:
         started: ``time.monotonic()`` at the start of the process, for the time of setting up.
@@ -36,6 +36,7 @@ class StepTimer(Callback):
     def __init__(self, started: float, stop: bool = False, kept_checkpoints: int = 0) -> None:
         self.started = started
         self.stop = stop
+        self.quiet = False
         self.kept_checkpoints = kept_checkpoints
         self.estimate: CostEstimate | None = None
         self._setup_seconds = 0.0
@@ -102,9 +103,8 @@ class StepTimer(Callback):
         if self.stop:
             trainer.should_stop = True
             trainer.limit_val_batches = 0
-        elif trainer.is_global_zero:
-            low, high = duration(self.estimate.low_seconds), duration(self.estimate.high_seconds)
-            print_line(f"about {duration(self.estimate.total_seconds)} in all ({low} to {high})")
+        elif trainer.is_global_zero and not self.quiet:
+            print_line(self.estimate.line())
 
 
 def print_line(text: str) -> None:

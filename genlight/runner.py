@@ -28,6 +28,10 @@ FREE_KEYS = (
     "trainer.max_epochs",
     "trainer.max_time",
     "trainer.enable_model_summary",
+    "search.budget",
+    "search.seconds",
+    "method.search.budget",
+    "method.search.seconds",
     "callbacks.progress",
 )
 FAILURE = 1

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from genlight.build import build
 from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
+from genlight.loops.result import MethodResult
 from genlight.reports.cost import count_macs, real_cost
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
 from genlight.reports.metrics_csv import merge_metrics
-from genlight.reports.report import Report, parse_report, write_report
+from genlight.reports.report import Report, parse_report, result_table, write_report
 from genlight.run_folder import process_rank
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict
@@ -65,13 +66,14 @@ class Session:
         """Load the weights to be measured, and let the method do its work."""
         method = build(self.run.config.method, "method")
         self._prepare_measurement()
+        self.timer.quiet = getattr(method, "predicts_cost", False)
         result = method.run(self.trainer, self.module, self.datamodule)
         whole = self._whole_module() if result.save is not None else None  # on all processes: they may hold a part each
         if self.trainer.is_global_zero:
             measured = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
             self.run.notes.extend(result.notes)
             report = self._report(
-                dict(result.metrics), str(self.datamodule.draw), result.num_samples or measured, result.table
+                dict(result.metrics), str(self.datamodule.draw), result.num_samples or measured, result
             )
             if result.save is not None:
                 self._save_artifact(report, result.method, lambda folder: result.save(folder, whole))
@@ -163,6 +165,9 @@ class Session:
         """The real side of the metrics: features at hand, statistics of real images, the floor."""
         if self.metrics is None or not hasattr(self.module, "sample"):
             return
+        if not hasattr(self.metrics, "extractor"):
+            self.module.metrics = self.metrics  # they need no real images
+            return
         from genlight.metrics.reference import floor, prepare
 
         cache = Path(self.run.plain["paths"]["cache"])
@@ -222,7 +227,7 @@ class Session:
         return str(path)
 
     def _report(
-        self, metrics: dict[str, float], draw: str, num_samples: int, table: Sequence[Mapping[str, Any]] = ()
+        self, metrics: dict[str, float], draw: str, num_samples: int, result: MethodResult | None = None
     ) -> Report:
         this, extractor = self.run, getattr(self.metrics, "extractor", None)
         measured = self.floor is not None and extractor is not None
@@ -230,7 +235,7 @@ class Session:
         if measured:
             features = {**extractor.describe(), **self.metrics.describe()}  # type: ignore[union-attr]
             features = {k: v for k, v in features.items() if k in REPORT_FEATURES}
-        predicted = None if self.timer.estimate is None else self.timer.estimate.to_dict()
+        predicted = (result.predicted if result else None) or self.timer.estimate
         record = {
             **environment(this.words),
             "experiment": this.experiment,
@@ -238,11 +243,11 @@ class Session:
             "seed": this.plain["seed"],
             "draw": draw,
             "metrics": {name: value for name, value in metrics.items() if value == value},
-            "table": [dict(row) for row in table],
+            "table": [dict(row) for row in result.table] if result else [],
             "floor": self.floor.to_dict() if measured else None,
             "features": features,
             "num_samples": num_samples,
-            "predicted": predicted,
+            "predicted": None if predicted is None else predicted.to_dict(),
             "real": real_cost(time.monotonic() - this.started),
             "files": [],
             "notes": this.notes,
@@ -361,8 +366,12 @@ def _print_result(folder: Path, report: Report, files: list[Path]) -> None:
     console = Console(highlight=False)
     floors = report.floor.metrics if report.floor else {}
     for name, value in report.metrics.items():
+        if report.table and "/" not in name:
+            continue  # it stands in the table too
         floor = floors.get(name.rsplit("/", 1)[-1])
         console.print(f"{name:<24} {value:.4g}" + ("" if floor is None else f"   (real against real: {floor:.4g})"))
+    if report.table:
+        console.print(result_table(report.table))
     console.print("look at", style="bold")
     for file in [folder / "report.md", *files, *([folder / ARTIFACT] if (folder / ARTIFACT).is_dir() else [])]:
         console.print(f"  {file}", soft_wrap=True)

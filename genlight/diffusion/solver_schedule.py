@@ -204,10 +204,8 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             del self._history[entry]
         self._step_index = index + 1
         result = result.to(sample.dtype)
-        if return_dict:
-            return SchedulerOutput(prev_sample=result)
-        # pipelines of one step take the second entry, what is predicted of the clean image
-        return (result, result) if self._step_index == len(self.timesteps) else (result,)
+        outputs = (result, result) if self._step_index == len(self.timesteps) else (result,)  # the last may stand for x_0
+        return SchedulerOutput(prev_sample=result) if return_dict else outputs
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = α x_0 + σ ε at model timesteps [B] of the noise schedule, for samples [B, ...]."""

@@ -16,6 +16,7 @@ from genlight.errors import UserError
 from genlight.search.evaluation import Evaluator, over_ranks
 from genlight.search.protocols import Evaluation, SearchSpace
 from genlight.search.records import Outcome
+from genlight.trainer.consolidate import gather_full_weights
 from genlight.trainer.resident import is_sharded, local_trainer, silenced
 
 Result = TypeVar("Result")
@@ -80,6 +81,13 @@ class CandidateTrainer:
     def agreed(self, value: Any) -> Any:
         """The value of the first process, on all of them."""
         return value if self.trainer.world_size == 1 else self.trainer.strategy.broadcast(value)
+
+    def fingerprint(self, module: Any) -> str:
+        """`module.fingerprint()`, of the whole weights where each process holds a part."""
+        if not self.sharded:
+            return str(module.fingerprint())
+        full = gather_full_weights(module, keep=self.trainer.is_global_zero)
+        return str(self.agreed(module.fingerprint(full) if self.trainer.is_global_zero else None))
 
     def _gather(self, outcomes: list[Outcome]) -> list[list[Outcome]]:
         return [self.trainer.strategy.broadcast(outcomes, src) for src in range(self.shares)]

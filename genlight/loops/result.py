@@ -20,6 +20,7 @@ class MethodResult:
         num_samples: samples behind the metrics; 0: as many as the data module's.
         table: before and after, one row for each variant, with equal keys.
         notes: what the report has to say besides numbers.
+        predicted: what the method said that it would cost; None: one validation is all there is.
         save: writes the artifact into an empty folder, given the module with all of its weights; None: there is none.
     """
 
@@ -28,11 +29,16 @@ class MethodResult:
     num_samples: int = 0
     table: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    predicted: CostEstimate | None = None
     save: Callable[[Path, Any], None] | None = field(default=None, repr=False)
 
 
 class Method(Protocol):
-    """What `validate` runs: `method._target_` of the config."""
+    """What `validate` runs: `method._target_` of the config.
+
+    A method whose work is more than one validation has an attribute `predicts_cost = True`: `run` then says beforehand
+    what all of it will cost.
+    """
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
         """Do the work on the weights that the module has; called on every process."""

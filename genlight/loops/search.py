@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
+from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.reports.progress import ProgressDisplay
 from genlight.search.engine import Budget, FailureLimits, Progress, Search, SearchResult, open_archive
@@ -130,6 +131,11 @@ class SearchRunner:
             with self.guard.listening():
                 result = search.run(Budget(plan.budget.evaluations, self.settings.seconds))
                 if result.stopped == "request":
+                    if self.main:
+                        print_line(
+                            f"stopped by a signal: {len(archive.records)} candidates of {task.name} are kept, the same "
+                            "command with resume=true goes on"
+                        )
                     raise RunInterrupted(self.guard.requested(trainer))
         finally:
             self.display.stop(task.name)

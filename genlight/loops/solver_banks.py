@@ -124,7 +124,7 @@ class Banks:
             self.sampling.prediction.schedule, teacher.steps, solver=teacher.solver, end=end
         )
         self.uses_labels = bool(getattr(module, "class_conditional", True))
-        self.model_fingerprint = f"{module.fingerprint()}/{module.guidance_scale}"
+        self.model_fingerprint = f"{evaluations.fingerprint(module)}/{module.guidance_scale}"
 
     def bank(self, draw: str) -> TeacherBank:
         """The bank of a draw, read from the folder where it was made before."""

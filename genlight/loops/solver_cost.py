@@ -25,13 +25,11 @@ def solver_cost(work: SolverWork) -> CostEstimate:
     middle = method.nfe[len(method.nfe) // 2]
     seconds = _seconds_of_one(work, middle)
     noises = sizes.search + sizes.select + sizes.report
-    phases = (
-        [Phase("noise through the teacher", _times(seconds, method.teacher.steps), noises)] if work.by_teacher else []
-    )
+    phases = [Phase("teacher", _times(seconds, method.teacher.steps), noises)] if work.by_teacher else []
     for nfe in method.nfe:
         plan = work.plan(nfe)
         rows = sum(plan.rows(method.settings.fidelity))
-        phases.append(Phase(f"samples of candidates, {nfe} evaluations", _times(seconds, nfe), rows))
+        phases.append(Phase(f"candidates, NFE {nfe}", _times(seconds, nfe), rows))
         steps = [
             (getattr(m, "iterations", 0), n)
             for m, n in ((method.refine, method.refined), (method.finetune, method.tuned))
@@ -39,7 +37,7 @@ def solver_cost(work: SolverWork) -> CostEstimate:
         count = sum(iterations * starts for iterations, starts in steps)
         if work.by_teacher and count:
             tuning = _times(seconds, _evaluations_per_step(nfe) * sizes.search)
-            phases.append(Phase(f"steps of refinement and tuning, {nfe} evaluations", tuning, count))
+            phases.append(Phase(f"tuning steps, NFE {nfe}", tuning, count))
     sample = 4 * noise_of(work.datamodule, "search", 1)[0].numel()
     weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
     files = [PlannedFile("teacher banks", 2 * sample * noises), PlannedFile("artifact", weights)]

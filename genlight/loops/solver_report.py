@@ -18,6 +18,7 @@ from genlight.loops.evaluation import in_turn, measured
 from genlight.loops.result import MethodResult
 from genlight.loops.solver_outcome import SolverOutcome
 from genlight.reports.bootstrap import rms_interval
+from genlight.reports.cost import CostEstimate
 from genlight.reports.search_figures import quality_against_nfe, schedule_drawing, search_curve
 from genlight.search.spaces.solver_schedule import TableSampler
 
@@ -35,13 +36,16 @@ _COMMON = {
 }
 
 
-def solver_result(work: SolverWork, outcomes: Sequence[SolverOutcome], own: Mapping[str, float]) -> MethodResult:
+def solver_result(
+    work: SolverWork, outcomes: Sequence[SolverOutcome], own: Mapping[str, float], predicted: CostEstimate
+) -> MethodResult:
     """Table, metrics, pictures and artifact of a finished search.
 
     Args:
         work: banks and module.
         outcomes: one for each number of evaluations.
         own: what the module's own sampler reaches.
+        predicted: what all of it was to cost.
     """
     rows = [row for outcome in outcomes for row in _rows(work, outcome)]
     _measure_metrics(work, outcomes, rows)
@@ -56,6 +60,7 @@ def solver_result(work: SolverWork, outcomes: Sequence[SolverOutcome], own: Mapp
         method="S³ (searched solver schedule)",
         table=rows,
         notes=notes,
+        predicted=predicted,
         save=lambda folder, module: save_artifact(work, outcomes, rows, folder, module),
     )
 
@@ -132,16 +137,10 @@ def _table_sampler(work: SolverWork, sampler: Sampler, schedule: SolverSchedule)
 
 
 def _headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers of the report: distances and gains of the results by number of evaluations."""
-    metrics: dict[str, float] = {}
-    for row in rows:
-        short = {HAND_MADE: "hand_made", SCHEDULE: "searched", TABLE: "tuned"}.get(row["sampler"])
-        if short is None:
-            continue
-        for name, value in row.items():
-            if name not in ("nfe", "sampler", "low", "high", "gain"):
-                metrics[f"{name}_{short}_{row['nfe']}"] = float(value)
-    return metrics
+    """The distances of the best hand-made sampler and of the results, by number of evaluations."""
+    short = {HAND_MADE: "hand_made", SCHEDULE: "searched", TABLE: "tuned"}
+    chosen = [row for row in rows if row["sampler"] in short and "rmse" in row]
+    return {f"rmse_{short[row['sampler']]}_{row['nfe']}": float(row["rmse"]) for row in chosen}
 
 
 def _pictures(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from genlight.callbacks.timing import print_line
 from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.presets import PRESETS
 from genlight.diffusion.solver.spacings import SPACINGS, End
@@ -54,6 +55,8 @@ class SolverSearch:
         ValueError: a value out of range.
     """
 
+    predicts_cost = True
+
     def __init__(
         self,
         search: SearchSettings,
@@ -77,6 +80,8 @@ class SolverSearch:
         tuned: int = 2,
         rivals: bool = False,
     ) -> None:
+        if not isinstance(search, SearchSettings):
+            raise ValueError("method=s3 searches: choose how by search=s3 (or random, evolution, guided, cma_es)")
         self.settings, self.nfe = search, sorted({int(count) for count in nfe})
         if not self.nfe or self.nfe[0] < 1:
             raise ValueError(f"method.nfe = {list(nfe)!r} must be one or more numbers of evaluations, each 1 or more")
@@ -107,18 +112,23 @@ class SolverSearch:
         Raises:
             UserError: a module whose sampler cannot be set, or a metric that is not logged.
         """
+        require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
         # the number to compare with; it also starts the other processes of a strategy that has them
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
         own = {name: float(value) for name, value in logged[0].items()}
-        self._check(module, own)
+        self._check(own)
         work = SolverWork(self, CandidateTrainer(trainer), module, datamodule)
-        return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], own)
+        predicted = solver_cost(work)
+        if trainer.is_global_zero:
+            print_line(predicted.line())
+        return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], own, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Measure three candidates and a little of the teacher, and add everything up."""
+        require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
         trainer.limit_val_batches = 1
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        self._check(module, dict(logged[0]))
+        self._check(dict(logged[0]))
         return solver_cost(SolverWork(self, CandidateTrainer(trainer), module, datamodule))
 
     def describe(self) -> dict[str, Any]:
@@ -127,8 +137,7 @@ class SolverSearch:
         settings = {name: repr(getattr(self, name)) for name in names}
         return {**settings, "finalists": self.settings.finalists, "noise": repr(self.noise)}
 
-    def _check(self, module: Any, logged: dict[str, Any]) -> None:
-        require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
+    def _check(self, logged: dict[str, Any]) -> None:
         if self.objective != TEACHER and self.objective not in logged:
             known = ", ".join([TEACHER, *logged])
             raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")

@@ -8,8 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.finetune import finetune
 from genlight.diffusion.solver.refine import refine
@@ -208,8 +206,7 @@ class SolverWork:
 
 def _refined(problem: TuningProblem, space: SolverScheduleSpace, schedule: SolverSchedule, method: Any) -> Any:
     genes = ContinuousGenes(space, schedule)
-    start = torch.from_numpy(genes.start)
-    return refine(problem, start, lambda vector: genes.schedule(vector.numpy()), method)[0]
+    return refine(problem, genes.start_tensor, genes.schedule, method)[0]
 
 
 def _tuned(problem: TuningProblem, schedule: SolverSchedule, method: Any) -> tuple[float, TableRecord]:

@@ -80,11 +80,24 @@ class GenerativeMetrics(nn.Module):
         self.is_splits = is_splits
         self.reference_split = reference_split
         self.seed = seed
-        self.sync = sync
+        self._sync = sync
         self.num_samples = 0
         self.reference: ReferenceStatistics | None = None
         self.samples: _Samples | None = None
         self.frechet: _FrechetDistance | None = None
+
+    @property
+    def sync(self) -> bool:
+        """Whether ``compute`` merges the samples of all processes; a search may switch it."""
+        return self._sync
+
+    @sync.setter
+    def sync(self, value: bool) -> None:
+        self._sync = value
+        for metric in (self.samples, self.frechet):
+            if metric is not None:
+                # what it was built with is copied to the flag that is asked
+                metric.sync_on_compute = metric._to_sync = value
 
     @property
     def extractor(self) -> FeatureExtractor:

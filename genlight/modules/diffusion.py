@@ -350,10 +350,10 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, Optimization, Light
             "vae": None if vae is None else {"class": type(vae).__name__, "config": plain_config(vae)},
         }
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the description and the weights."""
+    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
+        """SHA-256 over the description and the weights; of ``state`` where the module holds a part of them only."""
         digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
+        for name, value in sorted((state or self.state_dict()).items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

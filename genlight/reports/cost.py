@@ -114,6 +114,11 @@ class CostEstimate:
     def fits_on_disk(self) -> bool:
         return self.disk_needed_bytes <= self.disk_free_bytes
 
+    def line(self) -> str:
+        """The time, for the person who waits."""
+        low, high = duration(self.low_seconds), duration(self.high_seconds)
+        return f"about {duration(self.total_seconds)} in all ({low} to {high})"
+
     def table(self) -> Table:
         """For the terminal."""
         from rich.table import Table
@@ -126,8 +131,7 @@ class CostEstimate:
             table.add_row(phase.name, f"{phase.count:,} × {mean} = {duration(phase.total)}")
         if self.setup_seconds:
             table.add_row("setup", duration(self.setup_seconds))
-        interval = f"{duration(self.low_seconds)} to {duration(self.high_seconds)}"
-        table.add_row("time", f"{duration(self.total_seconds)} ({interval})")
+        table.add_row("time", self.line())
         table.add_row("peak memory", size(self.peak_memory_bytes))
         if self.peak_gpu_bytes is not None:
             table.add_row("peak GPU memory", size(self.peak_gpu_bytes))

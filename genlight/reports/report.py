@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from genlight.errors import UserError
 from genlight.io import atomic_write_json, atomic_write_text, read_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 VERSION = 1
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -27,6 +30,7 @@ _TITLES = {
     "mifd": "memorisation-informed Fréchet distance",
 }
 _FRECHET = {"fid", "mifid"}
+_INTERVAL = ("low", "high")
 # shown with the total, or of no use to a reader
 _PARTS_OF_OTHERS = ("low_seconds", "high_seconds", "disk_free_bytes")
 
@@ -218,13 +222,27 @@ def _result(report: Report) -> str:
         # a ratio means something only for distances; an unbiased kernel distance may lie at or below zero
         is_distance = "distance" in _title_stem(name) or "FID" in _title_stem(name)
         ratio = f"{value / floor:.2f}×" if floor is not None and is_distance and floor > 0 else "–"
-        label = f"{title_of(name, report.features)} `{name}`"
+        title = title_of(name, report.features)
+        label = f"`{name}`" if title == name else f"{title} `{name}`"
         rows.append(f"| {label} | {value:.4g}{spread} | {'–' if floor is None else f'{floor:.4g}'} | {ratio} |")
     return "## Result\n\n" + "\n".join(rows)
 
 
 def _before_and_after(report: Report) -> str:
     return "## Before and after\n\n" + "\n".join(table_lines(report.table)) if report.table else ""
+
+
+def result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows for the terminal, without the ends of intervals."""
+    from rich.table import Table
+
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _INTERVAL]
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if any(isinstance(row.get(column), str) for row in rows) else "right")
+    for row in rows:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    return table
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -28,6 +28,7 @@ FAILURES_FOLDER = "failures"
 VERSION = 1
 _HISTORY_KIND = "search_history"
 _ATTEMPTS_KIND = "search_attempts"
+_LONG = 160
 _SEAL = ',"crc":"'
 
 
@@ -284,5 +285,14 @@ def _check_header(line: str, where: str, kind: str, fingerprint: dict[str, str])
     found = _parse("header", line, where).fingerprint
     if found != fingerprint:
         keys = [key for key in sorted({*found, *fingerprint}) if found.get(key) != fingerprint.get(key)]
-        parts = [f"{key} is {found.get(key)!r} there and {fingerprint.get(key)!r} here" for key in keys]
+        parts = [_difference(key, found.get(key), fingerprint.get(key)) for key in keys]
         raise UserError(f"{where} belongs to another search: {'; '.join(parts)}; use another folder")
+
+
+def _difference(key: str, there: str | None, here: str | None) -> str:
+    """Both values; of long ones the piece where they begin to differ."""
+    if there is not None and here is not None and max(len(there), len(here)) > _LONG:
+        first = next((i for i, (one, other) in enumerate(zip(there, here)) if one != other), 0)
+        piece = slice(max(0, first - _LONG // 2), first + _LONG // 2)
+        there, here = there[piece], here[piece]
+    return f"{key} is {there!r} there and {here!r} here"

@@ -1,0 +1,232 @@
+"""The real command `validate experiment=s3/digits`, with an untrained network and a few candidates."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import report_of, untrained_features
+from diffusers import DiffusionPipeline
+
+from genlight import io
+from genlight.cli import main
+from genlight.diffusion.solver.serialization import bank_from_json
+
+SMALL = [
+    "experiment=s3/digits",
+    "module.network.num_layers=1",
+    "module.network.num_attention_heads=1",
+    "module.network.attention_head_dim=16",
+    "module.num_inference_steps=2",
+    "data.eval_batch_size=20",
+    "data.num_samples=40",
+    "metrics.metrics=[fd]",
+    "method.nfe=[2,3]",
+    "method.solvers=[ddim,dpmpp_2m,unipc_2_bh2]",
+    "method.spacings=[log_snr,uniform]",
+    "method.teacher.steps=10",
+    "method.noise.search=16",
+    "method.noise.select=8",
+    "method.noise.report=24",
+    "method.refine.iterations=2",
+    "method.finetune.iterations=2",
+    "search.budget=12",
+    "search.fidelity=16",
+    "search.strategy.screening_fidelity=8",
+    "search.strategy.promoted=4",
+    "search.finalists=4",
+    "trainer.accelerator=cpu",
+]
+
+
+def validate(root: Path, name: str, *words: str) -> int:
+    return main(["validate", *SMALL, f"run.root={root}", f"run.name={name}", *words])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it `run`, a finished search."""
+    root = tmp_path_factory.mktemp("s3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        untrained_features(root / "cache")
+        assert validate(root, "run") == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+
+
+def histories(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("search/*/history.jsonl"))}
+
+
+def outcomes(folder: Path) -> list[Any]:
+    return [io.read_json(path)["outcome"] for path in sorted(folder.glob("search/*/outcome.json"))]
+
+
+def test_the_report_says_what_was_gained(root: Path) -> None:
+    folder = root / "run" / "validate"
+    report = report_of(folder)
+    rows = {(row["nfe"], row["sampler"]): row for row in report["table"]}
+    for nfe in (2, 3):
+        best, searched, tuned = (rows[nfe, name] for name in ("best hand-made", "searched schedule", "tuned table"))
+        assert {"rmse", "low", "high", "gain", "fd_digits"} <= best.keys()
+        assert best["low"] <= best["rmse"] <= best["high"]
+        assert report["metrics"][f"rmse_searched_{nfe}"] == searched["rmse"]
+        assert report["metrics"][f"rmse_tuned_{nfe}"] == tuned["rmse"]
+    assert "Before and after" in (folder / "report.md").read_text()
+    assert report["predicted"]["total_seconds"] > 0
+    names = {path.name for path in (folder / "figures").glob("*.png")}
+    assert {"quality.png", "schedules.png", "search-nfe2.png", "search-nfe3.png"} <= names
+
+
+def test_the_artifact_samples_as_the_search_measured(root: Path) -> None:
+    """Loaded by plain diffusers, for both numbers of evaluations, with the tuned table."""
+    folder = root / "run" / "validate" / "artifact"
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, trust_remote_code=True, custom_pipeline=str(folder / "pipeline.py")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.available_steps == [2, 3]
+    for steps in (2, 3):
+        images = pipeline(batch_size=2, num_inference_steps=steps, output_type="np").images
+        assert images.shape == (2, 8, 8, 1)
+    with pytest.raises(ValueError, match="2, 3"):
+        pipeline(batch_size=1, num_inference_steps=4)
+    bank = bank_from_json((folder / "solver_bank.json").read_text())
+    assert sorted(bank.schedules) == sorted(bank.tables) == [2, 3]
+
+
+def test_the_artifact_can_be_measured_again(root: Path) -> None:
+    """`module=diffusion_pretrained` samples with the searched schedule: the Fréchet distance is that of the table."""
+    artifact = root / "run" / "validate" / "artifact"
+    words = ["data=digits", "metrics=digits", "module=diffusion_pretrained", "metrics.metrics=[fd]"]
+    words += [f"module.pretrained={artifact}", "module.num_inference_steps=3", "module.guidance_scale=1.0"]
+    words += ["data.num_samples=40", "data.eval_batch_size=20", "trainer.accelerator=cpu"]
+    assert main(["validate", *words, f"run.root={root}", "run.name=again"]) == 0
+    found = report_of(root / "again" / "validate")["metrics"]["val/fd_digits"]
+    rows = {(row["nfe"], row["sampler"]): row for row in report_of(root / "run" / "validate")["table"]}
+    assert found == pytest.approx(rows[3, "tuned table"]["fd_digits"], rel=1e-3)
+
+
+def test_a_killed_search_resumes_to_the_same_archive_and_winner(root: Path) -> None:
+    """SIGKILL while the second search writes its 20th record; the same command with resume=true."""
+    driver = Path(__file__).with_name("kill_search.py")
+    command = [sys.executable, driver, "nfe3", "20", "validate", *SMALL, f"run.root={root}", "run.name=killed"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = root / "killed" / "validate"
+    assert len(histories(folder)["nfe3"].splitlines()) < len(histories(root / "run" / "validate")["nfe3"].splitlines())
+    assert validate(root, "killed", "resume=true") == 0
+    assert histories(folder) == histories(root / "run" / "validate")
+    assert outcomes(folder) == outcomes(root / "run" / "validate")
+
+
+def test_a_signal_stops_between_candidates_and_keeps_them(root: Path) -> None:
+    driver = Path(__file__).with_name("kill_search.py")
+    command = [sys.executable, driver, "nfe2", "10", "validate", *SMALL, f"run.root={root}", "run.name=stopped"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SIGNAL": "SIGTERM"})
+    assert done.returncode != 0 and "resume=true" in done.stderr + done.stdout
+    assert validate(root, "stopped", "resume=true") == 0
+    assert histories(root / "stopped" / "validate") == histories(root / "run" / "validate")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [["strategy=ddp"], ["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null"]],
+    ids=["ddp", "zero3"],
+)
+def test_two_processes_give_the_archive_of_one(root: Path, strategy: list[str]) -> None:
+    """Each measures candidates of its own; where the weights are sharded, both measure one candidate together."""
+    name = strategy[0].split("=")[1]
+    command = [sys.executable, "-m", "genlight", "validate", *SMALL, f"run.root={root}", f"run.name={name}"]
+    command += [*strategy, "trainer.devices=2"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    folder, one = root / name / "validate", root / "run" / "validate"
+    assert histories(folder) == histories(one)
+    assert outcomes(folder) == outcomes(one)
+
+
+def test_a_metric_can_be_the_objective(root: Path) -> None:
+    """Polishing in place of refinement, which needs a teacher; the hand-made schedules are measured the same way."""
+    words = ["method.objective=val/fd_digits", "search.strategy.polish=6", "method.nfe=[2]", "search.fidelity=20"]
+    assert validate(root, "metric", *words, "search.strategy.screening_fidelity=null", "method.noise.select=20") == 0
+    report = report_of(root / "metric" / "validate")
+    rows = {row["sampler"]: row for row in report["table"]}
+    assert {"best hand-made", "searched schedule"} == rows.keys()
+    lines = histories(root / "metric" / "validate")["nfe2"].splitlines()[1:]
+    assert any("val/fd_digits" in json.loads(line)["facts"] for line in lines)
+
+
+@pytest.mark.parametrize("search", ["random", "evolution", "guided", "cma_es"])
+def test_every_strategy_has_the_same_interface(root: Path, search: str) -> None:
+    words = [word for word in SMALL if not word.startswith("search.strategy")]
+    plain = ["search.strategy.screening_fidelity=8", "search.strategy.promoted=4", "method.nfe=[2]"]
+    done = main(["validate", *words, f"search={search}", *plain, f"run.root={root}", f"run.name={search}"])
+    assert done == 0
+    assert report_of(root / search / "validate")["metrics"]["rmse_searched_2"] > 0
+
+
+def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate(root, "dry", "dry_run=true") == 0
+    out = capsys.readouterr().out
+    assert "candidates, NFE 2" in out and "tuning steps, NFE 3" in out and "teacher" in out
+    assert not (root / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method.nfe=[0]"], "method.nfe"),
+        (["method.objective=val/fid"], "validate does not log it; choose one of teacher, val/fd_digits"),
+        (["method.mode=least"], "method.mode"),
+        (["method.solvers=[dpm++]"], "unknown are ['dpm++']"),
+        (["method.genes=[times,speed]"], "speed"),
+        (["method.max_order=5"], "max_order"),
+        (["search.fidelity=17"], "at most method.noise.search = 16"),
+        (["search.budget=0"], "search.budget"),
+        (["module.prediction_type=nothing"], "prediction_type"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(
+    root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert validate(root, "wrong", *words, "run.overwrite=true") != 0
+    message = capsys.readouterr().err
+    assert expected in message and message.count("error:") == 1
+    assert "Traceback" not in message
+
+
+def test_another_search_does_not_go_on_from_this_one(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate(root, "run", "resume=true", "search.fidelity=12") != 0
+    assert "search.fidelity: was 16, now 12" in capsys.readouterr().err
+    # S³ spreads its stages over the budget, so another budget is another strategy
+    assert validate(root, "run", "resume=true", "search.budget=13") != 0
+    message = capsys.readouterr().err
+    assert "strategy is" in message and len(message) < 1000
+
+
+def test_the_method_needs_a_search(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["validate", "method=s3", f"run.root={root}", "run.name=none"]) != 0
+    assert "search=s3" in capsys.readouterr().err
+    words = ["module=classifier", "data=digits", "search=s3", "method=s3", f"run.root={root}", "run.name=classifier"]
+    assert main(["validate", *words]) != 0
+    assert "DiffusionModule" in capsys.readouterr().err
+
+
+def test_a_model_without_integer_times_may_be_searched_on_them(root: Path) -> None:
+    assert validate(root, "integers", "method.integer_times=true", "method.nfe=[3]", "method.refine=null") == 0
+    bank = bank_from_json((root / "integers" / "validate" / "artifact" / "solver_bank.json").read_text())
+    times = [time for time in bank.schedules[3].times[:-1] if time is not None]
+    assert bank.schedules[3].time_domain == "time" and torch.tensor(times).frac().abs().max() == 0
