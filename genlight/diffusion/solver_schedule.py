@@ -204,7 +204,7 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             del self._history[entry]
         self._step_index = index + 1
         result = result.to(sample.dtype)
-        outputs = (result, result) if self._step_index == len(self.timesteps) else (result,)  # the last may stand for x_0
+        outputs = (result, result) if self._step_index == len(self.timesteps) else (result,)  # the last is also x_0
         return SchedulerOutput(prev_sample=result) if return_dict else outputs
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -15,6 +15,14 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```"""
+_LOAD_SEARCHED = """\
+```python
+from diffusers import DiffusionPipeline
+
+# the scheduler is the file scheduler/solver_schedule.py of this folder, which imports torch, numpy and diffusers only
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+print(pipeline.scheduler.available_steps)  # values of num_inference_steps that a schedule was searched for
+```"""
 _LOAD_TENSORS = """\
 ```python
 from safetensors.torch import load_file
@@ -101,6 +109,6 @@ def _load_example(folder: Path, is_pipeline: bool) -> str:
     if fence and not before.startswith("---"):
         return (fence + example).strip()
     if is_pipeline:
-        return _LOAD_PIPELINE
+        return _LOAD_SEARCHED if (folder / "scheduler" / "solver_schedule.py").is_file() else _LOAD_PIPELINE
     tensors = sorted(path.name for path in folder.glob("*.safetensors"))
     return _LOAD_TENSORS.replace("{name}", tensors[0]) if tensors else "See the files of this folder."

@@ -45,3 +45,12 @@ def test_a_model_from_nothing_states_no_licence_of_others(tmp_path):
     write_model_card(tmp_path, parse_report(record(metrics={})), dataset="digits", how_to_load="Like this.")
     text = (tmp_path / "README.md").read_text()
     assert "none, trained from random weights" in text and "Licence: not stated" in text and "Like this." in text
+
+
+def test_a_folder_with_searched_schedules_says_how_it_loads(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "solver_schedule.py").write_text("")
+    (tmp_path / "model_index.json").write_text("{}")
+    write_model_card(tmp_path, parse_report(record()), dataset="digits")
+    text = (tmp_path / "README.md").read_text()
+    assert "trust_remote_code=True" in text and "available_steps" in text

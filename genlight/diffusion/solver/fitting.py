@@ -22,9 +22,9 @@ _TRIES, _PATIENCE, _SELECT_PATIENCE = 8, 3, 5
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Damped Gauss-Newton steps, for models cheap enough for a Jacobian (some E²/2 passes over the bank per step).
+    """Damped Gauss-Newton steps, for models cheap enough for a Jacobian (some E²/4 passes over the bank per step).
 
-    The Jacobian is made of central differences: any model in float32 or wider will do, gradients are not needed.
+    The Jacobian is made of differences: any model in float32 or wider will do, gradients are not needed.
 
     Args:
         iterations: steps at most.
@@ -33,12 +33,14 @@ class LevenbergMarquardt:
         tolerance: stop after three steps in a row that lower the RMS by less than this share; or after five that do
             not lower it on the selection bank.
         difference: size of the differences, in parameter units; None: 1e-5 in float64, 2e-3 in float32.
+        central: differences to both sides, at twice the cost.
     """
 
     iterations: int = 40
     damping: float = 1e-2
     tolerance: float = 1e-3
     difference: float | None = None
+    central: bool = False
 
     def __post_init__(self) -> None:
         _positive(iterations=self.iterations, damping=self.damping, tolerance=self.tolerance)
@@ -210,7 +212,7 @@ def _damped_gauss_newton(run: _Run, method: LevenbergMarquardt) -> None:
     raw, damping, idle = run.start, method.damping, 0
     rms = run.steps[0].train_rms
     for step in range(1, method.iterations + 1):
-        curvature, slope = normal_equations(run.problem, run.make, raw, method.difference)
+        curvature, slope = normal_equations(run.problem, run.make, raw, method.difference, central=method.central)
         diagonal = curvature.diagonal()
         scale = diagonal.clamp_min(1e-12 * diagonal.max().item() + 1e-300)
         for _ in range(_TRIES):

@@ -19,32 +19,42 @@ _CHAIN_DIFFERENCE = 1e-4
 
 
 def normal_equations(
-    problem: TuningProblem, make: Callable[[Tensor], SolverTable], raw: Tensor, difference: float | None = None
+    problem: TuningProblem,
+    make: Callable[[Tensor], SolverTable],
+    raw: Tensor,
+    difference: float | None = None,
+    *,
+    central: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(JᵀJ, Jᵀr) [P, P] and [P] of the training residuals r over √(number of elements), so that rᵀr is the squared RMS.
 
-    J is by central differences in the entries of the table, row by row: tables that differ in row i only share the
-    evaluations before i. The way from parameters to entries is differentiated exactly where tables carry gradients,
-    else by differences too.
+    J is by differences in the entries of the table, row by row: tables that differ in row i only share the evaluations
+    before i. The way from parameters to entries is differentiated exactly where tables carry gradients, else by
+    differences too.
+
+    Args:
+        central: differences to both sides; one side costs half as much and is off by the order of `difference`.
     """
     table = detached(make(raw))
     chain = _chain(make, raw)
     used = chain.any(1).nonzero().flatten()
     wide = problem.train.noise.dtype == torch.float64
-    steps = _neighbours(table, problem.prediction.schedule, used, difference or (1e-5 if wide else 2e-3))
+    steps = _neighbours(table, problem.prediction.schedule, used, difference or (1e-5 if wide else 2e-3), central)
     most = max(len(pairs) for pairs in steps)
     size = table.nfe + 1
     curvature, slope = torch.zeros(len(used), len(used), dtype=torch.float64), torch.zeros(len(used)).double()
     with torch.no_grad():
-        for part in problem.train.chunks(max(1, problem.batch_rows // (2 * most))):
-            residual = (problem.sample(part, table) - part.target).double().flatten()
+        for part in problem.train.chunks(max(1, problem.batch_rows // ((1 + central) * most))):
+            own = problem.sample(part, table).double().flatten()
+            residual = own - part.target.double().flatten()
             columns = residual.new_zeros(len(used), len(residual))
             for pairs in steps[:size]:
                 if pairs:
-                    ups, downs = [up for _, up, _, _ in pairs], [down for _, _, down, _ in pairs]
-                    both = problem.sample_many(part, [*ups, *downs]).double().flatten(1)
-                    widths = both.new_tensor([width for *_, width in pairs])[:, None]
-                    columns[[index for index, *_ in pairs]] = (both[: len(ups)] - both[len(ups) :]) / widths
+                    ups, downs = [up for _, up, _, _ in pairs], [down for _, _, down, _ in pairs if central]
+                    found = problem.sample_many(part, [*ups, *downs]).double().flatten(1)
+                    widths = found.new_tensor([width for *_, width in pairs])[:, None]
+                    below = found[len(ups) :] if central else own
+                    columns[[index for index, *_ in pairs]] = (found[: len(ups)] - below) / widths
             curvature += (columns @ columns.T).cpu()
             slope += (columns @ residual).cpu()
     chain, count = chain[used], problem.train.target.numel()
@@ -80,9 +90,10 @@ def _entries(table: SolverTable) -> Tensor:
 
 
 def _neighbours(
-    table: SolverTable, noise_schedule: NoiseSchedule, used: Tensor, difference: float
+    table: SolverTable, noise_schedule: NoiseSchedule, used: Tensor, difference: float, central: bool
 ) -> list[list[tuple[int, SolverTable, SolverTable, float]]]:
-    """For each row of the table: (position in `used`, table above, table below, distance) of its entries."""
+    """For each row of the table: (position in `used`, table above, table below, distance) of its entries; the table
+    below is the table itself unless `central`."""
     size = table.nfe + 1
     rows, columns = torch.tril_indices(size, size)
     # the root, so that differences stay above float32's rounding where the noise is small
@@ -96,17 +107,20 @@ def _neighbours(
             row, column = int(rows[entry]), int(columns[entry])
             moved = torch.zeros_like(table.weights)
             moved[row, column] = difference * units[row, column]
-            up, down = replace(table, weights=table.weights + moved), replace(table, weights=table.weights - moved)
+            up = replace(table, weights=table.weights + moved)
+            down = replace(table, weights=table.weights - moved) if central else table
             width = (up.weights - down.weights)[row, column].item()
         else:
             row = entry - len(rows)
             half_log_snr = noise_schedule.half_log_snr(table.times[row].item())
-            ends = [min(max(half_log_snr + d, low), high) for d in (difference, -difference)]
-            times = [table.times.clone(), table.times.clone()]
-            for values, end in zip(times, ends):
+            # away from the nearer end of the noise schedule where one side must do
+            away = difference if half_log_snr - low < high - half_log_snr else -difference
+            ends = [min(max(half_log_snr + d, low), high) for d in (away, -away)][: 1 + central]
+            times = [table.times.clone() for _ in ends]
+            for values, end in zip(times, ends, strict=True):
                 values[row] = noise_schedule.t_of_half_log_snr(end)
-            up, down = (replace(table, times=values) for values in times)
-            width = (times[0] - times[1])[row].item()
+            up, down, *_ = *(replace(table, times=values) for values in times), table
+            width = (up.times - down.times)[row].item()
         result[row].append((position, up, down, width))
     return result
 
