@@ -21,7 +21,7 @@ SOURCES = sorted(
 RANKS = {
     "errors": 0, "io": 0, "secrets": 0,
     "nets": 1,
-    "diffusion": 2, "metrics": 2, "reports": 2, "search": 2, "predictors": 2,
+    "diffusion": 2, "metrics": 2, "reports": 2, "search": 2, "predictors": 2, "checkpoints": 2,
     "data": 3, "modules": 3, "trainer": 3, "callbacks": 3, "run_folder": 3,
     "loops": 4,
     "build": 5,
@@ -31,7 +31,9 @@ RANKS = {
     "signatures": 1, "config_check": 2, "config_errors": 3, "help": 4,
     "cli": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
-WITHOUT_LIGHTNING = ("nets", "diffusion", "metrics", "reports", "search", "predictors", "io", "errors", "secrets")
+WITHOUT_LIGHTNING = (
+    "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "io", "errors", "secrets",
+)  # fmt: skip
 WITHOUT_TORCH_AT_TOP = (
     "cli",
     "config_check",

@@ -1,0 +1,214 @@
+"""Combinations of LoRA checkpoints: of the products B A, not of the factors.
+
+Σ α_i B_i A_i is not (Σ α_i B_i)(Σ α_i A_i). The factors side by side, [α_1 B_1 … α_K B_K] and [A_1; …; A_K], are the
+sum exactly, with rank K r; a singular value decomposition cuts it back to rank r, which is the nearest there is.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genlight.checkpoints.bases import Array, Basis, Coordinates, Raw, group_of_names
+from genlight.checkpoints.mixing import Checkpoints, Mixer, WeightMixer, as_rows, check_names, member_rows
+
+# what the down factor A is called, and the up factor B beside it: peft, and both spellings of diffusers and others
+_DOWN = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up", "lora_embedding_A": "lora_embedding_B"}
+_PATTERN = re.compile("|".join(rf"(?<![A-Za-z_]){re.escape(down)}(?![A-Za-z_])" for down in _DOWN))
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A product of two factors.
+
+    Attributes:
+        down: A [r, in].
+        up: B [out, r].
+        error: Frobenius norm of what was cut off, relative to the norm of the whole.
+    """
+
+    down: Tensor
+    up: Tensor
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class FactorStack:
+    """Factors of K members side by side, orthogonalised once, so that each combination is a small decomposition.
+
+    Attributes:
+        up_basis, up_parts: Q [out, m] and R [m, K r] of the up factors, float64.
+        down_basis, down_parts: the same of the transposed down factors, [in, n] and [n, K r].
+        rank: r.
+    """
+
+    up_basis: Tensor
+    up_parts: Tensor
+    down_basis: Tensor
+    down_parts: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> "FactorStack":
+        """Of down factors A_i [r, in, …] and up factors B_i [out, r, …].
+
+        Raises:
+            ValueError: no factors, or a pair whose ranks differ.
+        """
+        if not downs or len(downs) != len(ups):
+            raise ValueError(f"{len(downs)} down and {len(ups)} up factors: there must be as many of each, one or more")
+        for down, up in zip(downs, ups, strict=True):
+            if up.numel() != up.shape[0] * len(down):
+                raise ValueError(f"factors {list(down.shape)} and {list(up.shape)} must be [r, in] and [out, r]")
+        down = torch.cat([down.double().reshape(len(down), -1) for down in downs])
+        up = torch.cat([up.double().reshape(len(up), -1) for up in ups], dim=1)
+        up_basis, up_parts = torch.linalg.qr(up)
+        down_basis, down_parts = torch.linalg.qr(down.T)
+        return cls(up_basis, up_parts, down_basis, down_parts, len(downs[0]))
+
+    def combine(self, weights: Array, rank: int | None = None) -> LowRank:
+        """The product nearest to Σ α_i B_i A_i for weights α [K], at `rank`; at that of the first member if None.
+
+        Raises:
+            ValueError: another number of weights, or a rank below 1.
+        """
+        rank = self.rank if rank is None else rank
+        each, left = divmod(self.up_parts.shape[1], max(1, len(weights)))
+        if left or rank < 1:
+            raise ValueError(f"{len(weights)} weights at rank {rank} do not fit {self.up_parts.shape[1]} columns")
+        scale = torch.from_numpy(np.asarray(weights, dtype=np.float64)).to(self.up_parts.device)
+        core = (self.up_parts * scale.repeat_interleave(each)) @ self.down_parts.T
+        u, values, vh = torch.linalg.svd(core, full_matrices=False)
+        whole = float(values.square().sum().sqrt())
+        error = float(values[rank:].square().sum().sqrt()) / whole if whole else 0.0
+        root = values[:rank].sqrt()
+        up = self.up_basis @ (u[:, :rank] * root)
+        down = (root[:, None] * vh[:rank]) @ self.down_basis.T
+        short = rank - len(root)  # a layer smaller than the rank
+        if short > 0:
+            up = torch.cat([up, up.new_zeros(len(up), short)], dim=1)
+            down = torch.cat([down, down.new_zeros(short, down.shape[1])])
+        return LowRank(down, up, error)
+
+
+def combine_factors(downs: Sequence[Tensor], ups: Sequence[Tensor], weights: Array, rank: int | None = None) -> LowRank:
+    """`FactorStack.of(downs, ups).combine(weights, rank)`, float64."""
+    return FactorStack.of(downs, ups).combine(weights, rank)
+
+
+def lora_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Names of the down and the up factor of each adapted layer.
+
+    Raises:
+        ValueError: a factor without the other one.
+    """
+    known, pairs = set(names), []
+    for name in names:
+        if _PATTERN.search(name):
+            up = _PATTERN.sub(lambda found: _DOWN[found.group()], name)
+            if up not in known:
+                raise ValueError(f"the LoRA factor {name!r} has no {up!r} beside it")
+            pairs.append((name, up))
+    paired = {name for pair in pairs for name in pair}
+    ups = re.compile("|".join(re.escape(up) for up in _DOWN.values()))
+    alone = next((name for name in names if name not in paired and ups.search(name)), None)
+    if alone is not None:
+        raise ValueError(f"the LoRA factor {alone!r} has no down factor beside it")
+    return pairs
+
+
+class LoraMixer:
+    """Combines a trajectory with LoRA factors in place; parameters that are no factors are combined one by one.
+
+    Attributes:
+        truncation: by name of the down factor, the relative error of the last combination; see `LowRank.error`.
+    """
+
+    def __init__(
+        self,
+        trajectory: Checkpoints,
+        live: nn.Module | Mapping[str, Tensor],
+        *,
+        basis: Basis | None = None,
+        groups: Sequence[str] = (".*",),
+    ) -> None:
+        """Arguments and errors are those of `WeightMixer`. All factors are read; both of a pair share a group."""
+        self.trajectory = trajectory
+        self.coordinates = Coordinates.of(basis or Raw(), [member.count for member in trajectory.members])
+        self.num_groups = len(groups)
+        self.truncation: dict[str, float] = {}
+        self._group = dict(zip(trajectory.names, group_of_names(trajectory.names, groups), strict=True))
+        self._pairs = lora_pairs(trajectory.names)
+        paired = {name for pair in self._pairs for name in pair}
+        self._plain = [name for name in trajectory.names if name not in paired]
+        self._members = range(len(trajectory.members))
+        self.attach(live)
+        with torch.inference_mode(False), torch.no_grad():
+            self._original = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+            device = self._live[trajectory.names[0]].device
+            self._stacks = {
+                down: FactorStack.of(
+                    *([trajectory.read(i, name).to(device) for i in self._members] for name in (down, up))
+                )
+                for down, up in self._pairs
+            }
+
+    def attach(self, live: nn.Module | Mapping[str, Tensor]) -> None:
+        """Write into these weights from now on. ValueError where they do not fit the trajectory."""
+        found = dict(live.named_parameters()) if isinstance(live, nn.Module) else dict(live)
+        check_names(self.trajectory, found)
+        self._live = {name: found[name] for name in self.trajectory.names}
+
+    def mix(self, coefficients: Array) -> None:
+        """Write the combination with coefficients [G, M - 1] or [M - 1]. ValueError as in `WeightMixer.mix`."""
+        self.mix_members(self.coordinates.to_members(as_rows(coefficients, self.num_groups, self.coordinates.size)))
+
+    def mix_members(self, weights: Array) -> None:
+        """Write the combination with weights [G, K] or [K] over members. ValueError as in `WeightMixer.mix_members`."""
+        rows = member_rows(weights, self.num_groups, len(self._members))
+        with torch.inference_mode(False), torch.no_grad():
+            for down, up in self._pairs:
+                row = rows[self._group[down]]
+                if np.count_nonzero(row) == 1:
+                    # one member by itself: its own factors, to the bit
+                    index = int(np.flatnonzero(row)[0])
+                    self._write(down, self.trajectory.read(index, down))
+                    self._write(up, self.trajectory.read(index, up))
+                    self.truncation[down] = 0.0
+                    continue
+                mixed = self._stacks[down].combine(row)
+                self._write(down, mixed.down)
+                self._write(up, mixed.up)
+                self.truncation[down] = mixed.error
+            for name in self._plain:
+                row = rows[self._group[name]]
+                total = self.trajectory.read(self._members[-1], name).clone()
+                for index in np.flatnonzero(row[:-1]).tolist():
+                    total.add_(self.trajectory.read_difference(index, name), alpha=float(row[index]))
+                self._write(name, total)
+
+    def restore(self) -> None:
+        """Put the weights back, bit for bit, that were there when the mixer was made."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self._original.items():
+                self._write(name, tensor)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        self._live[name].detach().copy_(value.reshape(self._live[name].shape))
+
+
+def mixer_of(
+    trajectory: Checkpoints,
+    live: nn.Module | Mapping[str, Tensor],
+    *,
+    basis: Basis | None = None,
+    groups: Sequence[str] = (".*",),
+    device_bytes: int | None = None,
+) -> Mixer:
+    """A `LoraMixer` where the trajectory holds LoRA factors, else a `WeightMixer`; arguments and errors are theirs."""
+    if lora_pairs(trajectory.names):
+        return LoraMixer(trajectory, live, basis=basis, groups=groups)
+    return WeightMixer(trajectory, live, basis=basis, groups=groups, device_bytes=device_bytes)
