@@ -53,6 +53,7 @@ class Session:
 
     def fit(self) -> None:
         """Train, then write the artifact and the report."""
+        self._prepare_module()
         self._prepare_data("select")
         checkpoint = self._resume_from() if self.run.plain["resume"] else None
         self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -83,6 +84,7 @@ class Session:
         """Three steps, and what the whole run will cost."""
         estimate = None
         if self.run.command == "fit":
+            self._prepare_module()
             self._prepare_data("select")
             self.trainer.fit(self.module, datamodule=self.datamodule)
         else:
@@ -148,11 +150,17 @@ class Session:
         draw = str(getattr(self.datamodule, "draw", "report"))
         if draw == "search":
             raise UserError("data.draw=search: that noise chooses candidates and cannot judge them; use report")
+        self._prepare_module()
         self._load_weights(self.module)
         self._prepare_data(draw)
         self._prepare_metrics()
         # the setting is for validations inside a fit; a measurement takes everything
         self.trainer.limit_val_batches = 1.0
+
+    def _prepare_module(self) -> None:
+        """Whatever the module needs first, such as a teacher that is trained where it is missing."""
+        if hasattr(self.module, "prepare"):
+            self.module.prepare(self.run.plain["run"]["root"], self.run.plain["paths"]["cache"])
 
     def _prepare_data(self, draw: str) -> None:
         if hasattr(self.module, "check_data"):

@@ -79,13 +79,23 @@ def options() -> list[str]:
     return sorted(names)
 
 
+# what an option asks of the user, by a part of its name
+ASKED = {
+    "pretrained": ["module.pretrained=folder"],
+    "module=pipeline": ["module.pretrained=folder", "data=prompts"],
+    "data=prompts": ["module.pretrained=folder", "module=pipeline"],
+    "lcm": ["module.pretrained=folder"],
+    "method=lcsc": ["method.objective=val/fd_digits"],
+}
+
+
 @pytest.mark.parametrize("option", options())
 def test_every_shipped_option_passes_the_check(option: str, capsys: pytest.CaptureFixture) -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("genlight.cache", cli.cache_folder, replace=True)
-    words = ["command=fit", option, *(["module.pretrained=folder"] if "pretrained" in option else [])]
-    assert cli._is_acceptable(words), capsys.readouterr().err
+    asked = next((words for part, words in ASKED.items() if part in option), [])
+    assert cli._is_acceptable(["command=fit", option, *asked]), capsys.readouterr().err
 
 
 def test_cfg_job_prints_the_composed_config(capsys: pytest.CaptureFixture) -> None:

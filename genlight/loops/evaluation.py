@@ -52,6 +52,9 @@ class CandidateTrainer:
         `alone`.
         """
         quiet: AbstractContextManager[Trainer] = silenced(self.trainer) if self.sharded else nullcontext(self._local)
+        if not self.sharded and "datamodule" in data:
+            # with a data module Lightning waits for all processes, which have candidates of their own
+            data = {"dataloaders": whole_loader(data["datamodule"])}
         with quiet as trainer:
             logged = trainer.validate(module, verbose=False, **data)
         return {name: float(value) for name, value in (logged[0] if logged else {}).items()}
@@ -93,6 +96,15 @@ class CandidateTrainer:
         return [self.trainer.strategy.broadcast(outcomes, src) for src in range(self.shares)]
 
 
+def whole_loader(datamodule: Any) -> Any:
+    """The batches of a data module that was set up, all of them in each process."""
+    before, datamodule.trainer = datamodule.trainer, None
+    try:
+        return datamodule.val_dataloader()
+    finally:
+        datamodule.trainer = before
+
+
 class _Inside(LightningModule):
     """A validation of one step that calls a function."""
 
@@ -116,6 +128,7 @@ class MetricObjective:
         metric: such as "val/fd_digits".
         mode: "min", or "max" for metrics where more is better.
         draw: the noise it is measured on.
+        metrics: in place of the module's, such as those against other real images; None: the module's.
     """
 
     evaluations: CandidateTrainer
@@ -125,6 +138,7 @@ class MetricObjective:
     metric: str
     mode: str = "min"
     draw: str = "search"
+    metrics: Any = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
@@ -133,7 +147,11 @@ class MetricObjective:
     def evaluate(self, candidate: Any, fidelity: int) -> Evaluation:
         """The metric over `fidelity` samples, negated where more is better. Raises UserError if it is not logged."""
         self.space.apply(self.module, candidate)
-        found = measured(self.evaluations, self.module, self.datamodule, self.draw, fidelity)
+        return self.evaluate_applied(fidelity)
+
+    def evaluate_applied(self, fidelity: int) -> Evaluation:
+        """The score of the module as it is; see `evaluate`."""
+        found = measured(self.evaluations, self.module, self.datamodule, self.draw, fidelity, self.metrics)
         if self.metric not in found:
             raise UserError(f"method.objective={self.metric}: validate logs {', '.join(found) or 'no metric'}")
         sign = 1.0 if self.mode == "min" else -1.0
@@ -141,11 +159,14 @@ class MetricObjective:
 
 
 def measured(
-    evaluations: CandidateTrainer, module: Any, datamodule: Any, draw: str, num_samples: int
+    evaluations: CandidateTrainer, module: Any, datamodule: Any, draw: str, num_samples: int, metrics: Any = None
 ) -> dict[str, float]:
-    """The metrics of the module as it is, on the first `num_samples` of a draw."""
+    """The metrics of the module as it is, or others in their place, on the first `num_samples` of a draw."""
     before = datamodule.draw, datamodule.num_samples
-    metrics: Any = getattr(module, "metrics", None)
+    own: Any = getattr(module, "metrics", None)
+    metrics = own if metrics is None else metrics
+    if metrics is not own:
+        module.metrics = metrics
     synced = getattr(metrics, "sync", None)
     datamodule.draw, datamodule.num_samples = draw, num_samples
     if synced is not None and not evaluations.sharded:
@@ -156,6 +177,8 @@ def measured(
         datamodule.draw, datamodule.num_samples = before
         if synced is not None:
             metrics.sync = synced
+        if metrics is not own:
+            module.metrics = own
 
 
 def in_turn(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -14,7 +14,7 @@ from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.spacings import End
 from genlight.diffusion.solver.teacher import NetworkSampling, Sampling, TeacherBank
 from genlight.errors import UserError
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, whole_loader
 from genlight.search.protocols import Evaluation
 from genlight.search.spaces.solver_objective import (
     TeacherObjective,
@@ -86,12 +86,12 @@ def sampling_of(module: Any) -> Sampling:
 
 def noise_of(datamodule: Any, draw: str, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The first `count` noises [count, ...] of a draw and their conditions, whatever the number of processes."""
-    before = datamodule.draw, datamodule.num_samples, datamodule.trainer
-    datamodule.draw, datamodule.num_samples, datamodule.trainer = draw, count, None
+    before = datamodule.draw, datamodule.num_samples
+    datamodule.draw, datamodule.num_samples = draw, count
     try:
-        batches = list(datamodule.val_dataloader())
+        batches = list(whole_loader(datamodule))
     finally:
-        datamodule.draw, datamodule.num_samples, datamodule.trainer = before
+        datamodule.draw, datamodule.num_samples = before
     noise = torch.cat([batch["noise"] for batch in batches])
     conditions = {"label": torch.cat([batch["label"] for batch in batches])} if "label" in batches[0] else {}
     return noise, conditions

@@ -132,6 +132,32 @@ def prepare(
     return statistics
 
 
+def prepare_part(
+    metrics: GenerativeMetrics,
+    source: RealImages,
+    split: str,
+    part: int,
+    parts: int,
+    cache_folder: str | Path | None,
+    device: torch.device | str = "cpu",
+) -> ReferenceStatistics:
+    """Sets the reference of ``metrics`` to every ``parts``-th real image of a split, from number ``part`` on.
+
+    Parts are disjoint: what is chosen by one is not judged by the same images.
+    """
+    positions = np.arange(part, _size(source, split), parts)
+    statistics = reference_statistics(
+        _select(source.reference_loader(split), positions),
+        metrics.extractor,
+        {"data": source.fingerprint, "split": f"{split}, part {part} of {parts}"},
+        cache_folder,
+        keep_features=metrics.needs_features,
+        device=device,
+    )
+    metrics.set_reference(statistics)
+    return statistics
+
+
 def floor(
     metrics: GenerativeMetrics,
     source: RealImages,

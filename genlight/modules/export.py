@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from genlight.modules.diffusion import DiffusionModule
 
 # they draw noise in their steps, and LDMPipeline and DiTPipeline give them no generator
-STOCHASTIC = ("Ancestral", "DDPM", "LCM", "SASolver", "TCD")
+STOCHASTIC = ("Ancestral", "CMStochastic", "DDPM", "LCM", "SASolver", "TCD")
 CUSTOM = GenerationPipeline.__name__
 
 

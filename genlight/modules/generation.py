@@ -29,6 +29,10 @@ class GeneratorValidation:
         else:
             super().__setattr__(name, value)
 
+    def live_weights(self) -> dict[str, Tensor]:
+        """The parameters that the next forward pass reads, by name; not copies."""
+        return dict(self.named_parameters())  # type: ignore[attr-defined]
+
     def on_validation_epoch_start(self) -> None:
         self.grid_images = None
         if self.metrics is not None:

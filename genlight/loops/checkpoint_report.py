@@ -1,0 +1,125 @@
+"""What LCSC found, beside every usual average, on noise and real images that neither search nor choice has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genlight import io
+from genlight.checkpoints.trajectory import Average
+from genlight.loops.checkpoint_work import LCSC, TRACKED, CheckpointWork, Variant
+from genlight.loops.evaluation import in_turn, measured
+from genlight.loops.result import MethodResult
+from genlight.modules.generation import GRID_IMAGES
+from genlight.reports.coefficients_figure import weights_over_steps
+from genlight.reports.cost import CostEstimate
+from genlight.reports.search_figures import sampler_comparison, search_curve
+from genlight.search.spaces.checkpoint_coefficients import Combination
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COEFFICIENTS = "coefficients.json"
+_KIND, _VERSION = "checkpoint_coefficients", 1
+
+
+def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
+    """Table, metrics, pictures and artifact.
+
+    Args:
+        work: settings and searches.
+        own: what the weights that ckpt_path names reach.
+        predicted: what all of it was to cost.
+    """
+    variants = work.search()
+    best: dict[str, Variant] = {}
+    for variant in variants:
+        best.setdefault(variant.kind, variant)
+    order = sorted(best.values(), key=lambda variant: (variant.kind != LCSC, variant.select))
+    found = in_turn(work.evaluations, [partial(work.report, variant.weights) for variant in order])
+    rows = [_row(work, variant, values) for variant, values in zip(order, found, strict=True)]
+    winner = best[LCSC]
+    if work.runner.main:
+        _pictures(work, best)
+    work.space.restore()
+    name = work.method.objective.removeprefix("val/")
+    usual = min((row for row in rows if row["weights"] != winner.name), key=lambda row: row["select"])
+    last = next((row for row in rows if row["kind"] == "last"), usual)
+    headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
+    notes = [
+        f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
+        f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}"
+    ]
+    return MethodResult(
+        {**own, **headline},
+        method="LCSC (linear combination of checkpoints)",
+        table=rows,
+        notes=notes,
+        predicted=predicted,
+        save=lambda folder, module: save_artifact(work, winner, rows, folder, module),
+    )
+
+
+def _row(work: CheckpointWork, variant: Variant, values: Mapping[str, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"weights": variant.name, "kind": variant.kind}
+    row |= {"search": variant.search, "select": variant.select}
+    row |= {name.removeprefix("val/"): value for name, value in values.items()}
+    if isinstance(variant.weights, Combination):
+        row["l1"] = work.space.cost(variant.weights)["l1"]
+    return row
+
+
+def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
+    figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
+    steps = [member.last_step for member in work.space.trajectory.members]
+    shown = [kind for kind in (LCSC, "ema", "line") if kind in best]
+    curves = {best[kind].name: _weights(work, best[kind])[0] for kind in shown}
+    weights_over_steps(steps, curves, figures / "coefficients.png")
+    for kind, result in work.results.items():
+        points = [(r.index, r.score, r.source, r.fidelity) for r in result.records]
+        name = kind.lower().replace(" ", "-")
+        search_curve(points, figures / f"search-{name}.png", ylabel=work.method.objective)
+    samples: dict[str, Tensor] = {}
+    for kind in ("last", TRACKED if TRACKED in best else "ema", LCSC):
+        if kind in best:
+            work.apply(best[kind].weights)
+            measured(work.evaluations, work.module, work.datamodule, "report", GRID_IMAGES)
+            if getattr(work.module, "grid_images", None) is not None:
+                samples[best[kind].name] = work.module.grid_images
+    if samples:
+        sampler_comparison(samples, figures / "comparison.png")
+
+
+def _weights(work: CheckpointWork, variant: Variant) -> np.ndarray[Any, Any]:
+    if isinstance(variant.weights, Average):
+        raise TypeError("an average that was tracked in training has no weights over checkpoints")
+    return work.space.weights(variant.weights)
+
+
+def save_artifact(
+    work: CheckpointWork, winner: Variant, rows: Sequence[Mapping[str, Any]], folder: Path, module: Any
+) -> None:
+    """The module with the combined weights, and the combination as JSON beside it."""
+    assert isinstance(winner.weights, Combination)
+    work.space.apply(module, winner.weights)
+    module.save_pretrained(folder)
+    space, trajectory = work.space, work.space.trajectory
+    content = {
+        "kind": _KIND,
+        "version": _VERSION,
+        "steps": [member.last_step for member in trajectory.members],
+        "groups": list(space.groups),
+        "weights": space.weights(winner.weights).tolist(),
+        "basis": repr(space.basis),
+        "coefficients": [list(row) for row in winner.weights.coefficients],
+        "trajectory": trajectory.fingerprint,
+        "objective": work.method.objective,
+        "num_inference_steps": getattr(module, "num_inference_steps", None),
+        "scores": [dict(row) for row in rows],
+    }
+    io.atomic_write_json(folder / COEFFICIENTS, content)
+    work.space.restore()

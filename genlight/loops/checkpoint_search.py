@@ -1,0 +1,138 @@
+"""LCSC: better weights out of a training run's own checkpoints, by a searched linear combination.
+
+Liu et al. 2025, "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better"
+(arXiv 2404.02241): coefficients of either sign that sum to one, found without gradients on the metric of the sampler
+that will be used. Added here: CMA-ES on geometric bins as the default, every usual average in the same table, and
+disjoint noise and real images for searching, choosing and reporting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from genlight.callbacks.timing import print_line
+from genlight.checkpoints.bases import Basis, GeometricBins
+from genlight.checkpoints.part import TrajectoryPart
+from genlight.checkpoints.trajectory import Trajectory
+from genlight.errors import UserError
+from genlight.loops.checkpoint_cost import combination_cost
+from genlight.loops.checkpoint_report import combination_result
+from genlight.loops.checkpoint_work import CheckpointWork
+from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.result import MethodResult
+from genlight.loops.search import SearchSettings
+from genlight.reports.cost import CostEstimate
+from genlight.search.protocols import LiveWeights, require_capability
+from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficients
+
+# where the collector of a run writes
+TRAJECTORY = "trajectory"
+
+
+class CheckpointSearch:
+    """The method `lcsc`: one set of weights, a signed combination of the checkpoints that a training saved.
+
+    Args:
+        search: how combinations are chosen and how many are measured.
+        trajectory: folder that `callbacks=collector` wrote; null: `trajectory` in the run that ckpt_path names.
+        ckpt_path: of the command.
+        objective: name of a metric that validate logs, such as "val/fd_digits".
+        mode: "min", or "max" for a metric where more is better.
+        until: only checkpoints up to this optimizer step, as if the training had ended there; null: all.
+        basis: what coefficients belong to: geometric bins, every checkpoint, or moving averages.
+        groups: patterns of parameter names; each group has coefficients of its own.
+        signed: False: averages only, no coefficient is negative.
+        singles: how many single checkpoints are measured, evenly spaced.
+        select: samples for choosing among the best, on noise and real images of their own.
+        random_search: also search by random combinations, with the same budget, for comparison.
+        device_bytes: most bytes for the checkpoints held on the device; null: half of what is free.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    predicts_cost = True
+
+    def __init__(
+        self,
+        search: SearchSettings,
+        objective: str,
+        trajectory: str | None = None,
+        ckpt_path: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        until: int | None = None,
+        basis: Basis | None = None,
+        groups: Sequence[str] = (".*",),
+        signed: bool = True,
+        singles: int = 20,
+        select: int = 2000,
+        random_search: bool = True,
+        device_bytes: int | None = None,
+    ) -> None:
+        if not isinstance(search, SearchSettings):
+            raise ValueError("method=lcsc searches: choose how by search=lcsc (or genetic, random)")
+        if min(singles, select) < 1:
+            raise ValueError(f"method.singles = {singles!r} and method.select = {select!r} must be 1 or more")
+        if mode not in ("min", "max"):
+            raise ValueError(f"method.mode = {mode!r} must be min or max")
+        self.settings, self.objective, self.mode = search, objective, mode
+        self.folder = trajectory if trajectory is not None else ckpt_path and str(Path(ckpt_path) / TRAJECTORY)
+        self.until, self.basis, self.groups, self.signed = until, basis or GeometricBins(), tuple(groups), signed
+        self.singles, self.select, self.random_search = singles, select, random_search
+        self.device_bytes = device_bytes
+
+    def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
+        """Measure what is known, search, choose, and report on noise and images that had no part in it.
+
+        Raises:
+            UserError: no trajectory, weights that are sharded or do not fit it, a metric that is not logged.
+            CorruptFileError: a checkpoint that is damaged or of another training.
+        """
+        space = self.space(module)
+        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        own = {name: float(value) for name, value in logged[0].items()}
+        work = self._work(trainer, module, datamodule, space, own)
+        predicted = combination_cost(work)
+        if trainer.is_global_zero:
+            print_line(predicted.line())
+        return combination_result(work, own, predicted)
+
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
+        """Measure three combinations, and multiply."""
+        space = self.space(module)
+        trainer.limit_val_batches = 1
+        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        trainer.limit_val_batches = 1.0
+        return combination_cost(self._work(trainer, module, datamodule, space, dict(logged[0])))
+
+    def space(self, module: Any) -> CheckpointCoefficients:
+        """The space of the run's checkpoints."""
+        if self.folder is None:
+            raise UserError("method=lcsc combines the checkpoints of a run: give ckpt_path=<its folder>")
+        if not Path(self.folder).is_dir():
+            raise UserError(
+                f"{self.folder} is not there: train with callbacks=collector, which saves the checkpoints to combine, "
+                "or name their folder by method.trajectory"
+            )
+        trajectory = Trajectory.open(self.folder)
+        part = trajectory if self.until is None else TrajectoryPart(trajectory, self.until)
+        if len(part.members) < 3:
+            raise UserError(f"{self.folder} holds {len(part.members)} checkpoints; a combination needs three or more")
+        space = CheckpointCoefficients(
+            part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
+        )
+        require_capability(module, LiveWeights, space, ("every generator of genlight",))
+        return space
+
+    def _work(
+        self, trainer: Any, module: Any, datamodule: Any, space: CheckpointCoefficients, logged: dict[str, float]
+    ) -> CheckpointWork:
+        evaluations = CandidateTrainer(trainer)
+        if evaluations.sharded:
+            raise UserError("method=lcsc writes whole weights: use strategy=auto or strategy=ddp")
+        if self.objective not in logged:
+            known = ", ".join(name for name in logged if not name.endswith("_std"))
+            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        return CheckpointWork(self, evaluations, module, datamodule, space)

@@ -1,0 +1,230 @@
+"""The work of LCSC: averages and combinations on the search draw, the best of each kind on the select draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genlight.checkpoints.baselines import baseline_candidates
+from genlight.checkpoints.trajectory import Average, read_averages
+from genlight.errors import UserError
+from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
+from genlight.loops.search import SearchRunner, SearchTask
+from genlight.metrics.generative import GenerativeMetrics
+from genlight.metrics.reference import prepare_part
+from genlight.search.engine import SearchResult
+from genlight.search.evaluation import one_by_one
+from genlight.search.plan import PlainPlan
+from genlight.search.protocols import Evaluation
+from genlight.search.random_search import RandomSearch
+from genlight.search.records import Problem, Record
+from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficients, Combination
+
+if TYPE_CHECKING:
+    from genlight.loops.checkpoint_search import CheckpointSearch
+
+LCSC, RANDOM, TRACKED = "LCSC", "random search", "tracked ema"
+# of each kind of baseline, how many are looked at again on noise that did not choose them
+BEST_OF_KIND = 3
+_RANDOM_GENERATION = 20
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of weights that was measured.
+
+    Attributes:
+        name: e.g. "ema 3.16".
+        kind: e.g. "ema", "LCSC".
+        weights: a combination, or an average that was tracked in training.
+        search, select: scores on these draws, lower is better.
+    """
+
+    name: str
+    kind: str
+    weights: Combination | Average
+    search: float
+    select: float = float("nan")
+
+
+@dataclass
+class CheckpointWork:
+    """Everything that the steps of the method share.
+
+    Attributes:
+        method: the settings.
+        evaluations, module, datamodule: of the run.
+        space: of the checkpoints.
+        results: the searches that were done, by kind.
+    """
+
+    method: CheckpointSearch
+    evaluations: CandidateTrainer
+    module: Any
+    datamodule: Any
+    space: CheckpointCoefficients
+    results: dict[str, SearchResult[Combination]] = field(default_factory=dict)
+
+    @cached_property
+    def runner(self) -> SearchRunner:
+        """Runs searches in the run folder."""
+        return SearchRunner(self.evaluations, self.method.settings)
+
+    @cached_property
+    def baselines(self) -> dict[str, Combination]:
+        """Every usual average as a candidate, by name; without coefficients below zero where the search has none."""
+        every = baseline_candidates(self.space.trajectory, self.space, self.method.singles)
+        signed = self.method.signed
+        return {name: each for name, each in every.items() if signed or self.space.weights(each).min() >= -1e-9}
+
+    def objective(self, draw: str) -> MetricObjective:
+        """The metric on the noise of a draw; for "search" and "select" against halves of the training images."""
+        method = self.method
+        return MetricObjective(
+            self.evaluations,
+            self.space,
+            self.module,
+            self.datamodule,
+            method.objective,
+            method.mode,
+            draw,
+            self._metrics(draw),
+        )
+
+    def _metrics(self, draw: str) -> Any:
+        if draw not in self._made:
+            own = getattr(self.module, "metrics", None)
+            part = {"search": 0, "select": 1}.get(draw)
+            if part is None or not isinstance(own, GenerativeMetrics):
+                self._made[draw] = own
+            else:
+                split = "train" if own.reference_split == "test" else "test"
+                device = self.evaluations.trainer.strategy.root_device
+                wanted = self.method.objective.removeprefix("val/")
+                self._made[draw] = own.clone(sync=own.sync)
+                # no other metric is worth its time here
+                self._made[draw].metrics = tuple(m for m in own.metrics if own.name_of(m) == wanted) or own.metrics
+                prepare_part(self._made[draw], self.datamodule, split, part, 2, self.runner.folder, device)
+        return self._made[draw]
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return {}
+
+    def task(self, kind: str = LCSC) -> SearchTask:
+        """The search, or the random one it is compared with; both begin with all baselines."""
+        settings = self.method.settings
+        planner: Any = settings.strategy
+        if kind == RANDOM:
+            planner = PlainPlan(RandomSearch(_RANDOM_GENERATION), screening_fidelity=None)
+        initial = [*self.space.initial_candidates(), *self.baselines.values()]
+        plan = planner.plan(self.space, settings.budget, initial)
+        problem = Problem(self.space, settings.seed, settings.fidelity)
+        evaluator = one_by_one(self.objective("search"), settings.time_limit_s)
+        return SearchTask(kind.lower().replace(" ", "-"), problem, plan, evaluator, self._depends_on())
+
+    def _depends_on(self) -> dict[str, str]:
+        metrics = self._metrics("search")
+        features = str(metrics.describe()) if isinstance(metrics, GenerativeMetrics) else type(metrics).__name__
+        return {
+            "objective": f"{self.method.mode} {self.method.objective}",
+            "data": str(self.datamodule.fingerprint),
+            "features": features,
+            "sampler": str(getattr(self.module, "num_inference_steps", "")),
+        }
+
+    def search(self) -> list[Variant]:
+        """All searches, and the best of every kind with both scores; the winner of each kind comes first.
+
+        Raises:
+            UserError: no combination could be measured.
+        """
+        kinds = [LCSC, *([RANDOM] if self.method.random_search else [])]
+        for kind in kinds:
+            self.results[kind] = self.runner.run(self.task(kind))
+        variants = [*self._of_records(), *self._tracked()]
+        if not variants:
+            raise UserError(f"no combination could be measured: see {self.runner.folder}")
+        scores = self.judge([variant.weights for variant in variants], "select", self.method.select)
+        chosen = [
+            Variant(variant.name, variant.kind, variant.weights, variant.search, score)
+            for variant, score in zip(variants, scores, strict=True)
+        ]
+        return sorted(chosen, key=lambda variant: variant.select)
+
+    def _of_records(self) -> list[Variant]:
+        """Of every kind those that were best on the search draw."""
+        names = {self.space.key(candidate): name for name, candidate in reversed(self.baselines.items())}
+        found: list[Variant] = []
+        for kind, result in self.results.items():
+            full = [record for record in result.records if record.score is not None]
+            ranked: Sequence[Record[Combination]] = sorted(full, key=lambda record: record.rank)
+            if kind == LCSC:
+                for record in ranked:
+                    name = names.get(record.key)
+                    if name is not None:
+                        found.append(Variant(name, name.split(" ")[0], record.candidate, float(record.score or 0.0)))
+            made = [record for record in ranked if record.key not in names] or ranked[:1]
+            made = list(made)[: self.method.settings.finalists]
+            found += [Variant(f"{kind} {r.index}", kind, r.candidate, float(r.score or 0.0)) for r in made]
+        kept: list[Variant] = []
+        for variant in found:
+            limit = self.method.settings.finalists if variant.kind in self.results else BEST_OF_KIND
+            if variant.kind == "power":
+                variant = Variant(variant.name, "power ema", variant.weights, variant.search)
+            if sum(other.kind == variant.kind for other in kept) < limit:
+                kept.append(variant)
+        return kept
+
+    def _tracked(self) -> list[Variant]:
+        """Averages that the training tracked at every step; only of the whole training."""
+        if self.method.until is not None or self.method.folder is None:
+            return []
+        averages = read_averages(
+            Path(self.method.folder) / "ema", {k: tuple(v) for k, v in self.space.trajectory.shapes.items()}
+        )
+        scores = self.judge(averages, "search", self.method.settings.fidelity)
+        named = [
+            Variant(f"{TRACKED} {average.rate:.6g}", TRACKED, average, score)
+            for average, score in zip(averages, scores, strict=True)
+        ]
+        return sorted(named, key=lambda variant: variant.search)[:BEST_OF_KIND]
+
+    def apply(self, weights: Combination | Average) -> None:
+        """Write weights into the module."""
+        if isinstance(weights, Combination):
+            self.space.apply(self.module, weights)
+            return
+        live: Mapping[str, Any] = self.module.live_weights()
+        self.space.mixer(self.module)  # which keeps the original weights
+        import torch
+
+        with torch.no_grad():
+            for name, value in weights.tensors.items():
+                live[name].copy_(value)
+
+    def judge(self, weights: Sequence[Combination | Average], draw: str, count: int) -> list[float]:
+        """Scores on a draw, lower is better; infinite where a measurement fails."""
+        objective = self.objective(draw)
+
+        def one(given: Combination | Average) -> float:
+            try:
+                return self._measure(objective, given, count).score
+            except (ValueError, FloatingPointError, RuntimeError):
+                return float("inf")
+
+        pieces: list[Callable[[], float]] = [partial(one, each) for each in weights]
+        return in_turn(self.evaluations, pieces)
+
+    def _measure(self, objective: MetricObjective, weights: Combination | Average, count: int) -> Evaluation:
+        self.apply(weights)
+        return objective.evaluate_applied(count)
+
+    def report(self, weights: Combination | Average) -> dict[str, float]:
+        """Every metric on the report draw, against the real images that had no part in the search."""
+        objective = self.objective("report")
+        found = self._measure(objective, weights, self.datamodule.num_samples).facts
+        return {name: float(value) for name, value in found.items()}

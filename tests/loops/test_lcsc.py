@@ -1,0 +1,236 @@
+"""The real commands of LCSC: a short consistency training that collects its checkpoints, and their combination."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import report_of, untrained_features
+from diffusers import DiffusionPipeline
+
+from genlight import io
+from genlight.cli import main
+
+MODEL = [
+    "experiment=lcsc/digits_cd",
+    "module.teacher=null",
+    "module.teacher_recipe=null",
+    "module.objective._target_=genlight.diffusion.consistency.ConsistencyTraining",
+    "module.network={_target_: diffusers.UNet2DModel, sample_size: 8, in_channels: 1, out_channels: 1,"
+    " norm_num_groups: 4, block_out_channels: [8, 16],"
+    " down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}",
+    "module.class_conditional=false",
+    "data.batch_size=16",
+    "data.eval_batch_size=20",
+    "data.num_samples=40",
+    "metrics.metrics=[fd]",
+    "trainer.accelerator=cpu",
+]
+FIT = [
+    "trainer.max_steps=16",
+    "trainer.val_check_interval=16",
+    "trainer.num_sanity_val_steps=0",
+    "callbacks.collector.every_n_steps=2",
+]
+SEARCH = ["search.budget=12", "search.fidelity=40", "search.finalists=3", "method.select=40", "method.singles=3"]
+
+
+def fit(root: Path, name: str, *words: str) -> int:
+    return main(["fit", *MODEL, *FIT, f"run.root={root}", f"run.name={name}", *words])
+
+
+def validate(root: Path, name: str, *words: str) -> int:
+    return main(
+        ["validate", *MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", f"run.name={name}", *words]
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it `trained`, and `found`, a finished search on it."""
+    root = tmp_path_factory.mktemp("lcsc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        untrained_features(root / "cache")
+        assert fit(root, "trained") == 0
+        assert validate(root, "found") == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["kind"]: row for row in report_of(folder)["table"]}
+
+
+def histories(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("search/*/history.jsonl"))}
+
+
+def test_every_average_stands_in_the_table(root: Path) -> None:
+    folder = root / "found" / "validate"
+    rows = rows_of(folder)
+    kinds = {
+        "LCSC",
+        "random search",
+        "last",
+        "single",
+        "ema",
+        "swa",
+        "lawa",
+        "power ema",
+        "line",
+        "neon",
+        "tracked ema",
+    }
+    assert kinds <= rows.keys()
+    assert all({"search", "select", "fd_digits"} <= row.keys() for row in rows.values())
+    metrics = report_of(folder)["metrics"]
+    assert metrics["fd_digits_lcsc"] == rows["LCSC"]["fd_digits"]
+    assert metrics["fd_digits_last"] == rows["last"]["fd_digits"]
+    names = {path.name for path in (folder / "figures").glob("*.png")}
+    assert {"coefficients.png", "comparison.png", "search-lcsc.png", "search-random-search.png"} <= names
+
+
+def test_the_artifact_is_the_winner(root: Path) -> None:
+    """Loaded by plain diffusers; measured again it has the distance of the table; its weights sum to one."""
+    folder = root / "found" / "validate"
+    artifact = folder / "artifact"
+    content = io.read_json(artifact / "coefficients.json")
+    assert content["kind"] == "checkpoint_coefficients" and len(content["steps"]) == len(content["weights"][0])
+    assert sum(content["weights"][0]) == pytest.approx(1.0, abs=1e-9)
+    pipeline = DiffusionPipeline.from_pretrained(artifact)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=2, num_inference_steps=1, output_type="np").images.shape == (2, 8, 8, 1)
+    words = ["data=digits", "metrics=digits", "metrics.metrics=[fd]", "module=consistency", "trainer.accelerator=cpu"]
+    words += [
+        f"module.pretrained={artifact}",
+        "module.objective=null",
+        "data.num_samples=40",
+        "data.eval_batch_size=20",
+    ]
+    assert main(["validate", *words, f"run.root={root}", "run.name=again"]) == 0
+    found = report_of(root / "again" / "validate")["metrics"]["val/fd_digits"]
+    assert found == pytest.approx(rows_of(folder)["LCSC"]["fd_digits"], rel=1e-4)
+
+
+def test_the_last_checkpoint_is_the_plain_weights(root: Path) -> None:
+    """The row "last" of the report is what the raw weights of the run reach: nothing is left of the averages."""
+    from genlight.checkpoints.trajectory import Trajectory
+
+    trajectory = Trajectory.open(root / "trained" / "fit" / "trajectory")
+    last = {name: trajectory.read(-1, name) for name in trajectory.names}
+    checkpoint = sorted((root / "trained" / "fit" / "checkpoints").glob("*.ckpt"))[-1]
+    from genlight.trainer.checkpoint_io import load_checkpoint
+
+    raw = load_checkpoint(checkpoint).get("current_model_state", load_checkpoint(checkpoint)["state_dict"])
+    assert all(torch.equal(raw[name], value) for name, value in last.items())
+
+
+def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
+    driver = Path(__file__).with_name("kill_search.py")
+    words = [*MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", "run.name=killed"]
+    done = subprocess.run([sys.executable, driver, "lcsc", "60", "validate", *words], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert validate(root, "killed", "resume=true") == 0
+    assert histories(root / "killed" / "validate") == histories(root / "found" / "validate")
+    assert rows_of(root / "killed" / "validate") == rows_of(root / "found" / "validate")
+
+
+def test_two_processes_give_the_archive_of_one(root: Path) -> None:
+    words = [*MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", "run.name=ddp", "strategy=ddp"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "genlight", "validate", *words, "trainer.devices=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert histories(root / "ddp" / "validate") == histories(root / "found" / "validate")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search=genetic", "method.basis={_target_: genlight.checkpoints.bases.Raw}"],
+        ["method.signed=false"],
+        ["method.groups=[conv, .*]"],
+        ["method.until=12", "method.random_search=false"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_ways_to_combine(root: Path, words: list[str]) -> None:
+    name = words[0].split("=")[1].strip("[]").replace(", ", "-").replace(".*", "rest")
+    assert validate(root, f"other-{name}", *words) == 0
+    content = io.read_json(root / f"other-{name}" / "validate" / "artifact" / "coefficients.json")
+    weights = torch.tensor(content["weights"])
+    assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
+    if "method.signed=false" in words:
+        assert (weights >= -1e-12).all()
+    if "method.until=12" in words:
+        assert content["steps"][-1] == 12
+
+
+def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate(root, "dry", "dry_run=true") == 0
+    assert "combinations" in capsys.readouterr().out
+    assert not (root / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method.trajectory=nowhere"], "train with callbacks=collector"),
+        (["ckpt_path=null"], "give ckpt_path"),
+        (["method.objective=val/fid"], "choose one of val/fd_digits"),
+        (["method.until=5"], "from step"),
+        (["method.groups=[]"], "groups"),
+        (["method.groups=[nothing_like_this]"], "groups"),
+        (["search=none"], ""),
+        (["method.basis={_target_: genlight.checkpoints.bases.GeometricBins, size: 0}"], "size"),
+        (["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null", "callbacks.ema_bank=null"], "strategy="),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(
+    root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert validate(root, "wrong", *words, "run.overwrite=true") != 0
+    message = capsys.readouterr().err
+    assert expected in message and message.count("error:") == 1
+    assert "Traceback" not in message
+
+
+def test_a_damaged_checkpoint_is_named(root: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = root / "copy"
+    import shutil
+
+    shutil.copytree(root / "trained" / "fit" / "trajectory", folder)
+    files = sorted(folder.glob("*.safetensors"))
+    files[1].write_bytes(files[1].read_bytes()[:-7])
+    assert validate(root, "damaged", f"method.trajectory={folder}") != 0
+    assert files[1].name in capsys.readouterr().err
+
+
+def test_another_network_is_refused(root: Path, capsys: pytest.CaptureFixture) -> None:
+    trajectory = root / "trained" / "fit" / "trajectory"
+    words = [word for word in MODEL if not word.startswith("module.network")]
+    network = next(word for word in MODEL if word.startswith("module.network")).replace("[8, 16]", "[8, 24]")
+    done = main(
+        ["validate", *words, network, *SEARCH, f"method.trajectory={trajectory}", f"run.root={root}", "run.name=other"]
+    )
+    assert done != 0
+    message = capsys.readouterr().err
+    assert "network." in message and "Traceback" not in message
+
+
+def test_history_says_what_was_mixed(root: Path) -> None:
+    lines = histories(root / "found" / "validate")["lcsc"].splitlines()[1:]
+    records = [json.loads(line) for line in lines]
+    assert {record["source"] for record in records} == {"initial", "cma_es"}
+    assert all("val/fd_digits" in record["facts"] for record in records if record["failure"] is None)
