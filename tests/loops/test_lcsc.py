@@ -193,7 +193,6 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.groups=[nothing_like_this]"], "groups"),
         (["search=none"], ""),
         (["method.basis={_target_: genlight.checkpoints.bases.GeometricBins, size: 0}"], "size"),
-        (["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null", "callbacks.ema_bank=null"], "strategy="),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -204,6 +203,15 @@ def test_what_is_wrong_is_said_in_one_line(
     message = capsys.readouterr().err
     assert expected in message and message.count("error:") == 1
     assert "Traceback" not in message
+
+
+def test_sharded_weights_are_refused(root: Path) -> None:
+    """In a process of its own, which DeepSpeed marks."""
+    words = [*MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", "run.name=sharded"]
+    words += ["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null", "callbacks.ema_bank=null"]
+    command = [sys.executable, "-m", "genlight", "validate", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0 and "use strategy=auto or strategy=ddp" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(root: Path, capsys: pytest.CaptureFixture) -> None:
