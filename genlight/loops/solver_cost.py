@@ -36,7 +36,8 @@ def solver_cost(work: SolverWork) -> CostEstimate:
         ]
         count = sum(iterations * starts for iterations, starts in steps)
         if work.by_teacher and count:
-            tuning = _times(seconds, _evaluations_per_step(nfe) * sizes.search)
+            central = any(getattr(step, "central", False) for step in (method.refine, method.finetune))
+            tuning = _times(seconds, _evaluations_per_step(nfe, central) * sizes.search)
             phases.append(Phase(f"tuning steps, NFE {nfe}", tuning, count))
     sample = 4 * noise_of(work.datamodule, "search", 1)[0].numel()
     weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
@@ -64,10 +65,10 @@ def _seconds_of_one(work: SolverWork, nfe: int) -> list[float]:
     return seconds[1:] or seconds
 
 
-def _evaluations_per_step(nfe: int) -> int:
-    """Network evaluations over the bank in one step of Levenberg-Marquardt: each entry of the table is moved up and
-    down, and what comes after its row is sampled again; then about two proposals are tried."""
-    return 2 * sum((row + 2) * (nfe - row) for row in range(1, nfe)) + 2 * nfe
+def _evaluations_per_step(nfe: int, central: bool) -> int:
+    """Network evaluations over the bank in one step of Levenberg-Marquardt: each entry of the table is moved, to both
+    sides for central differences, and what comes after its row is sampled again; then about two proposals are tried."""
+    return (1 + central) * sum((row + 2) * (nfe - row) for row in range(1, nfe)) + 2 * nfe
 
 
 def _times(seconds: list[float], factor: float) -> tuple[float, ...]:
