@@ -79,9 +79,16 @@ class SolverWork:
         return SolverScheduleSpace(schedule, nfe, start_slack=slack, **self.method.space)
 
     def hand_made(self, nfe: int) -> list[tuple[str, SolverSchedule]]:
-        """Every hand-made schedule of the settings, by name."""
-        method, schedule = self.method, self.module.prediction.schedule
-        return baselines(schedule, nfe, end=method.end, solvers=method.solvers, spacings=method.spacings)
+        """Every hand-made schedule of the settings, by name; made once, since all of them are compiled."""
+        if nfe not in self._hand_made:
+            method, schedule = self.method, self.module.prediction.schedule
+            made = baselines(schedule, nfe, end=method.end, solvers=method.solvers, spacings=method.spacings)
+            self._hand_made[nfe] = made
+        return self._hand_made[nfe]
+
+    @cached_property
+    def _hand_made(self) -> dict[int, list[tuple[str, SolverSchedule]]]:
+        return {}
 
     def task(self, nfe: int) -> SearchTask:
         """The search of one number of evaluations."""
