@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
 from genlight.loops.result import MethodResult
+from genlight.recipes import fit_where_missing
 from genlight.reports.cost import count_macs, real_cost
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
@@ -351,20 +350,10 @@ REPORT_FEATURES = frozenset(
 
 
 def _ensure_features(extractor: Any, cache: Path) -> None:
-    """Train the feature network where it is missing, in a process of its own; other processes wait for it."""
-    if extractor.is_available() or not extractor.recipe:
-        extractor.setup()
-        return
-    from filelock import FileLock
-
-    io.create_folder(cache)
-    with FileLock(cache / f".{extractor.recipe.replace('/', '-')}.lock"):
-        if not extractor.is_available():
-            print_line(f"the feature network {extractor.name} is not there yet: fit experiment={extractor.recipe}")
-            command = [sys.executable, "-m", "genlight", "fit", f"experiment={extractor.recipe}", "run.overwrite=true"]
-            done = subprocess.run([*command, f"paths.cache={cache}"], check=False)
-            if done.returncode != 0:
-                raise UserError(f"fit experiment={extractor.recipe} failed (exit code {done.returncode}), see above")
+    """Train the feature network where it is missing and there is a recipe."""
+    if extractor.recipe:
+        what = f"the feature network {extractor.name}"
+        fit_where_missing(extractor.recipe, extractor.is_available, what, cache, f"paths.cache={cache}")
     extractor.setup()
 
 

@@ -22,7 +22,7 @@ RANKS = {
     "errors": 0, "io": 0, "secrets": 0,
     "nets": 1,
     "diffusion": 2, "metrics": 2, "reports": 2, "search": 2, "predictors": 2, "checkpoints": 2,
-    "data": 3, "modules": 3, "trainer": 3, "callbacks": 3, "run_folder": 3,
+    "data": 3, "modules": 3, "trainer": 3, "callbacks": 3, "run_folder": 3, "recipes": 3,
     "loops": 4,
     "build": 5,
     "context": 4,

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genlight import io
-from genlight.callbacks.timing import print_line
 from genlight.diffusion.consistency import boundary_scalings
 from genlight.diffusion.noise_schedules import expand
 from genlight.errors import UserError
 from genlight.modules.exported_pipeline import Network
-
-# what a launcher of several processes tells each of them
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
+from genlight.recipes import fit_where_missing
 
 
 class FrozenTeacher:
@@ -99,21 +92,8 @@ def ensure_teacher(source: str, recipe: str, run_root: str | Path, cache: str | 
     Raises:
         UserError: the fit failed, or left no such folder.
     """
-    from filelock import FileLock
-
-    if Path(source).exists():
-        return
-    io.create_folder(Path(run_root))
-    with FileLock(Path(run_root) / f".{recipe.replace('/', '-')}.lock"):
-        if Path(source).exists():
-            return
-        print_line(f"the teacher {source} is not there yet: fit experiment={recipe}")
-        command = [sys.executable, "-m", "genlight", "fit", f"experiment={recipe}", "run.overwrite=true"]
-        # one process, even where this one is one of several
-        alone = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
-        done = subprocess.run([*command, f"run.root={run_root}", f"paths.cache={cache}"], check=False, env=alone)
-        if done.returncode != 0:
-            raise UserError(f"fit experiment={recipe} failed (exit code {done.returncode}), see above")
+    words = (f"run.root={run_root}", f"paths.cache={cache}")
+    fit_where_missing(recipe, Path(source).exists, f"the teacher {source}", run_root, *words)
     if not Path(source).exists():
         raise UserError(f"fit experiment={recipe} has not written module.teacher = {source}")
 
