@@ -15,13 +15,12 @@ from genlight.modules.networks import differences, first_of, label_rows, plain_c
 from genlight.modules.pretrained import (
     NETWORK_CLASSES,
     RECORD,
-    VAE_CLASSES,
-    VAE_KEYS,
-    _class_name,
-    _component,
-    _folder_of,
-    _load,
-    _object,
+    class_name_of,
+    component_folder,
+    load_component,
+    load_vae,
+    local_folder,
+    read_object,
 )
 
 SCHEDULER = "CMStochasticIterativeScheduler"
@@ -71,19 +70,18 @@ def read_consistency(source: str | Path) -> ConsistencyFolder:
     Raises:
         UserError: not found, not a consistency model of the kinds known here, or damaged.
     """
-    folder = _folder_of(source)
-    index = _object(folder / "model_index.json")
-    config = _object(_component(folder, "scheduler") / "scheduler_config.json")
+    folder = local_folder(source)
+    index = read_object(folder / "model_index.json")
+    config = read_object(component_folder(folder, "scheduler") / "scheduler_config.json")
     if config.get("_class_name") != SCHEDULER:
         raise UserError(
             f"{source} is no consistency model: its scheduler is a {config.get('_class_name')}, not a {SCHEDULER}; "
             "a diffusion model can be the module.teacher of one"
         )
-    key = "unet" if _class_name(index, "unet") else "transformer"
-    network = _load(_component(folder, key), _class_name(index, key), NETWORK_CLASSES)
-    vae_key = next((name for name in VAE_KEYS if _class_name(index, name)), None)
-    vae = None if vae_key is None else _load(_component(folder, vae_key), _class_name(index, vae_key), VAE_CLASSES)
-    record = _object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    key = "unet" if class_name_of(index, "unet") else "transformer"
+    network = load_component(folder, index, key, NETWORK_CLASSES)
+    vae = load_vae(folder, index)
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
     num_classes = record["num_classes"] if "num_classes" in record else _classes(network)
     return ConsistencyFolder(str(source), network, vae, config, num_classes, record.get("class_names"))
 

@@ -25,7 +25,7 @@ from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.serialization import SolverBank, TableRecord
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
 from genlight.errors import UserError
-from genlight.modules.pretrained import _folder_of, _line, _object, _scheduler_config
+from genlight.modules.pretrained import first_line, local_folder, read_object, read_scheduler_config
 
 SchedulerChoice = str | type | functools.partial[Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,7 +68,7 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
     import diffusers
 
     folder = pipeline_folder(source, variant, trust_remote_code)
-    index = _object(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     given: dict[str, Any] = {key: None for key, entry in index.items() if entry == [None, None]}
     searched = _searched_scheduler(folder, index)
     if searched is not None:
@@ -81,7 +81,7 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
         pipeline: Any = diffusers.DiffusionPipeline
         pipe = pipeline.from_pretrained(str(folder), use_safetensors=True, dtype=found, **given, **options)
     except Exception as error:  # diffusers, transformers, safetensors and torch each raise their own
-        raise UserError(f"{source} cannot be loaded as a diffusers pipeline: {_line(error)}") from error
+        raise UserError(f"{source} cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     if searched is not None:
         pipe.register_modules(scheduler=searched)
     pipe.set_progress_bar_config(disable=True)
@@ -95,7 +95,7 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
         UserError: neither a pipeline folder nor a pipeline of the hub in reach.
     """
     if Path(source).exists() or not _HUB_ID.fullmatch(source):
-        return _folder_of(source)  # which says what is wrong
+        return local_folder(source)  # which says what is wrong
     import diffusers
     from huggingface_hub import constants, get_session
 
@@ -111,7 +111,7 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
         try:
             return Path(download(local_files_only=True))
         except Exception:
-            reason = f"{_line(error)} ({constants.ENDPOINT})"
+            reason = f"{first_line(error)} ({constants.ENDPOINT})"
             raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
 
 
@@ -134,11 +134,11 @@ def _searched_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     entry = index.get("scheduler")
     if not isinstance(entry, list) or entry[-1:] != [SEARCHED]:
         return None
-    config = _scheduler_config(folder / "scheduler" / "scheduler_config.json")
+    config = read_scheduler_config(folder / "scheduler" / "scheduler_config.json")
     try:
         return SolverScheduleScheduler(**{key: value for key, value in config.items() if not key.startswith("_")})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: scheduler_config.json cannot be used: {_line(error)}") from error
+        raise UserError(f"{folder}: scheduler_config.json cannot be used: {first_line(error)}") from error
 
 
 def scheduler_of_table(table: SolverTable, prediction: Prediction) -> SolverScheduleScheduler:

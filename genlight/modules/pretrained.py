@@ -120,26 +120,36 @@ def read_pipeline(source: str | Path) -> Pipeline:
     Raises:
         UserError: not found, not a pipeline of the kinds known here, damaged, or its weights do not fit its config.
     """
-    folder = _folder_of(source)
-    index = _object(folder / "model_index.json")
-    key = next((key for key in ("unet", "transformer") if _class_name(index, key)), None)
+    folder = local_folder(source)
+    index = read_object(folder / "model_index.json")
+    key = next((key for key in ("unet", "transformer") if class_name_of(index, key)), None)
     if key is None:
         raise UserError(f"{source}: model_index.json names neither a unet nor a transformer")
-    network = _load(_component(folder, key), _class_name(index, key), NETWORK_CLASSES)
-    vae_key = next((key for key in VAE_KEYS if _class_name(index, key)), None)
-    vae = None if vae_key is None else _load(_component(folder, vae_key), _class_name(index, vae_key), VAE_CLASSES)
-    config = _scheduler_config(_component(folder, "scheduler") / "scheduler_config.json")
+    network = load_component(folder, index, key, NETWORK_CLASSES)
+    vae = load_vae(folder, index)
+    config = read_scheduler_config(component_folder(folder, "scheduler") / "scheduler_config.json")
     try:
         defaults = _scheduler_defaults(str(config.get("_class_name")))
         schedule, prediction_type = read_scheduler({**defaults, **config})
         scheduler = _scheduler_partial({**defaults, **config}, schedule, prediction_type)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: scheduler_config.json cannot be used: {error}") from error
-    record = _object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
     return Pipeline(str(source), network, vae, schedule, prediction_type, scheduler, record)
 
 
-def _component(folder: Path, key: str) -> Path:
+def load_component(folder: Path, index: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> Network:
+    """The network under a key of model_index.json; UserError as `read_pipeline`."""
+    return load_network(component_folder(folder, key), class_name_of(index, key), allowed)
+
+
+def load_vae(folder: Path, index: Mapping[str, Any]) -> Network | None:
+    """The autoencoder that model_index.json names; None if it names none."""
+    key = next((key for key in VAE_KEYS if class_name_of(index, key)), None)
+    return None if key is None else load_component(folder, index, key, VAE_CLASSES)
+
+
+def component_folder(folder: Path, key: str) -> Path:
     """Folder of a component: its own, or in old pipelines with one network the pipeline's."""
     return folder / key if (folder / key).is_dir() else folder
 
@@ -153,11 +163,14 @@ def load_autoencoder(source: str | Path) -> Network:
     folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
     for sub in ("", *VAE_KEYS):
         if (folder / sub / "config.json").is_file():
-            return _load(folder / sub, str(_object(folder / sub / "config.json").get("_class_name")), VAE_CLASSES)
+            return load_network(
+                folder / sub, str(read_object(folder / sub / "config.json").get("_class_name")), VAE_CLASSES
+            )
     raise UserError(f"module.vae = {source} holds no config.json of an autoencoder, nor does a folder vae in it")
 
 
-def _folder_of(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or that of a hub id once downloaded; UserError for what is neither."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -188,14 +201,14 @@ def _from_hub(source: str) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
         except Exception:
-            reason = f"{_line(error)} ({constants.ENDPOINT})"
+            reason = f"{first_line(error)} ({constants.ENDPOINT})"
             raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
 
 
-def _load(folder: Path, name: str, allowed: tuple[str, ...]) -> Network:
+def load_network(folder: Path, name: str, allowed: tuple[str, ...]) -> Network:
     """A network from its folder, weights as safetensors, every key accounted for."""
     network_class = _diffusers_class(str(folder), name, allowed)
-    _object(folder / "config.json")
+    read_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no weights as safetensors; pickled weights are not read")
     try:
@@ -203,7 +216,7 @@ def _load(folder: Path, name: str, allowed: tuple[str, ...]) -> Network:
     except UserError:
         raise
     except Exception as error:  # safetensors raises its own class, diffusers OSError, torch RuntimeError
-        raise UserError(f"{folder} cannot be loaded as {network_class.__name__}: {_line(error)}") from error
+        raise UserError(f"{folder} cannot be loaded as {network_class.__name__}: {first_line(error)}") from error
 
 
 def _from_pretrained(network_class: Any, source: str | Path) -> Network:
@@ -227,7 +240,7 @@ def _diffusers_class(where: str, name: str, allowed: tuple[str, ...]) -> Any:
     return getattr(diffusers, name)
 
 
-def _class_name(index: Mapping[str, Any], key: str) -> str:
+def class_name_of(index: Mapping[str, Any], key: str) -> str:
     """Class of a component in model_index.json, "" if it has none; only diffusers' own classes are known here."""
     entry = index.get(key)
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
@@ -235,7 +248,7 @@ def _class_name(index: Mapping[str, Any], key: str) -> str:
     return ""
 
 
-def _scheduler_config(path: Path) -> dict[str, Any]:
+def read_scheduler_config(path: Path) -> dict[str, Any]:
     """The scheduler's config; diffusers writes one default as -Infinity, which is no JSON and is left out here."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
@@ -286,7 +299,8 @@ def _check_same(what: str, found: Network, wanted: Network, hint: str = "") -> N
         raise UserError(f"{what}: {first_of(different)}{hint}")
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError for a missing file or another value."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     value = read_json(path)
@@ -299,5 +313,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
