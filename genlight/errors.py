@@ -1,5 +1,17 @@
 """Errors that a user can act on; the command line prints them in one line, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something in the input is wrong: the message says what, where, and what would be right."""
+
+
+@contextmanager
+def in_config(key: str) -> Iterator[None]:
+    """Values below a key of the config that turn out not to fit: a ValueError becomes a UserError that names the key."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error

@@ -1,6 +1,9 @@
 """Commands for end-to-end tests: the default experiment, small enough for a second or two."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -43,3 +46,23 @@ def untrained_features(cache: Path) -> None:
 
 def report_of(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
+
+
+def histories(folder: Path) -> dict[str, bytes]:
+    """The archives of the searches of a run, by name."""
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("search/*/history.jsonl"))}
+
+
+def the_error(err: str) -> str:
+    """The one line in which a command said what is wrong; an error that it foresaw, with no details to look up."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "details in" not in lines[0] and "Traceback" not in err, err
+    return lines[0]
+
+
+def run_in_own_process(*words: str, timeout: float = 280) -> None:
+    """A command in a process of its own, which starts others if it is told to; it must succeed."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "genlight", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,13 +1,10 @@
 """The real commands on two CPU processes: fit, checkpoint, resume, and one diffusers folder out of the shards."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, genlight, report_of, untrained_features
+from command_line import TINY, genlight, report_of, run_in_own_process, untrained_features
 
 from genlight import io
 from genlight.trainer.consolidate import consolidated_state_dict
@@ -20,11 +17,9 @@ STRATEGIES = {
 
 
 def on_two_processes(root: Path, *words: str) -> None:
-    command = [sys.executable, "-m", "genlight", words[0], *TINY, f"run.root={root}", *words[1:]]
-    command += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=4", "data.num_samples=41"]
-    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    words = (words[0], *TINY, f"run.root={root}", *words[1:])
+    options = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=4", "data.num_samples=41")
+    run_in_own_process(*words, *options, timeout=200)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

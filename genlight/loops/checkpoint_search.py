@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genlight.callbacks.timing import print_line
-from genlight.checkpoints.bases import Basis, GeometricBins
+from genlight.checkpoints.bases import Basis, GeometricBins, group_of_names
+from genlight.checkpoints.mixing import check_names
 from genlight.checkpoints.part import TrajectoryPart
 from genlight.checkpoints.trajectory import Trajectory
-from genlight.errors import UserError
+from genlight.errors import UserError, in_config
 from genlight.loops.checkpoint_cost import combination_cost
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
@@ -120,9 +121,11 @@ class CheckpointSearch:
         part = trajectory if self.until is None else TrajectoryPart(trajectory, self.until)
         if len(part.members) < 3:
             raise UserError(f"{self.folder} holds {len(part.members)} checkpoints; a combination needs three or more")
-        space = CheckpointCoefficients(
-            part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
-        )
+        with in_config("method"):
+            space = CheckpointCoefficients(
+                part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
+            )
+            group_of_names(part.names, self.groups)
         require_capability(module, LiveWeights, space, ("every generator of genlight",))
         return space
 
@@ -135,4 +138,6 @@ class CheckpointSearch:
         if self.objective not in logged:
             known = ", ".join(name for name in logged if not name.endswith("_std"))
             raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        with in_config("method.trajectory"):
+            check_names(space.trajectory, module.live_weights())
         return CheckpointWork(self, evaluations, module, datamodule, space)

@@ -13,7 +13,7 @@ from genlight.diffusion.solver.finetune import finetune
 from genlight.diffusion.solver.refine import refine
 from genlight.diffusion.solver.serialization import TableRecord
 from genlight.diffusion.solver.teacher import TuningProblem
-from genlight.errors import UserError
+from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.loops.solver_banks import Banks, TeacherScoring
@@ -63,7 +63,10 @@ class SolverWork:
     def banks(self) -> Banks:
         """Noise and teacher."""
         method, folder = self.method, Path(self.evaluations.trainer.default_root_dir) / "search"
-        return Banks(self.evaluations, self.module, self.datamodule, method.teacher, method.noise, method.end, folder)
+        with in_config("method.teacher"):
+            return Banks(
+                self.evaluations, self.module, self.datamodule, method.teacher, method.noise, method.end, folder
+            )
 
     @property
     def by_teacher(self) -> bool:
@@ -76,13 +79,15 @@ class SolverWork:
         if slack is None:
             finite = schedule.half_log_snr(schedule.t_max) > float("-inf")
             slack = START_SLACK if finite and not self.method.space["integer_times"] else 0.0
-        return SolverScheduleSpace(schedule, nfe, start_slack=slack, **self.method.space)
+        with in_config("method"):
+            return SolverScheduleSpace(schedule, nfe, start_slack=slack, **self.method.space)
 
     def hand_made(self, nfe: int) -> list[tuple[str, SolverSchedule]]:
         """Every hand-made schedule of the settings, by name; made once, since all of them are compiled."""
         if nfe not in self._hand_made:
             method, schedule = self.method, self.module.prediction.schedule
-            made = baselines(schedule, nfe, end=method.end, solvers=method.solvers, spacings=method.spacings)
+            with in_config("method"):
+                made = baselines(schedule, nfe, end=method.end, solvers=method.solvers, spacings=method.spacings)
             self._hand_made[nfe] = made
         return self._hand_made[nfe]
 

@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UNet2DModel,
 )
-from diffusion.tiny_pipelines import PIPELINES, VP, Tiny, stable_diffusion
+from diffusion.tiny_pipelines import PIPELINES, VP, Tiny, relative, stable_diffusion, stock
 from torch import Tensor
 
 from genlight.diffusion.export_scheduler import scheduler_of, stock_form, write_scheduler, write_stock_scheduler
@@ -39,19 +39,6 @@ STEPS = 5
 @cache
 def tiny(name: str) -> Tiny:
     return PIPELINES[name]()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape and bool(expected.isfinite().all())
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def stock(prediction: Prediction) -> tuple[Any, str]:
-    """The stock scheduler of a family and the preset of the same name."""
-    if prediction.schedule.family == "flow":
-        return build_scheduler("FlowMatchEulerDiscreteScheduler", prediction.schedule, "flow"), "flow_euler"
-    name = "DPMSolverMultistepScheduler"
-    return build_scheduler(name, prediction.schedule, prediction.prediction_type, steps_offset=1), "dpmpp_2m"
 
 
 def same_times(scheduler: Any, prediction: Prediction) -> tuple[float | None, ...]:

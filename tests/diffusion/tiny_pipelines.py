@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genlight.diffusion.noise_schedules import FlowSchedule, NoiseSchedule, VPSchedule
 from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.schedulers import build_scheduler
 
 VP = VPSchedule("scaled_linear", 0.00085, 0.012)
 VP_DIT = VPSchedule("linear", 0.0001, 0.02)
@@ -365,3 +366,16 @@ PIPELINES: dict[str, Callable[[], Tiny]] = {
     "latte": latte,
     "wan": wan,
 }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape and bool(expected.isfinite().all())
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def stock(prediction: Prediction) -> tuple[Any, str]:
+    """The stock scheduler of a family and the preset of the same name."""
+    if prediction.schedule.family == "flow":
+        return build_scheduler("FlowMatchEulerDiscreteScheduler", prediction.schedule, "flow"), "flow_euler"
+    name = "DPMSolverMultistepScheduler"
+    return build_scheduler(name, prediction.schedule, prediction.prediction_type, steps_offset=1), "dpmpp_2m"

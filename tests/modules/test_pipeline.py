@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusion.tiny_pipelines import PIPELINES, VP, dit, stable_diffusion
+from diffusion.tiny_pipelines import PIPELINES, VP, dit, relative, stable_diffusion, stock
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -104,19 +104,6 @@ def module_of(name: str, pipe: Any = None, **options: Any) -> PipelineModule:
 
 def noise_of(module: PipelineModule, count: int = 2) -> Tensor:
     return torch.randn((count, *module.sample_shape), generator=torch.Generator().manual_seed(3))
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape and bool(expected.isfinite().all())
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def stock(prediction: Prediction) -> tuple[Any, str]:
-    """A scheduler of diffusers and the preset of the same name."""
-    if prediction.schedule.family == "flow":
-        return build_scheduler("FlowMatchEulerDiscreteScheduler", prediction.schedule, "flow"), "flow_euler"
-    name = "DPMSolverMultistepScheduler"
-    return build_scheduler(name, prediction.schedule, prediction.prediction_type, steps_offset=1), "dpmpp_2m"
 
 
 def same_times(scheduler: Any, solver: str, prediction: Prediction) -> SolverSchedule:
