@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,28 +24,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from genlight.reports.proof import Bar, bar_at_least, bar_at_most, write_proof, write_results_page
+from _commands import record, report, run
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most
+
 NFE = (4, 5, 6)
 GUIDED, UNGUIDED = "S3 without tuning", "without predictor"
 HINDSIGHT, SEARCHED, TUNED = "best hand-made, in hindsight", "searched schedule", "tuned table"
 # ablations: true evaluations beside the best hand-made schedules, and samples of each
-EVALUATIONS, STARTS, FIDELITY = 150, 20, 128
-
-
-def run(*words: str | Path, **environ: str) -> str:
-    """A Python process on one core; what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+EVALUATIONS, STARTS, FIDELITY = 120, 20, 128
 
 
 def timed_command(file: Path, words: list[str]) -> int:
@@ -82,8 +67,8 @@ def timed_command(file: Path, words: list[str]) -> int:
     return main(words)
 
 
-def ablations(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """One row for each NFE and variant: distance on the report noise; and Kendall's tau of predictors."""
+def ablations(folder: Path, seed: int, nfe: int) -> list[dict[str, Any]]:
+    """One row for each variant: distance on the report noise; and Kendall's tau of predictors."""
     import torch
 
     from genlight import io
@@ -102,10 +87,7 @@ def ablations(folder: Path, seed: int) -> list[dict[str, Any]]:
         file = searched / f"teacher-{draw}.safetensors"
         bank = TeacherBank.load(file, io.load_tensors(file)[1]["fingerprint"])
         objectives.append(TeacherObjective(sampling_of(module), bank))
-    rows = []
-    for nfe in NFE:
-        rows += _ablations_of(module, nfe, seed, objectives[0], objectives[1])
-    return rows
+    return _ablations_of(module, nfe, seed, objectives[0], objectives[1])
 
 
 def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any) -> list[dict[str, Any]]:
@@ -179,14 +161,14 @@ def searched(folder: Path, seed: int, rivals: bool) -> dict[str, Any]:
     words += ["metrics.metrics=[fd]", "metrics.extractor.dtype=float32"]
     shares = folder / f"shares{seed}.json"
     run(__file__, "--timed", shares, *words)
-    report = json.loads((folder / f"s{seed}" / "validate" / "report.json").read_text())
-    return {"report": report, "seconds": json.loads(shares.read_text())}
+    return {"report": report(folder / f"s{seed}" / "validate"), "seconds": json.loads(shares.read_text())}
 
 
-def compared(folder: Path, seed: int, search: Future[dict[str, Any]]) -> list[dict[str, Any]]:
+def compared(folder: Path, seed: int, nfe: int, search: Future[dict[str, Any]]) -> list[dict[str, Any]]:
     """The ablations on the banks of a finished search."""
     search.result()
-    rows: list[dict[str, Any]] = json.loads(run(__file__, "--ablations", folder, "--seeds", str(seed)).splitlines()[-1])
+    words = (__file__, "--ablations", folder, "--seeds", str(seed), "--nfe", str(nfe))
+    rows: list[dict[str, Any]] = json.loads(run(*words).splitlines()[-1])
     return rows
 
 
@@ -254,9 +236,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ablations", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--nfe", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ablations:
-        print(json.dumps(ablations(arguments.ablations, arguments.seeds[0])))
+        print(json.dumps(ablations(arguments.ablations, arguments.seeds[0], arguments.nfe)))
         return
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
@@ -266,20 +249,14 @@ def main() -> None:
         fit.result()
         first = arguments.seeds[0]
         searches = {seed: pool.submit(searched, folder, seed, seed == first) for seed in arguments.seeds}
-        others = {seed: pool.submit(compared, folder, seed, search) for seed, search in searches.items()}
-        results = {seed: {**searches[seed].result(), "ablations": others[seed].result()} for seed in arguments.seeds}
-    bars = bars_of(results, speed)
-    write_proof(
-        RESULTS / "s3.json",
-        bars=bars,
-        seeds=arguments.seeds,
-        wall_seconds=time.monotonic() - started,
-        table=table_of(results),
-        command=["make", "proof", "NAME=s3"],
-    )
-    write_results_page(RESULTS)
-    for bar in bars:
-        print(f"{'holds' if bar.holds else 'FAILS'}  {bar.id}: {bar.value} ({bar.bar})")
+        others = {
+            seed: [pool.submit(compared, folder, seed, nfe, search) for nfe in NFE] for seed, search in searches.items()
+        }
+        results = {
+            seed: {**search.result(), "ablations": [row for part in others[seed] for row in part.result()]}
+            for seed, search in searches.items()
+        }
+    record("s3", bars_of(results, speed), table_of(results), arguments.seeds, started)
 
 
 if __name__ == "__main__":
