@@ -10,7 +10,7 @@ class UserError(Exception):
 
 @contextmanager
 def in_config(key: str) -> Iterator[None]:
-    """Values below a key of the config that turn out not to fit: a ValueError becomes a UserError that names the key."""
+    """Values below a key of the config that do not fit: a ValueError becomes a UserError that names the key."""
     try:
         yield
     except ValueError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from genlight import io
 from genlight.checkpoints.trajectory import Average
-from genlight.loops.checkpoint_work import LCSC, TRACKED, CheckpointWork, Variant
+from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
 from genlight.loops.evaluation import in_turn, measured
 from genlight.loops.result import MethodResult
 from genlight.modules.generation import GRID_IMAGES
@@ -39,10 +39,10 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
     best: dict[str, Variant] = {}
     for variant in variants:
         best.setdefault(variant.kind, variant)
-    order = sorted(best.values(), key=lambda variant: (variant.kind != LCSC, variant.select))
+    winner = min((best[kind] for kind in (LCSC, GRADIENT) if kind in best), key=lambda variant: variant.select)
+    order = sorted(best.values(), key=lambda variant: (variant is not winner, variant.select))
     found = in_turn(work.evaluations, [partial(work.report, variant.weights) for variant in order])
     rows = [_row(work, variant, values) for variant, values in zip(order, found, strict=True)]
-    winner = best[LCSC]
     if work.runner.main:
         _pictures(work, best)
     work.space.restore()

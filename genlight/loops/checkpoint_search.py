@@ -19,6 +19,7 @@ from genlight.checkpoints.part import TrajectoryPart
 from genlight.checkpoints.trajectory import Trajectory
 from genlight.errors import UserError, in_config
 from genlight.loops.checkpoint_cost import combination_cost
+from genlight.loops.checkpoint_gradient import GradientDescent
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
 from genlight.loops.evaluation import CandidateTrainer
@@ -48,6 +49,7 @@ class CheckpointSearch:
         singles: how many single checkpoints are measured, evenly spaced.
         select: samples for choosing among the best, on noise and real images of their own.
         random_search: also search by random combinations, with the same budget, for comparison.
+        gradient: gradient descent besides, from the newest checkpoint and from the best combination; null: none.
         device_bytes: most bytes for the checkpoints held on the device; null: half of what is free.
 
     Raises:
@@ -70,6 +72,7 @@ class CheckpointSearch:
         singles: int = 20,
         select: int = 2000,
         random_search: bool = True,
+        gradient: GradientDescent | None = None,
         device_bytes: int | None = None,
     ) -> None:
         if not isinstance(search, SearchSettings):
@@ -82,7 +85,7 @@ class CheckpointSearch:
         self.folder = trajectory if trajectory is not None else ckpt_path and str(Path(ckpt_path) / TRAJECTORY)
         self.until, self.basis, self.groups, self.signed = until, basis or GeometricBins(), tuple(groups), signed
         self.singles, self.select, self.random_search = singles, select, random_search
-        self.device_bytes = device_bytes
+        self.gradient, self.device_bytes = gradient, device_bytes
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
         """Measure what is known, search, choose, and report on noise and images that had no part in it.
@@ -138,6 +141,8 @@ class CheckpointSearch:
         if self.objective not in logged:
             known = ", ".join(name for name in logged if not name.endswith("_std"))
             raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        if self.gradient is not None:
+            self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         with in_config("method.trajectory"):
             check_names(space.trajectory, module.live_weights())
         return CheckpointWork(self, evaluations, module, datamodule, space)

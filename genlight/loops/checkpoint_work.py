@@ -8,9 +8,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from genlight.checkpoints.baselines import baseline_candidates
 from genlight.checkpoints.trajectory import Average, read_averages
 from genlight.errors import UserError
+from genlight.loops.checkpoint_gradient import descended
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.metrics.generative import GenerativeMetrics
@@ -26,7 +29,7 @@ from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficient
 if TYPE_CHECKING:
     from genlight.loops.checkpoint_search import CheckpointSearch
 
-LCSC, RANDOM, TRACKED = "LCSC", "random search", "tracked ema"
+LCSC, RANDOM, TRACKED, GRADIENT = "LCSC", "random search", "tracked ema", "gradient"
 # of each kind of baseline, how many are looked at again on noise that did not choose them
 BEST_OF_KIND = 3
 _RANDOM_GENERATION = 20
@@ -145,7 +148,7 @@ class CheckpointWork:
         kinds = [LCSC, *([RANDOM] if self.method.random_search else [])]
         for kind in kinds:
             self.results[kind] = self.runner.run(self.task(kind))
-        variants = [*self._of_records(), *self._tracked()]
+        variants = [*self._of_records(), *self._tracked(), *self._descended()]
         if not variants:
             raise UserError(f"no combination could be measured: see {self.runner.folder}")
         scores = self.judge([variant.weights for variant in variants], "select", self.method.select)
@@ -193,6 +196,21 @@ class CheckpointWork:
         ]
         return sorted(named, key=lambda variant: variant.search)[:BEST_OF_KIND]
 
+    def _descended(self) -> list[Variant]:
+        """What gradient descent makes of the newest checkpoint and of the best combination."""
+        settings, best = self.method.gradient, self.results[LCSC].best
+        if settings is None or best is None:
+            return []
+        starts = [self.space.initial_candidates()[0], best.candidate]
+        pieces = [partial(descended, self, settings, [start]) for start in starts]
+        work = [partial(self.evaluations.inside, self.module, piece) for piece in pieces]
+        found = [each for part in in_turn(self.evaluations, work) for each in part]
+        scores = self.judge(found, "search", self.method.settings.fidelity)
+        return [
+            Variant(f"{GRADIENT} {number}", GRADIENT, each, score)
+            for number, (each, score) in enumerate(zip(found, scores, strict=True))
+        ]
+
     def apply(self, weights: Combination | Average) -> None:
         """Write weights into the module."""
         if isinstance(weights, Combination):
@@ -200,8 +218,6 @@ class CheckpointWork:
             return
         live: Mapping[str, Any] = self.module.live_weights()
         self.space.mixer(self.module)  # which keeps the original weights
-        import torch
-
         with torch.no_grad():
             for name, value in weights.tensors.items():
                 live[name].copy_(value)

@@ -76,8 +76,8 @@ class SolverSearch:
         noise: BankSizes | None = None,
         refine: LevenbergMarquardt | None = None,
         finetune: LevenbergMarquardt | Adam | None = None,
-        refined: int = 3,
-        tuned: int = 2,
+        refined: int = 2,
+        tuned: int = 1,
         rivals: bool = False,
     ) -> None:
         if not isinstance(search, SearchSettings):

@@ -98,6 +98,19 @@ def test_every_average_stands_in_the_table(root: Path) -> None:
     assert {"coefficients.png", "comparison.png", "search-lcsc.png", "search-random-search.png"} <= names
 
 
+def test_gradient_descent_lowers_the_search_score(root: Path) -> None:
+    """From the newest checkpoint and from the best combination: its best is below the newest checkpoint's."""
+    descent = (
+        "method.gradient={_target_: genlight.loops.checkpoint_gradient.GradientDescent, steps: 20, samples: 40, chunk: "
+        "16, ridge: 0.0}"
+    )
+    assert validate(root, "descended", descent, "method.random_search=false") == 0
+    rows = rows_of(root / "descended" / "validate")
+    assert rows["gradient"]["search"] < rows["last"]["search"]
+    best = min((rows[kind] for kind in ("gradient", "LCSC")), key=lambda row: row["select"])
+    assert report_of(root / "descended" / "validate")["metrics"]["fd_digits_lcsc"] == best["fd_digits"]
+
+
 def test_the_artifact_is_the_winner(root: Path) -> None:
     """Loaded by plain diffusers; measured again it has the distance of the table; its weights sum to one."""
     folder = root / "found" / "validate"
@@ -181,6 +194,14 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.objective=val/fid"], "choose one of val/fd_digits"),
         (["method.until=5"], "from step"),
         (["method.groups=[]"], "groups"),
+        (["method.gradient={_target_: genlight.loops.checkpoint_gradient.GradientDescent, lr: 0}"], "lr"),
+        (
+            [
+                "method.gradient={_target_: genlight.loops.checkpoint_gradient.GradientDescent}",
+                "module.num_inference_steps=2",
+            ],
+            "module.num_inference_steps=1",
+        ),
         (["method.groups=[nothing_like_this]"], "groups"),
         (["search=none"], "there is no key 'search.budget'"),
         (["method.basis={_target_: genlight.checkpoints.bases.GeometricBins, size: 0}"], "size"),

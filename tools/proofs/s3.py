@@ -32,7 +32,7 @@ NFE = (4, 5, 6)
 GUIDED, UNGUIDED = "S3 without tuning", "without predictor"
 HINDSIGHT, SEARCHED, TUNED = "best hand-made, in hindsight", "searched schedule", "tuned table"
 # ablations: true evaluations beside the best hand-made schedules, and samples of each
-EVALUATIONS, STARTS, FIDELITY = 120, 20, 128
+EVALUATIONS, STARTS, FIDELITY = 100, 20, 128
 
 
 def timed_command(file: Path, words: list[str]) -> int:
