@@ -14,19 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from genlight.reports.proof import Bar, bar_at_least, bar_at_most, write_proof, write_results_page
+from _commands import genlight, record, report, run
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most
+
 STEPS, QUARTER = 8000, 2000
 METRIC = "fd_mnist8"
 EXPERIMENT = "experiment=lcsc/mnist8_cd"
@@ -37,37 +37,83 @@ VARIANTS = {
     "genetic": ["search=genetic", RAW],
     "convex": ["method.signed=false"],
 }
+# the diffusion model that is also the teacher: steps of its sampler with the combination, and of the averages beside it
+FEW, MORE = 5, 7
+# checkpoints of a falling learning rate differ too little to be combined
+CONSTANT = ("module.lr_scheduler=null", "module.optimizer.lr=1e-3")
 
 
-def run(*words: str | Path) -> str:
-    """A Python process on one core; what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+def timed(file: Path, calls: dict[str, tuple[type, str]], words: list[str]) -> int:
+    """A command of genlight with the wall seconds spent in some methods, which go to a JSON file with all seconds."""
+    import torch
+
+    from genlight.cli import main as command
+
+    torch.set_num_threads(1)
+    seconds = dict.fromkeys(calls, 0.0)
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return method(*values, **options)
+            finally:
+                seconds[name] += time.perf_counter() - begun
+
+        return call
+
+    for name, (owner, method) in calls.items():
+        setattr(owner, method, watched(name, getattr(owner, method)))
+    begun = time.perf_counter()
+    code = command(words)
+    file.write_text(json.dumps({**seconds, "all": time.perf_counter() - begun}))
+    return code
 
 
-def genlight(*words: str) -> float:
-    """One command; its wall seconds."""
-    started = time.monotonic()
-    run("-m", "genlight", *words)
-    return time.monotonic() - started
+def timed_search(file: Path, words: list[str]) -> int:
+    """Seconds that applying candidates takes, and measuring them."""
+    from genlight.loops.evaluation import MetricObjective
+    from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficients
+
+    calls = {"apply": (CheckpointCoefficients, "apply"), "measure": (MetricObjective, "evaluate_applied")}
+    return timed(file, calls, words)
 
 
-def report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text())
+def timed_fit(file: Path, words: list[str]) -> int:
+    """Seconds that collecting takes of the training's thread, and writing of its own."""
+    from genlight.callbacks.checkpoint_collector import CheckpointCollector
+    from genlight.checkpoints.writer import TrajectoryWriter
+
+    calls = {"collect": (CheckpointCollector, "on_train_batch_end"), "write": (TrajectoryWriter, "append")}
+    return timed(file, calls, words)
 
 
 def fit(folder: Path, steps: int) -> float:
     """A training, collected; the quarter is the beginning of the whole, since the learning rate is constant."""
     if (folder / f"cd{steps}" / "fit" / "artifact").is_dir():
         return 0.0
-    return genlight("fit", EXPERIMENT, f"run.root={folder}", f"run.name=cd{steps}", f"trainer.max_steps={steps}")
+    words = ["fit", EXPERIMENT, f"run.root={folder}", f"run.name=cd{steps}", f"trainer.max_steps={steps}"]
+    begun = time.monotonic()
+    run(__file__, "--timed-fit", folder / f"collect{steps}.json", *words)
+    return time.monotonic() - begun
+
+
+def diffusion(folder: Path, steps: int, budget: int) -> dict[str, Any]:
+    """The combination of the diffusion model's checkpoints for a sampler of few steps; the averages beside it."""
+    name = f"diffusion-{steps}"
+    words = [
+        "validate",
+        "experiment=lcsc/mnist8_teacher",
+        "method=lcsc",
+        "search=lcsc",
+        f"method.objective=val/{METRIC}",
+    ]
+    words += ["data.eval_batch_size=1000", "data.num_samples=10000", f"module.num_inference_steps={steps}"]
+    words += [f"ckpt_path={folder}/lcsc/mnist8_teacher/fit", f"run.root={folder}", f"run.name={name}"]
+    genlight(
+        *words, f"search.budget={budget}", "method.random_search=false", "method.singles=5", "metrics.metrics=[fd]"
+    )
+    return {"rows": report(folder / name / "validate")["table"], "steps": steps, "folder": name}
 
 
 def search(folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
@@ -75,8 +121,10 @@ def search(folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
     name = f"{variant}-{steps}-{seed}"
     words = ["validate", EXPERIMENT, *VARIANTS[variant], f"run.root={folder}", f"run.name={name}"]
     random = variant == "CMA-ES" and steps == STEPS
-    words += [f"search.budget={BUDGET}", f"method.random_search={str(random).lower()}"]
-    seconds = genlight(*words, f"ckpt_path={folder}/cd{steps}/fit", f"search.seed={seed}")
+    words += [f"search.budget={BUDGET}", f"method.random_search={str(random).lower()}", f"search.seed={seed}"]
+    shares, begun = folder / f"apply-{name}.json", time.monotonic()
+    run(__file__, "--timed-search", shares, *words, f"ckpt_path={folder}/cd{steps}/fit")
+    seconds = time.monotonic() - begun
     found = report(folder / name / "validate")
     return {
         "steps": steps,
@@ -85,6 +133,7 @@ def search(folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "rows": found["table"],
         "folder": name,
+        "shares": json.loads(shares.read_text()),
     }
 
 
@@ -115,7 +164,13 @@ EMA = ("tracked ema",)
 USUAL = ("tracked ema", "power ema", "lawa", "swa", "single", "ema", "last")
 
 
-def bars_of(results: list[dict[str, Any]], difference: float, mixing: dict[str, Any]) -> list[Bar]:
+def bars_of(
+    results: list[dict[str, Any]],
+    models: dict[int, dict[str, Any]],
+    collect: dict[str, float],
+    difference: float,
+    mixing: dict[str, Any],
+) -> list[Bar]:
     """The claims; medians over search seeds."""
 
     def of(variant: str, steps: int) -> list[dict[str, Any]]:
@@ -135,6 +190,9 @@ def bars_of(results: list[dict[str, Any]], difference: float, mixing: dict[str, 
         rows = {row["kind"]: row for row in r["rows"]}
         kept.append((rows["last"][METRIC] - rows["LCSC"][METRIC]) / (rows["last"]["search"] - rows["LCSC"]["search"]))
     random = mid("CMA-ES", STEPS, "random search")
+    few = score(models[FEW], "LCSC")
+    apply = max(r["shares"]["apply"] / r["shares"]["measure"] for r in results)
+    collected = (collect["collect"] + collect["write"]) / collect["all"]
     return [
         bar_at_most("B1", "genetic at 25 % of training / best tracked EMA there", ga[QUARTER] / ema[QUARTER], 0.90),
         bar_at_most("B2", "genetic at 25 % / best tracked EMA of the whole training", ga[QUARTER] / ema[STEPS], 1.0),
@@ -149,13 +207,24 @@ def bars_of(results: list[dict[str, Any]], difference: float, mixing: dict[str, 
         ),
         bar_at_least("B6", "gain on the report draw / gain on the search draw", median(kept), 0.5),
         bar_at_most("B7", "genetic / random search, equal evaluations and start", ga[STEPS] / random, 0.95),
+        bar_at_most("B8-same", f"diffusion, {FEW} steps: LCSC / best tracked EMA", few / score(models[FEW], *EMA), 0.6),
+        bar_at_most(
+            "B8-more",
+            f"diffusion: LCSC at {FEW} / best tracked EMA at {MORE} steps",
+            few / score(models[MORE], *EMA),
+            1.1,
+        ),
         bar_at_most("B9", "artifact loaded again: relative difference", difference, 1e-4),
+        bar_at_most(
+            "apply", "applying a candidate of 150 checkpoints / evaluating it, largest of searches", apply, 0.1
+        ),
+        bar_at_most("collect", "collecting and writing / training, time", collected, 0.02),
         bar_at_least("mix-bandwidth", "mixing / bandwidth of a copy", mixing["raw"]["share_of_copy"], 0.5),
         bar_at_least("mix-naive", "averaging state dicts / mixing, time", mixing["raw"]["state_dicts_over_mix"], 5),
     ]
 
 
-def table_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def table_of(results: list[dict[str, Any]], models: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Distance on the report draw by weights, training and seed."""
     rows = []
     for result in results:
@@ -172,6 +241,12 @@ def table_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "seconds": round(result["seconds"]) if row["kind"] == "LCSC" else None,
                     }
                 )
+    for steps, model in models.items():
+        for row in model["rows"]:
+            if row["kind"] != "LCSC" or steps == FEW:
+                name = f"diffusion, {steps} steps: {row['weights']}"
+                scores = {key: row[key] for key in ("search", "select", METRIC)}
+                rows.append({"steps": None, "weights": name, "seed": 0, **scores, "seconds": None})
     return rows
 
 
@@ -192,29 +267,32 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = arguments.folder or Path(name)
+        speed = pool.submit(mixing_speed)
         if not (folder / "lcsc" / "mnist8_teacher" / "fit" / "artifact").is_dir():
-            genlight("fit", "experiment=lcsc/mnist8_teacher", f"run.root={folder}", "run.name=lcsc/mnist8_teacher")
-        list(pool.map(lambda steps: fit(folder, steps), (STEPS, QUARTER)))
+            teacher = ("experiment=lcsc/mnist8_teacher", "callbacks=collector", *CONSTANT)
+            genlight("fit", *teacher, f"run.root={folder}", "run.name=lcsc/mnist8_teacher")
+        mixing = speed.result()
+        fits = {steps: pool.submit(fit, folder, steps) for steps in (STEPS, QUARTER)}
+        models = {FEW: pool.submit(diffusion, folder, FEW, BUDGET), MORE: pool.submit(diffusion, folder, MORE, 1)}
         wanted = [
-            (steps, variant, seed) for seed in seeds for steps in (STEPS, QUARTER) for variant in ("CMA-ES", "genetic")
+            (steps, variant, seed) for steps in (QUARTER, STEPS) for seed in seeds for variant in ("CMA-ES", "genetic")
         ]
         wanted.append((STEPS, "convex", seeds[0]))
-        results = list(pool.map(lambda each: search(folder, *each), wanted))
-        difference = reloaded(folder, results[0])
-        mixing = mixing_speed()
-    bars = bars_of(results, difference, mixing)
-    write_proof(
-        RESULTS / "lcsc.json",
-        bars=bars,
-        seeds=seeds,
-        wall_seconds=time.monotonic() - started,
-        table=table_of(results),
-        command=["make", "proof", "NAME=lcsc"],
-    )
-    write_results_page(RESULTS)
-    for bar in bars:
-        print(f"{'holds' if bar.holds else 'FAILS'}  {bar.id}: {bar.value} ({bar.bar})")
+        results = list(pool.map(lambda each: after(fits[each[0]], folder, *each), wanted))
+        difference = reloaded(folder, next(r for r in results if (r["steps"], r["variant"]) == (STEPS, "CMA-ES")))
+        collect = json.loads((folder / f"collect{STEPS}.json").read_text())
+        found = {steps: model.result() for steps, model in models.items()}
+    record("lcsc", bars_of(results, found, collect, difference, mixing), table_of(results, found), seeds, started)
+
+
+def after(fit: Future[float], folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
+    """A search, once the training is there."""
+    fit.result()
+    return search(folder, steps, variant, seed)
 
 
 if __name__ == "__main__":
+    kinds = {"--timed-search": timed_search, "--timed-fit": timed_fit}
+    if sys.argv[1:2] and sys.argv[1] in kinds:
+        sys.exit(kinds[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:]))
     main()

@@ -245,7 +245,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
         fit = pool.submit(run, "-m", "genlight", "fit", "experiment=s3/digits", f"run.root={folder}", "run.name=model")
-        speed = json.loads(run("tools/benchmarks/samplers.py", "--rounds", "9"))
+        speed = json.loads(run("tools/benchmarks/samplers.py", "--rounds", "4"))
         fit.result()
         first = arguments.seeds[0]
         searches = {seed: pool.submit(searched, folder, seed, seed == first) for seed in arguments.seeds}
