@@ -64,6 +64,7 @@ class GradientDescent:
             raise UserError(f"method.gradient needs a Fréchet distance as method.objective, not {objective}")
 
 
+@torch.inference_mode(False)  # a validation step is in that mode, in which nothing has gradients
 def descended(work: CheckpointWork, settings: GradientDescent, starts: Sequence[Combination]) -> list[Combination]:
     """Where gradient descent ends from each start; combinations that diverge at once are left out.
 
@@ -88,7 +89,7 @@ class _Loss:
     """The Fréchet distance of the search draw at the live weights, and its gradient by name of weight."""
 
     def __init__(self, work: CheckpointWork, settings: GradientDescent) -> None:
-        metrics: GenerativeMetrics = work._metrics("search")
+        metrics: GenerativeMetrics = work.draws.of("search")
         reference = metrics.reference
         assert reference is not None
         count = reference.num_samples

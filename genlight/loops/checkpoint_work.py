@@ -14,10 +14,9 @@ from genlight.checkpoints.baselines import baseline_candidates
 from genlight.checkpoints.trajectory import Average, read_averages
 from genlight.errors import UserError
 from genlight.loops.checkpoint_gradient import descended
+from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.metrics.generative import GenerativeMetrics
-from genlight.metrics.reference import prepare_part
 from genlight.search.engine import SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.plan import PlainPlan
@@ -83,39 +82,17 @@ class CheckpointWork:
         signed = self.method.signed
         return {name: each for name, each in every.items() if signed or self.space.weights(each).min() >= -1e-9}
 
-    def objective(self, draw: str) -> MetricObjective:
-        """The metric on the noise of a draw; for "search" and "select" against halves of the training images."""
+    @cached_property
+    def draws(self) -> DrawMetrics:
+        """The metric on each draw."""
         method = self.method
-        return MetricObjective(
-            self.evaluations,
-            self.space,
-            self.module,
-            self.datamodule,
-            method.objective,
-            method.mode,
-            draw,
-            self._metrics(draw),
+        return DrawMetrics(
+            self.evaluations, self.module, self.datamodule, method.objective, method.mode, self.runner.folder
         )
 
-    def _metrics(self, draw: str) -> Any:
-        if draw not in self._made:
-            own = getattr(self.module, "metrics", None)
-            part = {"search": 0, "select": 1}.get(draw)
-            if part is None or not isinstance(own, GenerativeMetrics):
-                self._made[draw] = own
-            else:
-                split = "train" if own.reference_split == "test" else "test"
-                device = self.evaluations.trainer.strategy.root_device
-                wanted = self.method.objective.removeprefix("val/")
-                self._made[draw] = own.clone(sync=own.sync)
-                # no other metric is worth its time here
-                self._made[draw].metrics = tuple(m for m in own.metrics if own.name_of(m) == wanted) or own.metrics
-                prepare_part(self._made[draw], self.datamodule, split, part, 2, self.runner.folder, device)
-        return self._made[draw]
-
-    @cached_property
-    def _made(self) -> dict[str, Any]:
-        return {}
+    def objective(self, draw: str) -> MetricObjective:
+        """The metric on the noise of a draw; for "search" and "select" against halves of the training images."""
+        return self.draws.objective(self.space, draw)
 
     def task(self, kind: str = LCSC) -> SearchTask:
         """The search, or the random one it is compared with; both begin with all baselines."""
@@ -130,14 +107,7 @@ class CheckpointWork:
         return SearchTask(kind.lower().replace(" ", "-"), problem, plan, evaluator, self._depends_on())
 
     def _depends_on(self) -> dict[str, str]:
-        metrics = self._metrics("search")
-        features = str(metrics.describe()) if isinstance(metrics, GenerativeMetrics) else type(metrics).__name__
-        return {
-            "objective": f"{self.method.mode} {self.method.objective}",
-            "data": str(self.datamodule.fingerprint),
-            "features": features,
-            "sampler": str(getattr(self.module, "num_inference_steps", "")),
-        }
+        return {**self.draws.describe(), "sampler": str(getattr(self.module, "num_inference_steps", ""))}
 
     def search(self) -> list[Variant]:
         """All searches, and the best of every kind with both scores; the winner of each kind comes first.

@@ -2,8 +2,9 @@
 
 One class-conditional transformer is trained by `fit experiment=s3/digits`; for each seed the same experiment's validate
 searches, tunes and reports for 4, 5 and 6 evaluations, in a process of its own that also times the network. Beside it,
-at equal true evaluations and without tuning: times alone, decisions alone, no predictor, random search, CMA-ES; and how
-well predictors order schedules that evolution proposes next. Ratios of speed come from tools/benchmarks/samplers.py.
+at equal true evaluations and without tuning: no predictor; with the first seed times alone, decisions alone, random
+search, CMA-ES; and how well predictors order schedules that evolution proposes next. Ratios of speed come from
+tools/benchmarks/samplers.py.
 
 Every distance is measured on noise that neither the search nor the choice has seen. The baseline is the hand-made
 sampler that is best in hindsight, on that same noise.
@@ -67,8 +68,8 @@ def timed_command(file: Path, words: list[str]) -> int:
     return main(words)
 
 
-def ablations(folder: Path, seed: int, nfe: int) -> list[dict[str, Any]]:
-    """One row for each variant: distance on the report noise; and Kendall's tau of predictors."""
+def ablations(folder: Path, seed: int, nfe: int, every: bool) -> list[dict[str, Any]]:
+    """One row for each variant, or with and without predictor only: distance on the report noise; Kendall's taus."""
     import torch
 
     from genlight import io
@@ -87,11 +88,10 @@ def ablations(folder: Path, seed: int, nfe: int) -> list[dict[str, Any]]:
         file = searched / f"teacher-{draw}.safetensors"
         bank = TeacherBank.load(file, io.load_tensors(file)[1]["fingerprint"])
         objectives.append(TeacherObjective(sampling_of(module), bank))
-    return _ablations_of(module, nfe, seed, objectives[0], objectives[1])
+    return _ablations_of(module, nfe, seed, objectives[0], objectives[1], every)
 
 
-def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any) -> list[dict[str, Any]]:
-
+def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any, every: bool) -> list[dict[str, Any]]:
     from genlight.search.cma import CMAES
     from genlight.search.engine import Search, open_archive
     from genlight.search.evaluation import in_one_batch, one_by_one
@@ -118,6 +118,8 @@ def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any) ->
     }
     rows = []
     for name, (own, planner) in variants.items():
+        if name not in (GUIDED, UNGUIDED) and not every:
+            continue
         plan = planner.plan(own, EVALUATIONS, starts)
         problem = Problem(own, seed, FIDELITY)
         with tempfile.TemporaryDirectory() as archive_folder:
@@ -164,10 +166,10 @@ def searched(folder: Path, seed: int, rivals: bool) -> dict[str, Any]:
     return {"report": report(folder / f"s{seed}" / "validate"), "seconds": json.loads(shares.read_text())}
 
 
-def compared(folder: Path, seed: int, nfe: int, search: Future[dict[str, Any]]) -> list[dict[str, Any]]:
+def compared(folder: Path, seed: int, nfe: int, every: bool, search: Future[dict[str, Any]]) -> list[dict[str, Any]]:
     """The ablations on the banks of a finished search."""
     search.result()
-    words = (__file__, "--ablations", folder, "--seeds", str(seed), "--nfe", str(nfe))
+    words = [__file__, "--ablations", folder, "--seeds", str(seed), "--nfe", str(nfe), *(["--every"] if every else [])]
     rows: list[dict[str, Any]] = json.loads(run(*words).splitlines()[-1])
     return rows
 
@@ -213,17 +215,21 @@ def bars_of(results: dict[int, dict[str, Any]], speed: dict[str, Any]) -> list[B
 
 def table_of(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """RMSE by sampler: mean over seeds for each number of evaluations, gain over the best hand-made one."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for result in results.values():
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for seed, result in results.items():
         for row in [*result["report"]["table"], *result["ablations"]]:
             name = row["sampler"].split(" (")[0]
-            found.setdefault(name, {}).setdefault(row["nfe"], []).append(row["rmse"])
+            found.setdefault(name, {}).setdefault(row["nfe"], {})[seed] = row["rmse"]
     rows = []
     for name, by_nfe in found.items():
         row: dict[str, Any] = {"sampler": name} | {
-            f"rmse at {nfe}": fmean(values) for nfe, values in sorted(by_nfe.items())
+            f"rmse at {nfe}": fmean(values.values()) for nfe, values in sorted(by_nfe.items())
         }
-        both = [(fmean(found[HINDSIGHT][nfe]), fmean(values)) for nfe, values in by_nfe.items()]
+        # against the same seeds
+        both = [
+            (fmean(found[HINDSIGHT][nfe][seed] for seed in values), fmean(values.values()))
+            for nfe, values in by_nfe.items()
+        ]
         rows.append(row | {"gain": geometric([base / own for base, own in both])})
     taus = [row for result in results.values() for row in result["ablations"] if "tau GP" in row]
     for label in ("GP", "LSTM", "GP next", "LSTM next"):
@@ -237,9 +243,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ablations", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--nfe", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--every", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ablations:
-        print(json.dumps(ablations(arguments.ablations, arguments.seeds[0], arguments.nfe)))
+        print(json.dumps(ablations(arguments.ablations, arguments.seeds[0], arguments.nfe, arguments.every)))
         return
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
@@ -250,7 +257,8 @@ def main() -> None:
         first = arguments.seeds[0]
         searches = {seed: pool.submit(searched, folder, seed, seed == first) for seed in arguments.seeds}
         others = {
-            seed: [pool.submit(compared, folder, seed, nfe, search) for nfe in NFE] for seed, search in searches.items()
+            seed: [pool.submit(compared, folder, seed, nfe, seed == first, search) for nfe in NFE]
+            for seed, search in searches.items()
         }
         results = {
             seed: {**search.result(), "ablations": [row for part in others[seed] for row in part.result()]}
