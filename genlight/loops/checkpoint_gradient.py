@@ -6,7 +6,7 @@ start from the best that the search found on the same noise and real images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from genlight.checkpoints.gradient import FrechetTarget, descend
 from genlight.checkpoints.mixing import WeightMixer
 from genlight.errors import UserError
-from genlight.loops.evaluation import whole_loader
+from genlight.loops.evaluation import noise_of
 from genlight.metrics.generative import GenerativeMetrics
 from genlight.search.spaces.checkpoint_coefficients import Combination
 
@@ -65,8 +65,8 @@ class GradientDescent:
 
 
 @torch.inference_mode(False)  # a validation step is in that mode, in which nothing has gradients
-def descended(work: CheckpointWork, settings: GradientDescent, starts: Sequence[Combination]) -> list[Combination]:
-    """Where gradient descent ends from each start; combinations that diverge at once are left out.
+def descended(work: CheckpointWork, settings: GradientDescent, start: Combination) -> Combination | None:
+    """Where gradient descent ends; None where it diverges at once.
 
     Raises:
         UserError: adapters, whose products have no plain gradient.
@@ -76,13 +76,9 @@ def descended(work: CheckpointWork, settings: GradientDescent, starts: Sequence[
         raise UserError("method.gradient does not combine adapters: set it to null")
     loss = _Loss(work, settings)
     project = None if work.space.signed else lambda free: work.space.free(work.space.made(free))
-    found = []
-    for start in starts:
-        free = work.space.free(start)
-        end = descend(mixer, loss, settings.steps, settings.lr, start=free, penalty=settings.penalty, project=project)
-        if len(end.losses) > 1:
-            found.append(work.space.made(end.coefficients))
-    return found
+    free = work.space.free(start)
+    end = descend(mixer, loss, settings.steps, settings.lr, start=free, penalty=settings.penalty, project=project)
+    return work.space.made(end.coefficients) if len(end.losses) > 1 else None
 
 
 class _Loss:
@@ -99,7 +95,9 @@ class _Loss:
         self.extractor = metrics.extractor
         device = self.module.device
         self.target = FrechetTarget(mean.to(device), covariance.to(device), settings.ridge)
-        self.noise, self.label = _inputs(work, settings.samples)
+        noise, conditions = noise_of(work.datamodule, "search", settings.samples)
+        self.noise = noise.to(device)
+        self.label = conditions["label"].to(device) if work.module.class_conditional else None
         self.live: Mapping[str, Tensor] = work.module.live_weights()
 
     def __call__(self, step: int) -> tuple[float, Mapping[str, Tensor]]:
@@ -130,18 +128,3 @@ class _Loss:
         images = samples if module.vae is None else module.vae.decode(samples)
         features: Tensor = self.extractor(images.clamp(-1.0, 1.0))
         return features
-
-
-def _inputs(work: CheckpointWork, count: int) -> tuple[Tensor, Tensor | None]:
-    """Noise [N, ...] of the search draw, and labels [N] where the module is class-conditional."""
-    data, device = work.datamodule, work.module.device
-    before = data.draw, data.num_samples
-    data.draw, data.num_samples = "search", count
-    try:
-        batches = list(whole_loader(data))
-    finally:
-        data.draw, data.num_samples = before
-    noise = torch.cat([batch["noise"] for batch in batches]).to(device)
-    if not work.module.class_conditional:
-        return noise, None
-    return noise, torch.cat([batch["label"] for batch in batches]).to(device)

@@ -172,9 +172,9 @@ class CheckpointWork:
         if settings is None or best is None:
             return []
         starts = [self.space.initial_candidates()[0], best.candidate]
-        pieces = [partial(descended, self, settings, [start]) for start in starts]
+        pieces = [partial(descended, self, settings, start) for start in starts]
         work = [partial(self.evaluations.inside, self.module, piece) for piece in pieces]
-        found = [each for part in in_turn(self.evaluations, work) for each in part]
+        found = [end for end in in_turn(self.evaluations, work) if end is not None]
         scores = self.judge(found, "search", self.method.settings.fidelity)
         return [
             Variant(f"{GRADIENT} {number}", GRADIENT, each, score)

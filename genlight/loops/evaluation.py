@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from genlight.errors import UserError
@@ -96,6 +98,17 @@ class CandidateTrainer:
         return [self.trainer.strategy.broadcast(outcomes, src) for src in range(self.shares)]
 
 
+@contextmanager
+def drawing(datamodule: Any, draw: str, num_samples: int) -> Iterator[None]:
+    """The data module on the first `num_samples` of a draw, for a while."""
+    before = datamodule.draw, datamodule.num_samples
+    datamodule.draw, datamodule.num_samples = draw, num_samples
+    try:
+        yield
+    finally:
+        datamodule.draw, datamodule.num_samples = before
+
+
 def whole_loader(datamodule: Any) -> Any:
     """The batches of a data module that was set up, all of them in each process."""
     before, datamodule.trainer = datamodule.trainer, None
@@ -103,6 +116,15 @@ def whole_loader(datamodule: Any) -> Any:
         return datamodule.val_dataloader()
     finally:
         datamodule.trainer = before
+
+
+def noise_of(datamodule: Any, draw: str, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first `count` noises [count, ...] of a draw and their conditions, whatever the number of processes."""
+    with drawing(datamodule, draw, count):
+        batches = list(whole_loader(datamodule))
+    noise = torch.cat([batch["noise"] for batch in batches])
+    conditions = {"label": torch.cat([batch["label"] for batch in batches])} if "label" in batches[0] else {}
+    return noise, conditions
 
 
 class _Inside(LightningModule):
@@ -162,19 +184,17 @@ def measured(
     evaluations: CandidateTrainer, module: Any, datamodule: Any, draw: str, num_samples: int, metrics: Any = None
 ) -> dict[str, float]:
     """The metrics of the module as it is, or others in their place, on the first `num_samples` of a draw."""
-    before = datamodule.draw, datamodule.num_samples
     own: Any = getattr(module, "metrics", None)
     metrics = own if metrics is None else metrics
     if metrics is not own:
         module.metrics = metrics
     synced = getattr(metrics, "sync", None)
-    datamodule.draw, datamodule.num_samples = draw, num_samples
     if synced is not None and not evaluations.sharded:
         metrics.sync = False
     try:
-        return evaluations.validate(module, datamodule=datamodule)
+        with drawing(datamodule, draw, num_samples):
+            return evaluations.validate(module, datamodule=datamodule)
     finally:
-        datamodule.draw, datamodule.num_samples = before
         if synced is not None:
             metrics.sync = synced
         if metrics is not own:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.spacings import End
 from genlight.diffusion.solver.teacher import NetworkSampling, Sampling, TeacherBank
 from genlight.errors import UserError
-from genlight.loops.evaluation import CandidateTrainer, whole_loader
+from genlight.loops.evaluation import CandidateTrainer, noise_of
 from genlight.search.protocols import Evaluation
 from genlight.search.spaces.solver_objective import (
     TeacherObjective,
@@ -82,19 +81,6 @@ def sampling_of(module: Any) -> Sampling:
         f"method=s3 searches the sampler of a diffusion or flow model, which {type(module).__name__} is not; use "
         "module=diffusion, module=diffusion_pretrained or module=pipeline"
     )
-
-
-def noise_of(datamodule: Any, draw: str, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The first `count` noises [count, ...] of a draw and their conditions, whatever the number of processes."""
-    before = datamodule.draw, datamodule.num_samples
-    datamodule.draw, datamodule.num_samples = draw, count
-    try:
-        batches = list(whole_loader(datamodule))
-    finally:
-        datamodule.draw, datamodule.num_samples = before
-    noise = torch.cat([batch["noise"] for batch in batches])
-    conditions = {"label": torch.cat([batch["label"] for batch in batches])} if "label" in batches[0] else {}
-    return noise, conditions
 
 
 class Banks:

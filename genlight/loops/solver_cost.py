@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 from genlight.diffusion.solver.teacher import TeacherBank
-from genlight.loops.solver_banks import TeacherScoring, noise_of
+from genlight.loops.evaluation import noise_of
+from genlight.loops.solver_banks import TeacherScoring
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -19,11 +18,10 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-from genlight.reports.proof import Bar, bar_at_least, bar_at_most, write_proof, write_results_page
-from genlight.trainer.checkpoint_io import load_checkpoint
+from _commands import ROOT, record, report, run
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most
+from genlight.trainer.checkpoint_io import load_checkpoint
 
 
 def genlight(*words: str) -> tuple[float, float]:
@@ -33,10 +31,6 @@ def genlight(*words: str) -> tuple[float, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.monotonic() - started, cpu
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def one_seed(folder: Path, seed: int) -> dict[str, float]:
@@ -85,15 +79,8 @@ def main() -> None:
         identical = same_weights_twice(folder)
         short = ("trainer.max_steps=1", "trainer.num_sanity_val_steps=0")
         starts = [genlight("fit", f"run.root={folder}", f"run.name=start{i}", *short)[1] for i in range(3)]
-    overhead = subprocess.run(
-        [sys.executable, ROOT / "tools" / "benchmarks" / "overhead.py", "--steps", "150", "--rounds", "5"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    ratio = json.loads(overhead.stdout[overhead.stdout.index("{\n") :])["ratio"]
+    overhead = run("tools/benchmarks/overhead.py", "--steps", "150", "--rounds", "5")
+    ratio = json.loads(overhead[overhead.index("{\n") :])["ratio"]
     gain, distance = min(row["gain"] for row in rows), max(row["fd / floor"] for row in rows)
     seconds = fmean(row["fit s"] + row["validate s"] for row in rows)
     bars = [
@@ -104,18 +91,7 @@ def main() -> None:
         bar_at_most("overhead", "CPU time of Trainer / bare loop, median of 5 rounds of 150 steps", ratio, 1.05),
         bar_at_most("startup", "CPU seconds of a fit of one step, whole process, best of 3", min(starts), 10),
     ]
-    path = RESULTS / "digits.json"
-    write_proof(
-        path,
-        bars=bars,
-        seeds=seeds,
-        wall_seconds=time.monotonic() - started,
-        table=rows,
-        command=["make", "proof", "NAME=digits"],
-    )
-    write_results_page(RESULTS)
-    for bar in bars:
-        print(f"{'holds' if bar.holds else 'FAILS'}  {bar.id}: {bar.value} ({bar.bar})")
+    record("digits", bars, rows, seeds, started)
 
 
 if __name__ == "__main__":

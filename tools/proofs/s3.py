@@ -219,7 +219,9 @@ def table_of(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     for seed, result in results.items():
         for row in [*result["report"]["table"], *result["ablations"]]:
             name = row["sampler"].split(" (")[0]
-            found.setdefault(name, {}).setdefault(row["nfe"], {})[seed] = row["rmse"]
+            by_seed = found.setdefault(name, {}).setdefault(row["nfe"], {})
+            # of one rival with several solvers the best counts
+            by_seed[seed] = min(row["rmse"], by_seed.get(seed, math.inf))
     rows = []
     for name, by_nfe in found.items():
         row: dict[str, Any] = {"sampler": name} | {
