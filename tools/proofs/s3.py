@@ -20,7 +20,8 @@ import math
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -166,12 +167,12 @@ def searched(folder: Path, seed: int, rivals: bool) -> dict[str, Any]:
     return {"report": report(folder / f"s{seed}" / "validate"), "seconds": json.loads(shares.read_text())}
 
 
-def compared(folder: Path, seed: int, nfe: int, every: bool, search: Future[dict[str, Any]]) -> list[dict[str, Any]]:
+def compared(
+    processes: ProcessPoolExecutor, folder: Path, seed: int, nfe: int, every: bool, search: Future[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The ablations on the banks of a finished search."""
     search.result()
-    words = [__file__, "--ablations", folder, "--seeds", str(seed), "--nfe", str(nfe), *(["--every"] if every else [])]
-    rows: list[dict[str, Any]] = json.loads(run(*words).splitlines()[-1])
-    return rows
+    return processes.submit(ablations, folder, seed, nfe, every).result()
 
 
 def geometric(values: list[float]) -> float:
@@ -243,29 +244,30 @@ def table_of(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ablations", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--nfe", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--every", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
     arguments = parser.parse_args()
-    if arguments.ablations:
-        print(json.dumps(ablations(arguments.ablations, arguments.seeds[0], arguments.nfe, arguments.every)))
-        return
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        folder = Path(name)
+    # threads wait for commands; ablations run in two processes that live on, since importing takes a sixth of one
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        folder = arguments.folder or Path(name)
         fit = pool.submit(run, "-m", "genlight", "fit", "experiment=s3/digits", f"run.root={folder}", "run.name=model")
-        speed = json.loads(run("tools/benchmarks/samplers.py", "--rounds", "4"))
+        benchmark = pool.submit(run, "tools/benchmarks/samplers.py", "--rounds", "4")
         fit.result()
         first = arguments.seeds[0]
         searches = {seed: pool.submit(searched, folder, seed, seed == first) for seed in arguments.seeds}
         others = {
-            seed: [pool.submit(compared, folder, seed, nfe, seed == first, search) for nfe in NFE]
+            seed: [pool.submit(compared, processes, folder, seed, nfe, seed == first, search) for nfe in NFE]
             for seed, search in searches.items()
         }
         results = {
             seed: {**search.result(), "ablations": [row for part in others[seed] for row in part.result()]}
             for seed, search in searches.items()
         }
+        speed = json.loads(benchmark.result())
     record("s3", bars_of(results, speed), table_of(results), arguments.seeds, started)
 
 
