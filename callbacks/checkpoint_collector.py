@@ -72,8 +72,8 @@ class CheckpointCollector(Callback):
         bins: how many means.
         dtype: "float32", or "bfloat16_difference": at the end of the training all members but the newest are turned
             into 16-bit differences to it. Until then they take their full room.
-        parameters: "trainable"; "lora" for adapters (names with "lora_"); anything else is a regular expression that is
-            searched for in the names of trainable parameters.
+        parameters: "trainable"; "lora" for adapters (names with "lora_" or "lora."); anything else is a regular
+            expression that is searched for in the names of trainable parameters.
         disk_limit: most room that the trajectory may take, in GiB; None asks only for what is free.
 
     Raises:
@@ -275,7 +275,7 @@ def parameter_names(module: nn.Module, parameters: str = "trainable") -> list[st
     Raises:
         UserError: there is none.
     """
-    pattern = {"trainable": "", "lora": "lora_"}.get(parameters, parameters)
+    pattern = {"trainable": "", "lora": r"lora[_.]"}.get(parameters, parameters)
     trainable = [n.replace(_FSDP_MARK, "") for n, p in module.named_parameters() if p.requires_grad]
     names = sorted(name for name in trainable if re.search(pattern, name))
     if not names:

@@ -57,6 +57,35 @@ class FixedLoader:
         return _fetch(self.dataset, self.batches, self.num_workers)
 
 
+class KeptLoader:
+    """The batches of another loader, made once and then kept where they take no more than `limit` bytes.
+
+    Whoever gets a batch must not change its tensors.
+    """
+
+    def __init__(self, loader: Any, limit: int = 2**28) -> None:
+        self.loader, self.limit = loader, limit
+        self._kept: list[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        made: list[Batch] = []
+        size = 0
+        for batch in self.loader:
+            size += sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
+            if size <= self.limit:
+                made.append(batch)
+            # who knows the length does not ask for more than the last
+            if len(made) == len(self):
+                self._kept = made
+            yield batch
+
+
 class TrainLoader:
     """Training batches from wherever the trainer stands, without any state of its own.
 

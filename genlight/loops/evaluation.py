@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from genlight.data.loaders import KeptLoader
 from genlight.errors import UserError
 from genlight.search.evaluation import Evaluator, over_ranks
 from genlight.search.protocols import Evaluation, SearchSpace
@@ -37,6 +39,7 @@ class CandidateTrainer:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.sharded = is_sharded(trainer)
+        self._loaders: WeakKeyDictionary[Any, dict[tuple[Any, ...], KeptLoader]] = WeakKeyDictionary()
 
     @property
     def shares(self) -> int:
@@ -56,10 +59,18 @@ class CandidateTrainer:
         quiet: AbstractContextManager[Trainer] = silenced(self.trainer) if self.sharded else nullcontext(self._local)
         if not self.sharded and "datamodule" in data:
             # with a data module Lightning waits for all processes, which have candidates of their own
-            data = {"dataloaders": whole_loader(data["datamodule"])}
+            data = {"dataloaders": self._loader(data["datamodule"])}
         with quiet as trainer:
             logged = trainer.validate(module, verbose=False, **data)
         return {name: float(value) for name, value in (logged[0] if logged else {}).items()}
+
+    def _loader(self, datamodule: Any) -> KeptLoader:
+        """All batches of a data module as it stands; noise is drawn once, not for each candidate."""
+        loaders = self._loaders.setdefault(datamodule, {})
+        key = (datamodule.draw, datamodule.num_samples, datamodule.eval_batch_size)
+        if key not in loaders:
+            loaders[key] = KeptLoader(whole_loader(datamodule))
+        return loaders[key]
 
     def inside(self, module: LightningModule, work: Callable[[], Result]) -> Result:
         """Call `work` in a validation step: the module on its device, in the trainer's precision, without gradients.

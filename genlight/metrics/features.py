@@ -122,7 +122,10 @@ class ClassifierFeatures(FeatureExtractor):
             how = f"; make it with: python -m genlight fit experiment={self.recipe}" if self.recipe else ""
             raise UserError(f"no feature network at {self.path} (metrics.extractor.path){how}")
         tensors, metadata = load_tensors(self.path)
-        self.network = _classifier(self.path, tensors, metadata).to(self.dtype).requires_grad_(False).eval()
+        network = _classifier(self.path, tensors, metadata).requires_grad_(False).eval()
+        # in single precision a third faster on a CPU
+        layout = torch.channels_last if self.dtype == torch.float32 else torch.preserve_format
+        self.network = network.to(self.dtype, memory_format=layout)
         self._fingerprint = _digest("classifier", sha256_of(self.path), str(self.dtype))
 
     @property

@@ -174,13 +174,14 @@ class LatentConsistencyModule(Optimization, PipelineModule):
 
     def check_data(self, datamodule: Any) -> None:
         """The prompts of the data, or of its classes; UserError if it has neither, or images of another size."""
+        if hasattr(datamodule, "images"):
+            check_images(datamodule, self.image_shape, "the pipeline's channels", "module.height and module.width")
+            datamodule.images("train")  # a folder knows its classes when it was read
         names = getattr(datamodule, "class_names", None)
         prompts = getattr(datamodule, "prompts", None) or [self.caption.format(name) for name in names or ()]
         if not prompts:
             raise UserError("the data has neither prompts nor named classes: use data=prompts or one with classes")
         self.prompts = list(prompts)
-        if hasattr(datamodule, "images"):
-            check_images(datamodule, self.image_shape, "the pipeline's channels", "module.height and module.width")
 
     def set_sampler(self, sampler: Any) -> None:
         """UserError for any sampler but None: a latent consistency model has its own."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from genlight.data.image_datamodule import ImageDataModule
 from genlight.data.images import ImagesInMemory
+from genlight.data.loaders import KeptLoader
 from genlight.errors import UserError
 
 SAMPLES = 22  # 5 batches of 4: an odd number, so that accumulation over 2 ends inside an epoch
@@ -202,3 +203,22 @@ def test_two_ranks_share_the_training_and_held_out_images():
     for half in halves:
         reference = [label for batch in half.reference_loader("test") for label in batch["label"].tolist()]
         assert reference == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize(("limit", "passes_made"), [(2**20, 1), (10, 3)])
+def test_kept_batches_are_made_once_if_they_fit(limit: int, passes_made: int) -> None:
+    made = []
+
+    class Source:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Any:
+            made.append(0)
+            return iter([{"noise": torch.full((3,), float(number))} for number in range(2)])
+
+    loader = KeptLoader(Source(), limit)
+    next(iter(loader))  # given up after one batch: nothing is kept
+    made.clear()
+    passes = [[batch["noise"].tolist() for batch in loader] for _ in range(3)]
+    assert len(loader) == 2 and passes == [[[0.0] * 3, [1.0] * 3]] * 3 and len(made) == passes_made
