@@ -66,6 +66,11 @@ def _unknown_key(key: str, overrides: list[str]) -> UserError:
         keys = [f"hydra.{k}" for k in leaf_keys(_plain(config.hydra))]
     else:
         keys = [k for k in leaf_keys(_plain(config)) if not k.startswith("hydra.")]
+    if any(k.startswith(f"{key}.") for k in keys):
+        return UserError(
+            f"{key} has entries of its own, and a value for it may name only these: to replace them all write "
+            f"~{key} +{key}={{…}}, to add one +{key}.<name>=<value>"
+        )
     match = nearest(key, keys)
     if match:
         name = match.split("'")[1]

@@ -86,6 +86,8 @@ ASKED = {
     "data=prompts": ["module.pretrained=folder", "module=pipeline"],
     "lcm": ["module.pretrained=folder"],
     "method=lcsc": ["method.objective=val/fd_digits"],
+    "zoo": ["module.members={a: folder}"],
+    "method=oms": ["method.objective=val/fd_digits", "search=oms"],
     "search=settings": ["search.strategy={_target_: genlight.search.spaces.solver_plan.S3Settings}"],
 }
 

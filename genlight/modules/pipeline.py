@@ -35,6 +35,7 @@ from genlight.modules.pipeline_calls import (
     weights_digest,
     wrapped_prompts,
 )
+from genlight.modules.zoo_pipelines import add_members, by_turns, own_network, schedule_members, scheduled_of
 
 
 class PipelineModule(GeneratorValidation, LightningModule):
@@ -56,6 +57,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         scheduler: a diffusers scheduler instead of the folder's: a class name, a class, or a partial with options.
         call: further arguments of the pipeline's call, such as ``max_sequence_length`` or ``negative_prompt``.
         trust_remote_code: run code that the folder brings along.
+        members: further denoisers by name, beside the pipeline's, which is called "own"; see `load_zoo`.
 
     Attributes:
         prompts: texts by label; set by ``check_data``.
@@ -84,6 +86,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         scheduler: SchedulerChoice | None = None,
         call: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        members: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if dtype not in ("auto", *DTYPES):
@@ -94,7 +97,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
                 raise ValueError(f"module.{key} = {value} must be at least 1")
         self.pretrained, self.weights_dtype, self.variant = pretrained, dtype, variant
         self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.entries = trust_remote_code, dict(members or {})
         self._guidance_scale, self.height, self.width, self.num_frames = guidance_scale, height, width, num_frames
         self.scheduler, self.call = scheduler, dict(call or {})
         self.prompts: list[str] | None = None
@@ -130,6 +133,8 @@ class PipelineModule(GeneratorValidation, LightningModule):
                 f"module.num_inference_steps = {self.num_inference_steps}, but the searched schedules of the pipeline "
                 f"are for {', '.join(map(str, available))}: set it to one of these, or module.scheduler to another"
             )
+        if self.entries:
+            add_members(pipe, self.entries)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(parts)
         self.networks.requires_grad_(False).eval()
@@ -140,6 +145,12 @@ class PipelineModule(GeneratorValidation, LightningModule):
         """The diffusers pipeline, read if need be."""
         self.configure_model()
         return self._pipe
+
+    @property
+    def members(self) -> dict[str, nn.Module]:
+        """The denoisers that take turns, by name, the pipeline's own among them; empty where it has one alone."""
+        scheduled = scheduled_of(self.pipe)
+        return {} if scheduled is None else scheduled.members
 
     @property
     def guidance_scale(self) -> float:
@@ -196,6 +207,10 @@ class PipelineModule(GeneratorValidation, LightningModule):
         """Sample with a `TableSampler` from now on; None puts the pipeline's own scheduler back."""
         self.sampler = sampler
 
+    def set_members(self, timesteps: Sequence[float], names: Sequence[str]) -> None:
+        """Let members[names[i]] answer at timesteps[i] under a set sampler; (): the pipeline's own network always."""
+        schedule_members(self.pipe, timesteps, names)
+
     def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] from unit noise [B, *sample_shape]; of a video the middle frame.
 
@@ -246,11 +261,13 @@ class PipelineModule(GeneratorValidation, LightningModule):
     ) -> Tensor:
         if label is None:
             raise ValueError("sampling a pipeline needs labels: the number of each sample's prompt")
-        if self.sampler is not None and num_inference_steps is None and scheduler is None:
+        searched = self.sampler is not None and num_inference_steps is None and scheduler is None
+        if searched:
             chosen, steps = scheduler_of_table(self.sampler.table, self.prediction), self.sampler.table.nfe
         else:
             chosen, steps = self.build_scheduler(scheduler), num_inference_steps or self.num_inference_steps
-        return self._batches(chosen, noise, label, output_type, steps, guidance_scale, generator).float()
+        with by_turns(self.pipe, searched):
+            return self._batches(chosen, noise, label, output_type, steps, guidance_scale, generator).float()
 
     def _batches(
         self,
@@ -367,4 +384,5 @@ class PipelineModule(GeneratorValidation, LightningModule):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline as a diffusers folder, weights as safetensors, with its own scheduler."""
-        self.pipe.save_pretrained(str(folder), safe_serialization=True)
+        with own_network(self.pipe):
+            self.pipe.save_pretrained(str(folder), safe_serialization=True)

@@ -205,23 +205,26 @@ def _from_hub(source: str) -> Path:
             raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
 
 
-def load_network(folder: Path, name: str, allowed: tuple[str, ...]) -> Network:
-    """A network from its folder, weights as safetensors, every key accounted for."""
+def load_network(folder: Path, name: str, allowed: tuple[str, ...], **options: Any) -> Network:
+    """A network from its folder, weights as safetensors, every key accounted for; options of `from_pretrained`."""
     network_class = _diffusers_class(str(folder), name, allowed)
     read_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no weights as safetensors; pickled weights are not read")
     try:
-        return _from_pretrained(network_class, folder)
+        return _from_pretrained(network_class, folder, **options)
     except UserError:
         raise
     except Exception as error:  # safetensors raises its own class, diffusers OSError, torch RuntimeError
         raise UserError(f"{folder} cannot be loaded as {network_class.__name__}: {first_line(error)}") from error
 
 
-def _from_pretrained(network_class: Any, source: str | Path) -> Network:
+def _from_pretrained(network_class: Any, source: str | Path, **options: Any) -> Network:
+    # diffusers asks for it where some layers stay in float32, and for quantized networks
+    meta_first = bool(getattr(network_class, "_keep_in_fp32_modules", None))
+    meta_first |= "quantization_config" in read_object(Path(source) / "config.json")
     network, info = network_class.from_pretrained(
-        str(source), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        str(source), use_safetensors=True, low_cpu_mem_usage=meta_first, output_loading_info=True, **options
     )
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]

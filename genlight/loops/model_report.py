@@ -1,0 +1,155 @@
+"""What OMS-DPM found for each budget, beside every rule, on noise and images that no search and no choice has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from genlight.loops.evaluation import in_turn
+from genlight.loops.model_work import COSTS, Choice, ModelWork, file_of
+from genlight.loops.result import MethodResult
+from genlight.modules.model_schedule_file import write_model_schedule
+from genlight.predictors.losses import kendall_tau
+from genlight.predictors.ranking import RankingPredictor
+from genlight.reports.cost import CostEstimate
+from genlight.reports.latency import write_costs
+from genlight.reports.model_schedule_figure import pareto_figure, strips_figure
+from genlight.reports.search_figures import predictor_scatter, search_curve
+
+if TYPE_CHECKING:
+    from genlight.search.records import Record
+
+_CHOSEN = "chosen"
+
+
+def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
+    """Table, metrics, pictures and artifact.
+
+    Args:
+        work: settings and search.
+        own: what the primary member reaches by its own scheduler.
+        predicted: what all of it was to cost.
+    """
+    choices = work.choices()
+    best: dict[tuple[float, str], Choice] = {}
+    for choice in sorted(choices, key=lambda choice: choice.select):
+        best.setdefault((choice.budget, choice.rule), choice)
+    distinct = {work.space.key(choice.schedule): choice.schedule for choice in best.values()}
+    found = in_turn(work.evaluations, [partial(work.report, schedule) for schedule in distinct.values()])
+    values = dict(zip(distinct, found, strict=True))
+    winners = {budget: min(of(best, budget), key=lambda choice: choice.select) for budget in work.limits}
+    rows = [
+        _row(work, choice, values[work.space.key(choice.schedule)], winners[choice.budget] is choice)
+        for choice in sorted(best.values(), key=lambda choice: (choice.budget, choice.select))
+    ]
+    if work.runner.main:
+        _pictures(work, winners, rows)
+    work.restore()
+    name = work.method.objective.removeprefix("val/")
+    headline = {}
+    for budget, winner in winners.items():
+        headline[f"{name}_at_{budget:g}"] = _value(work, values, winner)
+        single = best.get((budget, "single"))
+        if single is not None:
+            headline[f"{name}_best_single_at_{budget:g}"] = _value(work, values, single)
+    unit = work.costs.unit
+    notes = [
+        f"budgets are in calls of the dearest member; cost in {unit} for a batch. Search and select scores are against "
+        f"halves of the other split of real images; {name} and what follows is on the report draw",
+        *work.costs.notes,
+    ]
+    return MethodResult(
+        {**own, **headline},
+        method="OMS-DPM (model schedules)",
+        table=rows,
+        notes=notes,
+        predicted=predicted,
+        save=lambda folder, module: _save(work, winners, values, folder, module),
+    )
+
+
+def of(best: Mapping[tuple[float, str], Choice], budget: float) -> list[Choice]:
+    """The choices of a budget."""
+    return [choice for (own, _), choice in best.items() if own == budget]
+
+
+def _value(work: ModelWork, values: Mapping[str, Mapping[str, float]], choice: Choice) -> float:
+    return values[work.space.key(choice.schedule)][work.method.objective]
+
+
+def _row(work: ModelWork, choice: Choice, values: Mapping[str, float], chosen: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"budget": choice.budget, "rule": choice.rule, "schedule": choice.name}
+    row |= {_CHOSEN: "yes" if chosen else "", "nfe": choice.schedule.nfe, "cost": choice.cost}
+    row |= {"measured ms": values["measured_ms"], "search": choice.search, "select": choice.select}
+    return row | {name.removeprefix("val/"): value for name, value in values.items() if name != "measured_ms"}
+
+
+def _pictures(work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[Mapping[str, Any]]) -> None:
+    figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
+    name = work.method.objective.removeprefix("val/")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(str(row["rule"]), []).append((float(row["cost"]), float(row[name])))
+    chosen = [(float(row["cost"]), float(row[name])) for row in rows if row[_CHOSEN]]
+    if work.method.mode == "min" and all(score > 0 for of_rule in curves.values() for _, score in of_rule):
+        budgets = tuple(work.limits.values())
+        pareto_figure(
+            {"chosen": chosen}, figures / "pareto.png", baselines=curves, budgets=budgets, ylabel=name, xlabel="cost"
+        )
+    strips = [(f"{budget:g}: {choice.rule}", choice.schedule, choice.cost) for budget, choice in winners.items()]
+    strips_figure(
+        strips,
+        work.space.noise_schedule,
+        figures / "schedules.png",
+        members=work.space.names,
+        slots=work.space.slots,
+    )
+    points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
+    search_curve(points, figures / "search.png", ylabel=work.method.objective)
+    _scatter(work, figures / "predictor.png")
+
+
+def _scatter(work: ModelWork, path: Path) -> None:
+    """How a predictor of half of the schedules orders the other half."""
+    records: list[Record[Any]] = [record for record in work.result.records if record.score is not None]
+    if len(records) < 20:
+        return
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    half = len(order) // 2
+    seen, unseen = [records[i] for i in order[:half]], [records[i] for i in order[half:]]
+    encode = work.space.encode
+    targets = [float(record.score or 0.0) for record in seen]
+    fitted = RankingPredictor().fit([encode(record.candidate) for record in seen], targets, 0)
+    mean = torch.as_tensor(fitted.predict([encode(record.candidate) for record in unseen])[0])
+    true = [float(record.score or 0.0) for record in unseen]
+    predictor_scatter(mean.tolist(), true, path, float(kendall_tau(mean, torch.tensor(true))))
+
+
+def _save(
+    work: ModelWork,
+    winners: Mapping[float, Choice],
+    values: Mapping[str, Mapping[str, float]],
+    folder: Path,
+    module: Any,
+) -> None:
+    """The zoo, its costs, and a file with the schedule of each budget."""
+    work.restore()
+    module.save_pretrained(folder)
+    write_costs(folder / COSTS, work.costs)
+    for budget, choice in winners.items():
+        scores = {"search": choice.search, "select": choice.select}
+        scores |= {key.removeprefix("val/"): value for key, value in values[work.space.key(choice.schedule)].items()}
+        write_model_schedule(
+            file_of(folder, budget),
+            choice.schedule,
+            module.zoo.members,
+            module.zoo.predictions,
+            slots=work.space.slots if choice.schedule.kind == "ddim" else None,
+            budget=work.limits[budget],
+            predicted_cost=choice.cost,
+            scores=scores,
+        )

@@ -1,0 +1,116 @@
+"""OMS-DPM: which of several denoisers to call at which step, and with which solver step, under budgets of time.
+
+Liu et al. 2023, "OMS-DPM: Optimizing the Model Schedule for Diffusion Probabilistic Models" (arXiv 2306.08860): measure
+random model schedules, fit a predictor that ranks them, evolve on its scores under each budget, measure the best. Added
+here: schedules by rules that people use and by an analytic allocation begin the search and stay beside its results, and
+what is chosen is chosen, and reported, on noise and images that the search has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from genlight.callbacks.timing import print_line
+from genlight.diffusion.model_schedule import Kind
+from genlight.errors import UserError
+from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.model_report import model_result
+from genlight.loops.model_work import ModelWork
+from genlight.loops.result import MethodResult
+from genlight.loops.search import SearchSettings
+from genlight.reports.cost import CostEstimate
+from genlight.search.protocols import ScheduledMembers, require_capability
+from genlight.search.spaces.model_schedule import ModelScheduleSpace
+
+RULES = ("single", "small_first", "large_first", "sandwich", "analytic")
+
+
+class ModelSearch:
+    """The method `oms`: schedules of models for budgets of time, from a zoo of denoisers.
+
+    Args:
+        search: how schedules are chosen and how many are measured, for all budgets together.
+        objective: name of a metric that validate logs, such as "val/fd_digits".
+        mode: "min", or "max" for a metric where more is better.
+        budgets: in units of one call of the dearest member, for one batch.
+        unit: "ms", measured latency, or "macs", work, which is the same on every machine.
+        kinds, max_evaluations, slots, max_order: see `ModelScheduleSpace`.
+        rules: schedules by these rules begin the search: "single", "small_first", "large_first", "sandwich",
+            "analytic".
+        per_rule: so many of each rule and budget at most.
+        singles: so many of single models for all budgets together at most, evenly over members, orders and numbers of
+            evaluations. None: all.
+        select: samples for choosing among the best, on noise and real images of their own.
+        batch_size: rows of one call whose cost is measured. None: the batches of the evaluation.
+        costs: file of costs that were measured before, see `genlight.reports.latency`. None: measure.
+        curve_images: training images on which the members' errors are measured, for "analytic".
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    predicts_cost = True
+
+    def __init__(
+        self,
+        search: SearchSettings,
+        objective: str,
+        mode: Literal["min", "max"] = "min",
+        budgets: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
+        unit: Literal["ms", "macs"] = "ms",
+        kinds: Sequence[Kind] = ("singlestep",),
+        max_evaluations: int = 36,
+        slots: int = 100,
+        max_order: int = 3,
+        rules: Sequence[str] = RULES,
+        per_rule: int = 8,
+        singles: int | None = 64,
+        select: int = 2000,
+        batch_size: int | None = None,
+        costs: str | None = None,
+        curve_images: int = 512,
+    ) -> None:
+        if not isinstance(search, SearchSettings) or not hasattr(search.strategy, "plan_budgets"):
+            raise ValueError("method=oms searches for several budgets: choose how by search=oms (or oms_direct)")
+        if not budgets or any(not budget > 0 for budget in budgets):
+            raise ValueError(f"method.budgets = {list(budgets)!r} must be positive numbers, one or more")
+        if unknown := sorted(set(rules) - set(RULES)):
+            raise ValueError(f"method.rules: {', '.join(unknown)} unknown; known are {', '.join(RULES)}")
+        counts = {"per_rule": per_rule, "singles": singles, "select": select, "curve_images": curve_images}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"method.{name} = {value!r} must be 1 or more")
+        if mode not in ("min", "max") or unit not in ("ms", "macs"):
+            raise ValueError(f"method.mode = {mode!r} must be min or max, and method.unit = {unit!r} ms or macs")
+        self.settings, self.objective, self.mode, self.unit = search, objective, mode, unit
+        self.budgets = tuple(sorted({float(budget) for budget in budgets}))
+        self.space = {"kinds": tuple(kinds), "max_evaluations": max_evaluations, "slots": slots, "max_order": max_order}
+        self.rules, self.per_rule, self.singles, self.select = tuple(rules), per_rule, singles, select
+        self.batch_size, self.costs, self.curve_images = batch_size, costs, curve_images
+
+    def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
+        """Measure costs, search, choose for each budget, and report.
+
+        Raises:
+            UserError: a module without members, a metric that is not logged, costs of another machine, a budget below
+                the cheapest schedule.
+        """
+        work, own = self._work(trainer, module, datamodule)
+        predicted = work.predicted()
+        if trainer.is_global_zero:
+            print_line(predicted.line())
+        return model_result(work, own, predicted)
+
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
+        """Measure a few schedules of the middle budget, and multiply."""
+        return self._work(trainer, module, datamodule)[0].predicted()
+
+    def _work(self, trainer: Any, module: Any, datamodule: Any) -> tuple[ModelWork, dict[str, float]]:
+        require_capability(module, ScheduledMembers, ModelScheduleSpace, ("ZooModule", "PipelineModule with members"))
+        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        own = {name: float(value) for name, value in logged[0].items()}
+        if self.objective not in own:
+            known = ", ".join(name for name in own if not name.endswith("_std"))
+            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        return ModelWork(self, CandidateTrainer(trainer), module, datamodule), own

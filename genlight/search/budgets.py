@@ -1,0 +1,258 @@
+"""One search for several budgets: a predictor learned once serves all of them.
+
+OMS-DPM (Liu et al. 2023, arXiv 2306.08860): measure random candidates, fit a predictor that ranks, then evolve for each
+budget on predicted scores alone and measure the best of that. Beside it the same number of measurements by evolution on
+measured scores, which has to share them among the budgets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, runtime_checkable
+
+import numpy as np
+
+from genlight.predictors.ranking import RankingPredictor
+from genlight.search.evolution import Evolution
+from genlight.search.guided import Fitted, Predictor
+from genlight.search.proposing import RANDOM, propose
+from genlight.search.protocols import Candidate, SearchSpace
+from genlight.search.records import History, Problem, Proposal, Record
+
+BUDGETED = "budgeted"
+# the generator of what a round shares is independent of those of its candidates
+_PURPOSE = 2
+# children made at most for each one wanted
+_TRIES = 5
+
+
+@runtime_checkable
+class WithBudget(Protocol[Candidate]):
+    """A space that draws and varies candidates within a budget by itself."""
+
+    def with_budget(self, budget: float | None) -> SearchSpace[Candidate]:
+        """The same space with another budget."""
+        ...
+
+
+def within_budget(problem: Problem[Candidate], budget: float, cost: str = "cost") -> Problem[Candidate]:
+    """The problem with `budget` as a limit on the space's cost `cost`, and, where it knows budgets, with its space so.
+
+    A lower limit that the problem has already stays.
+    """
+    space = problem.space
+    limit = min(budget, problem.cost_limits.get(cost, budget))
+    if isinstance(space, WithBudget):
+        space = space.with_budget(limit)
+    return replace(problem, space=space, cost_limits={**problem.cost_limits, cost: limit})
+
+
+@dataclass(frozen=True)
+class BudgetedSearch:
+    """Random candidates first, then rounds: fit the predictor once, evolve for each budget, measure the best of each.
+
+    One round is OMS-DPM as published; more of them learn from what was chosen. The search ends after the last round.
+    Records of other fidelities than the problem's are left out.
+
+    Attributes:
+        budgets: upper limits on the cost, rising.
+        cost: which cost of the space they limit.
+        collect: candidates measured before the first round, those that a search was given at its start included; each
+            random one is drawn for one of the budgets, in turn.
+        rounds: rounds of prediction and measurement.
+        per_budget: new candidates that a round measures for each budget.
+        evolution: its population, children, tournament, operators and edit sizes; on predicted scores only.
+        generations: of each evolution; the edits have their last size at the end.
+        predictor: settings of the predictor, fitted anew in each round on all that was measured.
+        kappa: a candidate is worth mean - kappa · deviation of its predictions.
+    """
+
+    budgets: tuple[float, ...]
+    cost: str = "cost"
+    collect: int = 500
+    rounds: int = 1
+    per_budget: int = 10
+    evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
+    generations: int = 200
+    predictor: Predictor = field(default_factory=RankingPredictor)
+    kappa: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", _checked_budgets(self.budgets))
+        for name in ("collect", "rounds", "per_budget", "generations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"strategy.{name} = {getattr(self, name)!r} must be 1 or more")
+        if not 0 <= self.kappa < float("inf"):
+            raise ValueError(f"strategy.kappa = {self.kappa!r} must be finite and not negative")
+
+    @property
+    def evaluations(self) -> int:
+        """Candidates that the whole search measures, unless the space runs out of new ones."""
+        return self.collect + self.rounds * self.per_budget * len(self.budgets)
+
+    def ask(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
+        """What is missing of the collection, or the next round; nothing after the last."""
+        history = history.at(problem.fidelity)
+        done = len({record.trial.generation for record in history if record.source.startswith(BUDGETED)})
+        if not done and len(history) < self.collect:
+            proposals = self._collection(problem, history, self.collect - len(history))
+            if proposals:
+                return proposals
+        return self._round(problem, history) if done < self.rounds else []
+
+    def _collection(
+        self, problem: Problem[Candidate], history: History[Candidate], count: int
+    ) -> list[Proposal[Candidate]]:
+        """Random candidates, each within one of the budgets in turn."""
+        problems = [within_budget(problem, budget, self.cost) for budget in self.budgets]
+
+        def make(rng: np.random.Generator, index: int) -> tuple[Candidate, str]:
+            return problems[index % len(problems)].space.sample(rng), RANDOM
+
+        return propose(problems[-1], history, count, make)
+
+    def _round(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
+        """The `per_budget` best new candidates by prediction for each budget."""
+        rng = problem.rng(history.next_index, _PURPOSE)
+        scorer = _Scorer(problem.space, self._fitted(problem, history, int(rng.integers(2**31))), self.kappa)
+        taken, proposals = history.keys(), list[Proposal[Candidate]]()
+        for number, budget in enumerate(self.budgets):
+            limited = within_budget(problem, budget, self.cost)
+            bred = self._evolved(limited, history, scorer, problem.rng(history.next_index, _PURPOSE, number))
+            chosen = [each for each in bred if each.key not in taken][: self.per_budget]
+            taken |= {each.key for each in chosen}
+            source = f"{BUDGETED} {budget:g}"
+            proposals += [Proposal(each.candidate, problem.fidelity, source) for each in chosen]
+        return proposals
+
+    def _fitted(self, problem: Problem[Candidate], history: History[Candidate], seed: int) -> Fitted | None:
+        """The predictor of a round; None where nothing was measured that it could tell apart."""
+        targets = [record.rank[0] for record in history]
+        if len(set(targets)) < 2:
+            return None
+        return self.predictor.fit([problem.space.encode(record.candidate) for record in history], targets, seed)
+
+    def _evolved(
+        self,
+        problem: Problem[Candidate],
+        history: History[Candidate],
+        scorer: "_Scorer[Candidate]",
+        rng: np.random.Generator,
+    ) -> list["_Scored[Candidate]"]:
+        """All candidates that were bred within the problem's limits, and the first ones, from best to worst."""
+        size = self.evolution.population
+        first: dict[str, Candidate] = {record.key: record.candidate for record in _best_within(problem, history, size)}
+        for _ in range(_TRIES * size):
+            if len(first) >= size:
+                break
+            drawn = problem.space.sample(rng)
+            if problem.within_limits(problem.space.cost(drawn)):
+                first.setdefault(problem.space.key(drawn), drawn)
+        if not first:
+            return []
+        every = scorer.scored(first)
+        population, seen = sorted(every, key=_worth), set(first)
+        sizes = np.geomspace(*self.evolution.edit_sizes, self.generations).tolist()
+        for edit_size in sizes:
+            new = self._children(problem, [each.candidate for each in population], seen, rng, edit_size)
+            if not new:
+                continue
+            seen |= new.keys()
+            scored = scorer.scored(new)
+            every += scored
+            population = sorted([*population, *scored], key=_worth)[:size]
+        return sorted(every, key=_worth)
+
+    def _children(
+        self,
+        problem: Problem[Candidate],
+        parents: Sequence[Candidate],
+        seen: set[str],
+        rng: np.random.Generator,
+        edit_size: float,
+    ) -> dict[str, Candidate]:
+        """Children within the limits that were not seen in this evolution, by key."""
+        new: dict[str, Candidate] = {}
+        for _ in range(_TRIES * self.evolution.children):
+            child, _source = self.evolution.child(problem, parents, rng, edit_size)
+            key = problem.space.key(child)
+            if key not in seen and key not in new and problem.within_limits(problem.space.cost(child)):
+                new[key] = child
+                if len(new) == self.evolution.children:
+                    break
+        return new
+
+
+@dataclass(frozen=True)
+class DirectEvolution:
+    """Evolution on measured scores, each generation for one of the budgets in turn.
+
+    What was measured within a budget, for whatever budget, is its history; its first generations are random until its
+    population has been measured. There is no end but that of the search's budget of evaluations.
+
+    Attributes:
+        budgets: upper limits on the cost, rising.
+        cost: which cost of the space they limit.
+        evolution: of each budget.
+    """
+
+    budgets: tuple[float, ...]
+    cost: str = "cost"
+    evolution: Evolution = field(default_factory=lambda: Evolution(population=20, children=10))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", _checked_budgets(self.budgets))
+
+    def ask(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
+        """The next generation of the budget whose turn it is, or of the next one that has new candidates."""
+        history = history.at(problem.fidelity)
+        for turn in range(len(self.budgets)):
+            limited = within_budget(problem, self.budgets[(history.generation + turn) % len(self.budgets)], self.cost)
+            records = [record for record in history if limited.within_limits(record.cost)]
+            proposals = self.evolution.ask(limited, History(records, history.next_index, history.generation))
+            if proposals:
+                return proposals
+        return []
+
+
+@dataclass(frozen=True)
+class _Scored(Generic[Candidate]):
+    """A candidate with its predicted worth, lower is better."""
+
+    worth: float
+    key: str
+    candidate: Candidate
+
+
+def _worth(scored: _Scored[Candidate]) -> tuple[float, str]:
+    return scored.worth, scored.key
+
+
+@dataclass(frozen=True)
+class _Scorer(Generic[Candidate]):
+    """Predicts many candidates in one call."""
+
+    space: SearchSpace[Candidate]
+    fitted: Fitted | None
+    kappa: float
+
+    def scored(self, candidates: dict[str, Candidate]) -> list[_Scored[Candidate]]:
+        """Candidates, by key, with their worth; 0 for all where there is no predictor."""
+        if self.fitted is None:
+            worths = [0.0] * len(candidates)
+        else:
+            mean, deviation = self.fitted.predict([self.space.encode(each) for each in candidates.values()])
+            worths = (mean - self.kappa * deviation).tolist()
+        return [_Scored(worth, key, each) for worth, (key, each) in zip(worths, candidates.items(), strict=True)]
+
+
+def _best_within(problem: Problem[Candidate], history: History[Candidate], count: int) -> list[Record[Candidate]]:
+    """The best measured ones that keep the problem's limits."""
+    return History([record for record in history if problem.within_limits(record.cost)]).best(count)
+
+
+def _checked_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
+    # a config gives a list; repr is part of the fingerprint
+    result = tuple(float(budget) for budget in budgets)
+    if not result or result[0] <= 0 or list(result) != sorted(set(result)):
+        raise ValueError(f"strategy.budgets = {budgets!r} must be one positive number or more, rising")
+    return result
