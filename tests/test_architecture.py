@@ -22,6 +22,7 @@ RANKS = {
     "errors": 0, "io": 0, "secrets": 0,
     "nets": 1,
     "diffusion": 2, "metrics": 2, "reports": 2, "search": 2, "predictors": 2, "checkpoints": 2,
+    "experts": 2, "quantization": 2,
     "data": 3, "modules": 3, "trainer": 3, "callbacks": 3, "run_folder": 3, "recipes": 3,
     "loops": 4,
     "build": 5,
@@ -32,7 +33,8 @@ RANKS = {
     "cli": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
 WITHOUT_LIGHTNING = (
-    "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "io", "errors", "secrets",
+    "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "experts",
+    "quantization", "io", "errors", "secrets",
 )  # fmt: skip
 WITHOUT_TORCH_AT_TOP = (
     "cli",

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from genlight.errors import UserError
 
 if TYPE_CHECKING:
+    from genlight.experts.editor import ExpertEditor
     from genlight.search.records import History, Problem, Proposal
 
 Candidate = TypeVar("Candidate")
@@ -103,11 +104,20 @@ class SettableSampler(Protocol):
 
 
 @runtime_checkable
-class ReadableExperts(Protocol):
-    """A target whose mixture-of-experts layers a space reads and writes."""
+class ScheduledMembers(Protocol):
+    """A target that holds several networks, of which a space says who makes each evaluation."""
 
-    def expert_layers(self) -> Mapping[str, nn.Module]:
-        """The layers that hold a router and its experts, by name, in the order of the forward pass."""
+    def set_members(self, timesteps: Sequence[float], names: Sequence[str]) -> None:
+        """Let names[i] answer at timesteps[i], as the network sees them; empty: as the target itself chooses."""
+        ...
+
+
+@runtime_checkable
+class ReadableExperts(Protocol):
+    """A target whose mixture-of-experts layers a space reads, prunes and merges."""
+
+    def expert_editor(self) -> ExpertEditor:
+        """The editor of its experts: the same one each time, because it knows which edits are on."""
         ...
 
 
