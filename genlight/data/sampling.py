@@ -8,6 +8,8 @@ Indices = NDArray[np.int64]
 # First element of every spawn key, so that no two uses of one seed ever share a stream.
 DRAWS = {"search": 0, "select": 1, "report": 2}
 TRAIN_ORDER = 3
+LABEL_ORDER = 4
+POOL_ORDER = 5
 
 
 def generator(seed: int, *spawn_key: int) -> np.random.Generator:

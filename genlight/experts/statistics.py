@@ -185,7 +185,7 @@ def combined(parts: Sequence[Mapping[str, LayerStatistics]], kept_tokens: int) -
 
 
 @torch.no_grad()
-def routing_load(editor: ExpertEditor, run: Callable[[], None]) -> dict[str, Tensor]:
+def routing_load(editor: ExpertEditor, run: Callable[[], object]) -> dict[str, Tensor]:
     """How often each expert is chosen in all layers while `run` calls the model, int64 [E] by layer, on the CPU.
 
     Under an edit, an expert that is only kept counts under its old number, a merged one under that of the old expert

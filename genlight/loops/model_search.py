@@ -85,7 +85,12 @@ class ModelSearch:
             raise ValueError(f"method.mode = {mode!r} must be min or max, and method.unit = {unit!r} ms or macs")
         self.settings, self.objective, self.mode, self.unit = search, objective, mode, unit
         self.budgets = tuple(sorted({float(budget) for budget in budgets}))
-        self.space = {"kinds": tuple(kinds), "max_evaluations": max_evaluations, "slots": slots, "max_order": max_order}
+        self.space: dict[str, Any] = {
+            "kinds": tuple(kinds),
+            "max_evaluations": max_evaluations,
+            "slots": slots,
+            "max_order": max_order,
+        }
         self.rules, self.per_rule, self.singles, self.select = tuple(rules), per_rule, singles, select
         self.batch_size, self.costs, self.curve_images = batch_size, costs, curve_images
 

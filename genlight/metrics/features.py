@@ -125,7 +125,7 @@ class ClassifierFeatures(FeatureExtractor):
         network = _classifier(self.path, tensors, metadata).requires_grad_(False).eval()
         # in single precision a third faster on a CPU
         layout = torch.channels_last if self.dtype == torch.float32 else torch.preserve_format
-        self.network = network.to(self.dtype, memory_format=layout)
+        self.network = network.to(dtype=self.dtype).to(memory_format=layout)  # type: ignore[call-overload]
         self._fingerprint = _digest("classifier", sha256_of(self.path), str(self.dtype))
 
     @property

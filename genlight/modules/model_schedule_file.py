@@ -36,7 +36,7 @@ from genlight.modules.zoo_pipelines import denoiser_key, timestep_reader
 
 MODEL_SCHEDULE = "model_schedule.json"
 KIND: Literal["genlight.model_schedule"] = "genlight.model_schedule"
-VERSION = 1
+VERSION: Literal[1] = 1
 # a pipeline `pipe` of Stable Diffusion, in the folder of the file; members of another prediction type than the
 # primary's are the one thing that this leaves out
 PLAIN_USE = """\
@@ -142,7 +142,8 @@ class ModelScheduleFile:
 
     def build_scheduler(self) -> SolverScheduleScheduler:
         """A fresh scheduler of the schedule."""
-        return SolverScheduleScheduler(**self.scheduler)
+        scheduler: SolverScheduleScheduler = SolverScheduleScheduler(**self.scheduler)
+        return scheduler
 
 
 _ADAPTER = TypeAdapter(ModelScheduleFile)
@@ -220,7 +221,8 @@ def load_model_schedule(path: str | Path) -> ModelScheduleFile:
         raise UserError(f"{path} is of version {content.get('version')!r}; version {VERSION} is known here")
     try:
         file = _ADAPTER.validate_json(json.dumps(content))
-        sha256 = str(file.build_scheduler().config.fingerprint["sha256"])
+        config: Any = file.build_scheduler().config
+        sha256 = str(config.fingerprint["sha256"])
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

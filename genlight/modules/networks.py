@@ -74,7 +74,8 @@ def check_label_rows(network: Network, num_classes: int | None) -> None:
 def plain_config(network: Network) -> dict[str, Any]:
     """Constructor arguments of a diffusers network as JSON has them: no private keys, lists for tuples."""
     public = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
-    result: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True))
+    # how a network is quantized is an object of its own
+    result: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=lambda part: part.to_dict()))
     return result
 
 

@@ -199,7 +199,7 @@ class ScheduledDenoiser(nn.Module):
         """As in torch; one by one, so that no more than `resident` members and one are on the device at once."""
         for name in [*reversed(self._on_device), *(name for name in self.names if name not in self._on_device)]:
             network = self.networks[_key(name)]
-            network._apply(fn, recurse)
+            network._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if name in self._on_device:
                 self._device = _device_of(network)
             else:
@@ -209,7 +209,7 @@ class ScheduledDenoiser(nn.Module):
     @property
     def config(self) -> Any:
         """The primary's; without the variance that it predicts where that is dropped."""
-        config = self.networks[_key(self.primary)].config
+        config: Any = self.networks[_key(self.primary)].config
         if self._drop_variance:
             return type(config)({**config, "out_channels": config["in_channels"]})
         return config

@@ -294,7 +294,8 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     kind: Any = getattr(diffusers, str(config.get("_class_name")))
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{config.get('_class_name')} is no scheduler of diffusers")
-    full: Mapping[str, Any] = kind.from_config(dict(config)).config  # type: ignore[attr-defined]
+    maker: Any = kind
+    full: Mapping[str, Any] = maker.from_config(dict(config)).config
     return {**full, "_class_name": config["_class_name"]}
 
 
@@ -321,8 +322,9 @@ def _from_hub(name: str, entry: ZooEntry) -> Path:
         return Path(snapshot_download(entry.source, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # httpx, huggingface_hub and the system each raise their own
         try:
-            local = {"allow_patterns": patterns, "ignore_patterns": ignored, "local_files_only": True}
-            return Path(snapshot_download(entry.source, **local))
+            return Path(
+                snapshot_download(entry.source, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=True)
+            )
         except Exception:
             reason = f"{first_line(error)} ({constants.ENDPOINT})"
             raise UserError(

@@ -56,7 +56,7 @@ class GaussianProcessPredictor:
             ValueError: fewer than two different targets, a NaN, or candidates of different or no features.
         """
         values = checked_targets(candidates, targets).numpy()
-        scores = ndtri((rankdata(values) - 0.5) / len(values))
+        scores = normal_quantiles(values)
         best = np.argsort(scores, kind="stable")[: self.max_points]
         with one_blas_thread():
             return FittedProcess(pad(candidates)[0].double().numpy()[best], scores[best])
@@ -68,12 +68,18 @@ class FittedProcess:
     Args:
         features: float64 [n, steps, features].
         scores: float64 [n], lower is better.
+        standardise: by mean and deviation of these features; False: they come standardised.
+        lengths: length scales to choose from, relative to the root of the number of features.
     """
 
-    def __init__(self, features: Array, scores: Array) -> None:
+    def __init__(
+        self, features: Array, scores: Array, standardise: bool = True, lengths: Sequence[float] = _LENGTHS
+    ) -> None:
         self._shape = features.shape[1:]
         flat = features.reshape(len(features), -1)
         self._mean, deviation = flat.mean(axis=0), flat.std(axis=0)
+        if not standardise:
+            self._mean, deviation = np.zeros_like(self._mean), np.ones_like(deviation)
         # a feature that never changed keeps its scale: where it does change, the process is unsure
         self._scale = np.where(deviation > 1e-6, deviation, 1.0)
         self._points = (flat - self._mean) / self._scale
@@ -82,7 +88,7 @@ class FittedProcess:
         self._targets = centred / (spread if spread > 0 else 1.0)
         distances = cdist(self._points, self._points)
         root = np.sqrt(flat.shape[1])
-        grid = [(root * length, noise) for length, noise in product(_LENGTHS, _NOISES)]
+        grid = [(root * length, noise) for length, noise in product(lengths, _NOISES)]
         fits = [_evidence(distances, self._targets, length, noise) for length, noise in grid]
         best = max(range(len(grid)), key=lambda number: fits[number][0])
         (self.length, self.noise), (self.evidence, self.variance) = grid[best], fits[best]
@@ -125,6 +131,12 @@ class FittedProcess:
         fitting = np.pad(features[:, :steps], ((0, 0), (0, missing), (0, 0)))
         standardised: Array = (fitting.reshape(len(features), -1) - self._mean) / self._scale
         return standardised
+
+
+def normal_quantiles(values: Array) -> Array:
+    """The values [n] replaced by the normal quantiles of their ranks: all that is left of them is their order."""
+    quantiles: Array = ndtri((rankdata(values) - 0.5) / len(values))
+    return quantiles
 
 
 def matern(distances: Array) -> Array:

@@ -1,8 +1,21 @@
 """Pairwise ranking: the hinge loss that only asks for the right order, and how good an order is."""
 
+from typing import NamedTuple
+
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
+
+# up to this many times the wanted pairs, all are listed; otherwise this many times are drawn
+_LISTED, _DRAWN = 4, 3
+
+
+class Pairs(NamedTuple):
+    """Pairs of candidates for each of E targets: [E, P] each; sign(y_first - y_second), 0 where there is no pair."""
+
+    first: Tensor
+    second: Tensor
+    signs: Tensor
 
 
 def pairwise_signs(targets: Tensor, min_difference: float = 0.0) -> Tensor:
@@ -28,10 +41,69 @@ def pairwise_hinge(scores: Tensor, signs: Tensor, margin: float = 1.0) -> Tensor
         signs: float [..., n, n] from `pairwise_signs`; pairs with 0 do not count.
         margin: how far apart a pair must be predicted.
     """
-    difference = scores.unsqueeze(-1) - scores.unsqueeze(-2)
-    weights = signs.abs()
-    losses = torch.relu(margin - signs * difference) * weights
+    losses, weights = _hinge(scores.unsqueeze(-1) - scores.unsqueeze(-2), signs, margin)
     return losses.sum() / weights.sum().clamp(min=1.0)
+
+
+def sampled_hinge(scores: Tensor, pairs: Pairs, margin: float = 1.0) -> Tensor:
+    """The mean of `pairwise_hinge` over pairs that were drawn, for each of E targets, float [E]; 0 without a pair.
+
+    Each candidate is scored once, in however many pairs it stands.
+
+    Args:
+        scores: float [E, n].
+        pairs: of `sample_pairs`.
+        margin: as in `pairwise_hinge`.
+    """
+    difference = scores.gather(1, pairs.first) - scores.gather(1, pairs.second)
+    losses, weights = _hinge(difference, pairs.signs.to(scores), margin)
+    return losses.sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def _hinge(difference: Tensor, signs: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Loss of each pair, and whether it counts."""
+    weights = signs.abs()
+    return torch.relu(margin - signs * difference) * weights, weights
+
+
+def sample_pairs(targets: Tensor, limit: int) -> Pairs:
+    """At most `limit` different pairs for each of E targets, drawn uniformly; ties and NaN make no pair.
+
+    All pairs are listed where they are few. Where they are many, a few times `limit` are drawn and what repeats, ties
+    or is NaN is left out: the work does not grow with n², and a target with many ties may get fewer pairs. Draws from
+    torch's global generator on the CPU, so that a device gets the pairs of any other.
+
+    Args:
+        targets: float [E, n].
+        limit: pairs for each target, at least 1.
+
+    Returns:
+        indices [E, P] into the n, with P <= limit.
+    """
+    rows, n = targets.shape
+    total = n * (n - 1) // 2
+    if total <= _LISTED * limit:
+        keys = torch.rand(rows, total)
+        first, second = (side.expand(rows, total) for side in torch.triu_indices(n, n, offset=1))
+    else:
+        shape = (rows, _DRAWN * limit)
+        keys = torch.rand(shape)
+        a, b = torch.randint(n, shape), torch.randint(n - 1, shape)
+        b = b + (b >= a)  # any other than a
+        first, second = torch.minimum(a, b), torch.maximum(a, b)
+        keys = keys.masked_fill(_repeated(first * n + second), -1.0)
+    first, second, keys = (side.to(targets.device) for side in (first, second, keys))
+    signs = torch.sign(targets.gather(1, first) - targets.gather(1, second)).nan_to_num(0.0)
+    kept = keys.masked_fill(signs == 0, -1.0).topk(min(limit, keys.shape[1]), dim=1)
+    chosen = signs.gather(1, kept.indices).masked_fill(kept.values < 0, 0.0)
+    return Pairs(first.gather(1, kept.indices), second.gather(1, kept.indices), chosen)
+
+
+def _repeated(codes: Tensor) -> Tensor:
+    """Which entries of each row stand in it before, bool [E, K]."""
+    ordered, places = codes.sort(dim=1, stable=True)
+    repeated = torch.zeros_like(codes, dtype=torch.bool)
+    return repeated.scatter(1, places[:, 1:], ordered[:, 1:] == ordered[:, :-1])
 
 
 def difference_quantile(targets: Tensor, quantile: float) -> float:

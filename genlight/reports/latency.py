@@ -27,7 +27,8 @@ from genlight.reports.cost import count_macs
 
 Unit = Literal["ms", "macs"]
 MakeInputs = Callable[[nn.Module, int], Mapping[str, Any]]
-KIND, VERSION = "genlight.member_costs", 1
+KIND: Literal["genlight.member_costs"] = "genlight.member_costs"
+VERSION = 1
 
 # relative difference of two medians that counts as agreement
 _AGREE = 0.1

@@ -60,7 +60,7 @@ def pareto_figure(
     for place, (name, of) in enumerate(baselines.items()):
         colour = COLOURS[(len(methods) + place) % len(COLOURS)]
         envelope = _envelope(of)
-        axes.scatter(*zip(*of, strict=True), s=7, color=colour, alpha=0.25, linewidths=0)
+        axes.scatter([cost for cost, _ in of], [score for _, score in of], s=7, color=colour, alpha=0.25, linewidths=0)
         costs, scores = zip(*[*envelope, (right, envelope[-1][1])], strict=True)
         axes.plot(costs, scores, drawstyle="steps-post", color=colour, linewidth=1.3, label=name)
     for place, (name, of) in enumerate(methods.items()):

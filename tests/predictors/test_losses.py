@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from genlight.predictors.losses import difference_quantile, kendall_tau, pairwise_hinge, pairwise_signs
+from genlight.predictors.losses import (
+    Pairs,
+    difference_quantile,
+    kendall_tau,
+    pairwise_hinge,
+    pairwise_signs,
+    sample_pairs,
+    sampled_hinge,
+)
 
 values = st.lists(st.floats(-5, 5), min_size=1, max_size=7)
 pairs = st.integers(1, 7).flatmap(
@@ -85,3 +93,68 @@ def brute_tau_b(a: Tensor, b: Tensor) -> float:
 def test_kendall_is_tau_b(rows: list[tuple[int, int]]) -> None:
     a, b = (torch.tensor([float(row[column]) for row in rows]) for column in (0, 1))
     assert kendall_tau(a, b) == pytest.approx(brute_tau_b(a, b))
+
+
+def pair_set(pairs: Pairs, row: int) -> list[tuple[int, int]]:
+    real = pairs.signs[row] != 0
+    return list(zip(pairs.first[row][real].tolist(), pairs.second[row][real].tolist()))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3) | st.just(math.nan), min_size=7, max_size=7), min_size=1, max_size=3),
+    st.integers(1, 30),
+)
+def test_sampled_pairs_are_different_and_of_different_known_targets(rows: list[list[float]], limit: int) -> None:
+    targets = torch.tensor(rows, dtype=torch.float32)
+    pairs = sample_pairs(targets, limit)
+    assert pairs.first.shape == pairs.second.shape == pairs.signs.shape
+    for row, values in enumerate(rows):
+        found = pair_set(pairs, row)
+        possible = [(i, j) for j in range(7) for i in range(j) if abs(values[i] - values[j]) > 0]
+        assert len(found) == len(set(found)) <= limit and set(found) <= set(possible)
+        if 4 * limit >= 21:
+            assert len(found) == min(limit, len(possible))
+        for i, j, sign in zip(pairs.first[row], pairs.second[row], pairs.signs[row].tolist()):
+            assert sign in (0, 1 if values[i] > values[j] else -1)
+
+
+@pytest.mark.parametrize(("n", "limit"), [(9, 12), (60, 50)])
+def test_every_pair_is_drawn_equally_often_whether_listed_or_drawn(n: int, limit: int) -> None:
+    torch.manual_seed(0)
+    targets = torch.arange(float(n)).expand(2000, n)
+    pairs = sample_pairs(targets, limit)
+    assert bool((pairs.signs == -1).all()) and pairs.first.shape == (2000, limit)
+    counts = torch.bincount((pairs.first * n + pairs.second).flatten(), minlength=n * n).double()
+    counts = counts.view(n, n)[tuple(torch.triu_indices(n, n, 1))]
+    expected = 2000 * limit / (n * (n - 1) / 2)
+    deviation = math.sqrt(expected * (1 - limit / (n * (n - 1) / 2)))
+    assert float((counts - expected).abs().max()) < 5 * deviation
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=8), st.floats(0.05, 2))
+def test_the_sampled_loss_on_all_pairs_is_the_loss_on_all_pairs(scores: list[float], margin: float) -> None:
+    s = torch.tensor(scores, dtype=torch.float64)
+    y = torch.linspace(0, 1, len(scores), dtype=torch.float64).flip(0).round(decimals=0)
+    every = sampled_hinge(s[None], sample_pairs(y[None], 100), margin)
+    assert float(every) == pytest.approx(float(pairwise_hinge(s, pairwise_signs(y), margin)), abs=1e-12)
+
+
+def test_encoding_each_candidate_once_is_encoding_both_sides_of_each_pair() -> None:
+    torch.manual_seed(0)
+    network, inputs, y = torch.nn.Linear(3, 2), torch.randn(40, 3), torch.randn(2, 40)
+    pairs = sample_pairs(y, 160)
+    once = sampled_hinge(network(inputs).T, pairs, 0.1)
+    for target in range(2):
+        one, other = (network(inputs[side[target]])[:, target] for side in (pairs.first, pairs.second))
+        naive = torch.relu(
+            0.1 - torch.sign(y[target][pairs.first[target]] - y[target][pairs.second[target]]) * (one - other)
+        )
+        assert float(once[target].detach()) == pytest.approx(float(naive.mean().detach()), rel=1e-5)
+
+
+def test_without_a_pair_the_sampled_loss_and_its_gradient_are_zero() -> None:
+    scores = torch.randn(2, 5, requires_grad=True)
+    targets = torch.tensor([[1.0] * 5, [math.nan, 1.0, math.nan, 1.0, math.nan]])
+    loss = sampled_hinge(scores, sample_pairs(targets, 10), 0.1)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0] and scores.grad is not None and not scores.grad.any()

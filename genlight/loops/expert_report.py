@@ -1,0 +1,271 @@
+"""What EEP found, beside the whole model and every baseline, on questions that neither search nor choice has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+from genlight import io
+from genlight.errors import UserError
+from genlight.experts.export import check_exportable, save_edited
+from genlight.loops.evaluation import in_turn, measured
+from genlight.loops.expert_work import FULL, MERGED, PRUNED, RANDOM, Choice, ExpertWork
+from genlight.loops.result import MethodResult
+from genlight.reports.cost import CostEstimate
+from genlight.reports.expert_figures import expert_heatmaps
+from genlight.reports.search_figures import pareto_picture, search_curve
+
+if TYPE_CHECKING:
+    from genlight.search.spaces.expert_maps import ExpertMaps
+
+MAPS = "expert_maps.json"
+_KIND, _VERSION = "expert_maps", 1
+_QUANTITIES = ("accuracy", "log_likelihood")
+_README = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A model with what it reached on the report draw, and what it costs."""
+
+    choice: Choice
+    values: Mapping[str, float]
+    parameters: int
+    tokens_per_second: float
+
+
+def expert_result(work: ExpertWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
+    """Table, metrics, pictures and artifact.
+
+    Args:
+        work: settings and search.
+        own: what the whole model reaches.
+        predicted: what all of it was to cost.
+
+    Raises:
+        UserError: nothing could be measured.
+    """
+    every = work.choices()
+    choices = [choice for choice in every if math.isfinite(choice.search) and math.isfinite(choice.select)]
+    failed = [choice.name for choice in every if choice not in choices]
+    best: dict[str, Choice] = {}
+    for choice in sorted(choices, key=lambda choice: choice.select):
+        if choice.kind != RANDOM:
+            best.setdefault(choice.kind, choice)
+    if not {PRUNED, MERGED} & best.keys() or FULL not in best:
+        raise UserError(f"no candidate could be measured: see {work.runner.folder}")
+    winner = min((best[kind] for kind in (PRUNED, MERGED) if kind in best), key=lambda choice: choice.select)
+    shown = _reported(work, best, winner, own)
+    draws = [choice for choice in choices if choice.kind == RANDOM]
+    random = _random_row(work, draws) if draws else None
+    rows = [_row(work, each, each.choice is winner) for each in shown.values()]
+    rows += [random] if random else []
+    if work.runner.main:
+        _pictures(work, best, shown)
+    refusal = _refusal(work, winner)
+    work.apply(None)
+    notes = [
+        "search and select are the objective on these draws, what follows is on the report draw: accuracy and "
+        f"log-likelihood of {', '.join(work.task_data.evaluate)}, then of each task. A saved model of the same shapes "
+        "needs no more time than tokens_per_second says, which is measured before it is saved",
+        *([f"failed, and left out: {', '.join(failed)}"] if failed else []),
+        *([f"{RANDOM}: mean of {len(draws)} draws"] if random else []),
+        *([f"the artifact holds {MAPS} alone: {refusal}"] if refusal else []),
+    ]
+    if work.cache is not None and work.cache.layers_seen:
+        share = work.cache.passed_over / work.cache.layers_seen
+        notes.append(f"hidden states that were kept saved {share:.0%} of the layers of candidates")
+    return MethodResult(
+        {**own, **_headline(work, shown, random)},
+        method="EEP (efficient expert pruning)",
+        table=rows,
+        notes=notes,
+        predicted=predicted,
+        save=lambda folder, module: save_artifact(work, winner, best, rows, not refusal, folder, module),
+    )
+
+
+def _reported(
+    work: ExpertWork, best: Mapping[str, Choice], winner: Choice, own: Mapping[str, float]
+) -> dict[str, Reported]:
+    """By kind: the whole model, what was searched, the baselines from the best to the worst."""
+    searched = [kind for kind in (PRUNED, MERGED) if kind in best]
+    others = sorted((k for k in best if k not in (FULL, *searched)), key=lambda kind: best[kind].select)
+    order = [FULL, *searched, *others]
+    pieces = [partial(work.report, best[kind].candidate) for kind in order[1:]]
+    values = dict(zip(order, [own, *in_turn(work.evaluations, pieces)], strict=True))
+    # all models with fewer experts have the same shapes
+    speeds = {FULL: work.tokens_per_second(None)}
+    fewer = work.tokens_per_second(best.get(PRUNED, winner).candidate)
+    return {
+        kind: Reported(best[kind], values[kind], work.parameters(best[kind].candidate), speeds.get(kind, fewer))
+        for kind in order
+    }
+
+
+def _mean(work: ExpertWork, values: Mapping[str, float], quantity: str) -> float | None:
+    """Over the tasks of the search; None where it is not measured."""
+    found = [values.get(f"val/{task}/{quantity}") for task in work.task_data.evaluate]
+    known = [value for value in found if value is not None]
+    return fmean(known) if known else None
+
+
+def _shown(work: ExpertWork, score: float) -> float:
+    """A score as the objective is logged."""
+    return score if work.method.mode == "min" else -score
+
+
+def _row(work: ExpertWork, each: Reported, chosen: bool) -> dict[str, Any]:
+    choice, method = each.choice, work.method
+    whole = choice.candidate is None
+    row: dict[str, Any] = {"model": choice.name, "kind": choice.kind, "chosen": "yes" if chosen else ""}
+    row["experts"] = work.editor.num_experts if whole else method.num_experts
+    row["per token"] = work.editor.own_routing.num_experts_per_tok if whole else method.experts_per_token(work.editor)
+    row |= {"search": _shown(work, choice.search), "select": _shown(work, choice.select)}
+    row |= {quantity: _mean(work, each.values, quantity) for quantity in _QUANTITIES}
+    for task in work.datamodule.evaluate:
+        row |= {f"{task}/{quantity}": each.values.get(f"val/{task}/{quantity}") for quantity in _QUANTITIES}
+    row["expert parameters"] = row["experts"] * sum(work.space.expert_parameters)
+    row |= {"parameters": each.parameters, "bytes": each.parameters * work.space.bytes_per_parameter}
+    row["tokens per second"] = round(each.tokens_per_second)
+    return row
+
+
+def _random_row(work: ExpertWork, draws: Sequence[Choice]) -> dict[str, Any]:
+    """Means over random choices of experts, which are measured on the tasks of the search alone."""
+
+    def one(choice: Choice) -> dict[str, float]:
+        work.apply(choice.candidate)
+        data = work.task_data
+        return measured(work.evaluations, work.module, data, "report", data.num_samples)
+
+    found = in_turn(work.evaluations, [partial(one, choice) for choice in draws])
+    row: dict[str, Any] = {"model": RANDOM, "kind": RANDOM, "chosen": ""}
+    row |= {"search": _shown(work, fmean(choice.search for choice in draws))}
+    row |= {"select": _shown(work, fmean(choice.select for choice in draws))}
+    for quantity in _QUANTITIES:
+        values = [value for each in found if (value := _mean(work, each, quantity)) is not None]
+        row[quantity] = fmean(values) if values else None
+        row[f"{quantity} deviation"] = pstdev(values) if values else None
+    return row
+
+
+def _headline(work: ExpertWork, shown: Mapping[str, Reported], random: Mapping[str, Any] | None) -> dict[str, float]:
+    """Accuracy and log-likelihood before and after, and the best of each phase on the search draw."""
+    others = [kind for kind in shown if kind not in (FULL, PRUNED, MERGED)]
+    names = {"full": FULL, "eep_prune": PRUNED, "eep_merge": MERGED}
+    if others:
+        names["best_other"] = others[0]
+    found: dict[str, float | None] = {}
+    for quantity in _QUANTITIES:
+        for word, kind in names.items():
+            if kind in shown:
+                found[f"{quantity}_{word}"] = _mean(work, shown[kind].values, quantity)
+        if random is not None:
+            found[f"{quantity}_random"] = random.get(quantity)
+    for word, kind in (("prune", PRUNED), ("merge", MERGED)):
+        if ranked := work.ranked(kind):
+            found[f"search_best_{word}"] = _shown(work, float(ranked[0].score or 0.0))
+    found["share_of_expert_parameters"] = work.method.num_experts / work.editor.num_experts
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _refusal(work: ExpertWork, winner: Choice) -> str:
+    """Why the winner cannot be saved as a model; "" if it can."""
+    work.apply(winner.candidate)
+    try:
+        check_exportable(work.editor)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _pictures(work: ExpertWork, best: Mapping[str, Choice], shown: Mapping[str, Reported]) -> None:
+    figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
+    kinds = [kind for kind in (PRUNED, MERGED, *shown) if kind in shown and kind != FULL][:3]
+    kept = {}
+    for kind in dict.fromkeys(kinds):
+        maps = work.space.layer_maps(_candidate(best[kind]))
+        kept[best[kind].name] = [maps[layer].expert_map.abs().sum(dim=0).tolist() for layer in work.space.layers]
+    expert_heatmaps(kept, figures / "kept_experts.png", label="weight of each expert")
+    searched = best.get(PRUNED) or best[MERGED]
+    loads = {"all experts": work.load, searched.name: work.routing(_candidate(searched))}
+    shares = {
+        name: [(load[layer] / max(1, int(load[layer].sum()))).tolist() for layer in work.space.layers]
+        for name, load in loads.items()
+    }
+    expert_heatmaps(shares, figures / "routing_load.png", label="share of the routed tokens")
+    points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
+    search_curve(
+        points, figures / "search.png", ylabel=f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
+    )
+    errors = [(float(each.parameters), _mean(work, each.values, "accuracy")) for each in shown.values()]
+    known = [(cost, 1 - accuracy) for cost, accuracy in errors if accuracy is not None]
+    if known:
+        front = [p for p in known if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in known)]
+        pareto_picture(known, list(dict.fromkeys(front)), figures / "pareto.png", "parameters", "1 - accuracy")
+
+
+def _candidate(choice: Choice) -> ExpertMaps:
+    assert choice.candidate is not None
+    return choice.candidate
+
+
+def save_artifact(
+    work: ExpertWork,
+    winner: Choice,
+    best: Mapping[str, Choice],
+    rows: Sequence[Mapping[str, Any]],
+    whole: bool,
+    folder: Path,
+    module: Any,
+) -> None:
+    """The model with fewer experts as a folder of transformers, and beside it which they are.
+
+    Args:
+        whole: whether the model can be saved; else there are the maps alone.
+    """
+    work.apply(winner.candidate)
+    if whole:
+        save_edited(work.editor, folder)
+        if module.tokenizer is not None:
+            module.tokenizer.save_pretrained(str(folder))
+        io.atomic_write_text(folder / "README.md", _README)
+    work.apply(None)
+    searched = {kind: best[kind] for kind in (PRUNED, MERGED) if kind in best}
+    content = {
+        "kind": _KIND,
+        "version": _VERSION,
+        "num_experts": [work.editor.num_experts, work.method.num_experts],
+        "num_experts_per_tok": work.method.experts_per_token(work.editor),
+        "router_mapping": work.method.router_mapping,
+        "objective": work.method.objective,
+        "tasks": list(work.task_data.evaluate),
+        "chosen": winner.kind,
+        "candidates": {kind: asdict(_candidate(choice)) for kind, choice in searched.items()},
+        "kept_experts": {
+            kind: dict(zip(work.space.layers, _kept(work, _candidate(choice)), strict=True))
+            for kind, choice in searched.items()
+            if _candidate(choice).prunes
+        },
+        "scores": [dict(row) for row in rows],
+    }
+    io.atomic_write_json(folder / MAPS, content)
+
+
+def _kept(work: ExpertWork, candidate: ExpertMaps) -> list[list[int]]:
+    """The old numbers of the kept experts of each layer."""
+    maps = work.space.layer_maps(candidate)
+    return [maps[layer].expert_map.argmax(dim=1).tolist() for layer in work.space.layers]

@@ -1,0 +1,146 @@
+"""EEP: fewer experts for one task, chosen and merged by a search on the task's own metric.
+
+Liu et al. 2024, "Efficient Expert Pruning for Sparse Mixture-of-Experts Language Models" (arXiv:2407.00945): evolve
+which experts each layer keeps, then matrices that merge them, by inference only. Added here: the search begins with
+every usual baseline, scores by the log-likelihood of the right answers, never measures a candidate twice, and what is
+chosen is chosen, and reported, on questions that the search has not seen, beside the tasks it was not made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from genlight.callbacks.timing import print_line
+from genlight.errors import UserError, in_config
+from genlight.experts.baselines import BASELINES
+from genlight.experts.families import check_count
+from genlight.experts.prefix_cache import PrefixCache
+from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.expert_report import expert_result
+from genlight.loops.expert_work import ExpertWork
+from genlight.loops.result import MethodResult
+from genlight.loops.search import SearchSettings
+from genlight.reports.cost import CostEstimate
+from genlight.search.protocols import ReadableExperts, require_capability
+from genlight.search.spaces.expert_maps import ExpertMapSpace
+
+
+class ExpertSearch:
+    """The method `eep`: a mixture of experts with fewer of them, for some of the tasks it can do.
+
+    Args:
+        search: how candidates are chosen and how many are measured.
+        num_experts: experts that each layer keeps.
+        num_experts_per_tok: of them for each token; None: as the model has, at most `num_experts`.
+        tasks: names of the tasks to search for; None: all that the data measures. The report is on all of these.
+        objective: name of a metric that validate logs, such as "val/log_likelihood".
+        mode: "max", or "min" for a metric where less is better.
+        groups: of layers with the same maps, evenly by depth; None: each layer has its own.
+        router_mapping: "logits": what is merged can be saved; "post_softmax": mix probabilities, as published.
+        baselines: what is compared with, and begins a warm search; names of `genlight.experts.baselines`.
+        random_draws: random choices of experts that are measured beside them.
+        calibration: questions of the search draw from which baselines know the experts.
+        max_subsets: most sets that NAEE tries a layer.
+        select: questions for choosing among the best, which the search has not seen.
+        cache_bytes: for hidden states kept between candidates, on the device; 0: none. Scores are the same.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    predicts_cost = True
+
+    def __init__(
+        self,
+        search: SearchSettings,
+        num_experts: int,
+        num_experts_per_tok: int | None = None,
+        tasks: Sequence[str] | None = None,
+        objective: str = "val/log_likelihood",
+        mode: Literal["min", "max"] = "max",
+        groups: int | None = None,
+        router_mapping: Literal["logits", "post_softmax"] = "logits",
+        baselines: Sequence[str] = BASELINES[1:],
+        random_draws: int = 10,
+        calibration: int = 512,
+        max_subsets: int = 2000,
+        select: int = 512,
+        cache_bytes: int = 0,
+    ) -> None:
+        if not isinstance(search, SearchSettings):
+            raise ValueError("method=eep searches: choose how by search=eep (or eep_paper, evolution, random)")
+        if mode not in ("min", "max") or router_mapping not in ("logits", "post_softmax"):
+            raise ValueError(
+                f"method.mode = {mode!r} must be min or max, and method.router_mapping = {router_mapping!r} logits or "
+                "post_softmax"
+            )
+        if unknown := sorted(set(baselines) - set(BASELINES[1:])):
+            raise ValueError(f"method.baselines: {', '.join(unknown)} unknown; known are {', '.join(BASELINES[1:])}")
+        counts = {"num_experts": num_experts, "calibration": calibration, "select": select, "max_subsets": max_subsets}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"method.{name} = {value!r} must be 1 or more")
+        if min(random_draws, cache_bytes) < 0 or (num_experts_per_tok is not None and num_experts_per_tok < 1):
+            raise ValueError(
+                f"method.random_draws = {random_draws!r} and method.cache_bytes = {cache_bytes!r} must not be "
+                f"negative, and method.num_experts_per_tok = {num_experts_per_tok!r} 1 or more"
+            )
+        self.settings, self.objective, self.mode, self.router_mapping = search, objective, mode, router_mapping
+        self.num_experts, self.num_experts_per_tok, self.groups = num_experts, num_experts_per_tok, groups
+        self.tasks, self.baselines, self.random_draws = tasks, tuple(baselines), random_draws
+        self.calibration, self.max_subsets, self.select = calibration, max_subsets, select
+        self.cache_bytes = cache_bytes
+
+    def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
+        """Measure the whole model and every baseline, search, choose, and report on questions that nothing chose by.
+
+        Raises:
+            UserError: a model without experts, a task or metric that is not there, a number of experts that cannot
+                route, weights that are sharded.
+        """
+        work, own = self._work(trainer, module, datamodule)
+        predicted = work.predicted()
+        if trainer.is_global_zero:
+            print_line(predicted.line())
+        return expert_result(work, own, predicted)
+
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
+        """Calibrate, measure three candidates, and multiply."""
+        return self._work(trainer, module, datamodule)[0].predicted()
+
+    def _work(self, trainer: Any, module: Any, datamodule: Any) -> tuple[ExpertWork, dict[str, float]]:
+        require_capability(module, ReadableExperts, ExpertMapSpace, ("module=causal_lm",))
+        evaluations = CandidateTrainer(trainer)
+        if evaluations.sharded:
+            raise UserError("method=eep edits whole experts: use strategy=auto or strategy=ddp")
+        editor, names = module.expert_editor(), list(self.tasks or datamodule.evaluate)
+        if unknown := sorted(set(names) - set(datamodule.evaluate)):
+            raise UserError(
+                f"method.tasks names {', '.join(unknown)}; data measures {', '.join(datamodule.evaluate) or 'none'}"
+            )
+        editor.restore()
+        editor.router_mapping = self.router_mapping
+        with in_config("method"):
+            if self.num_experts > editor.num_experts:
+                raise ValueError(f"num_experts = {self.num_experts} must be at most {editor.num_experts}, the model's")
+            editor.route(num_experts_per_tok=self.experts_per_token(editor))
+            check_count(self.num_experts, editor.routing, editor.family)
+            editor.restore()
+            if self.groups is not None and not 1 <= self.groups <= len(editor.layers):
+                raise ValueError(
+                    f"groups = {self.groups} must lie in 1 .. {len(editor.layers)}, the layers with experts"
+                )
+            cache = PrefixCache(editor, self.cache_bytes) if self.cache_bytes else None
+        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        own = {name: float(value) for name, value in logged[0].items()}
+        if self.objective not in own:
+            raise UserError(
+                f"method.objective={self.objective}: validate does not log it; choose one of {', '.join(own)}"
+            )
+        return ExpertWork(self, evaluations, module, datamodule, datamodule.measuring(names), cache), own
+
+    def experts_per_token(self, editor: Any) -> int:
+        """k of candidates: what was asked for, else the model's own, at most the experts that are left."""
+        own = int(editor.own_routing.num_experts_per_tok)
+        return self.num_experts_per_tok or min(own, self.num_experts)

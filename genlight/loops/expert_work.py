@@ -1,0 +1,329 @@
+"""The work of EEP: calibration, baselines, the search, and the choice among the best on questions of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from genlight.errors import in_config
+from genlight.experts.baselines import baseline
+from genlight.experts.maps import LayerMaps
+from genlight.experts.prefix_cache import PrefixCache
+from genlight.experts.statistics import RoutingStatistics, routing_load
+from genlight.loops.draw_metrics import DrawMetrics
+from genlight.loops.evaluation import CandidateTrainer, MetricObjective, drawing, in_turn, measured, whole_loader
+from genlight.loops.search import SearchRunner, SearchTask
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+from genlight.search.engine import SearchResult
+from genlight.search.evaluation import one_by_one
+from genlight.search.protocols import Evaluation
+from genlight.search.records import Problem, Record
+from genlight.search.spaces.expert_maps import ExpertMaps, ExpertMapSpace
+
+if TYPE_CHECKING:
+    from genlight.loops.expert_search import ExpertSearch
+
+FULL, RANDOM, PRUNED, MERGED = "full", "random", "EEP prune", "EEP merge"
+_MEASURED = 3
+# batches behind the tokens per second, and how often they run
+_TIMED_BATCHES, _REPEATS = 4, 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One model that was measured.
+
+    Attributes:
+        name: e.g. "reap", "EEP prune 137".
+        kind: "full", the baseline, "random", "EEP prune" or "EEP merge".
+        candidate: its experts; None: all of them.
+        search, select: scores on these draws, lower is better.
+    """
+
+    name: str
+    kind: str
+    candidate: ExpertMaps | None
+    search: float
+    select: float = float("nan")
+
+
+@dataclass(frozen=True)
+class ExpertObjective:
+    """Scores candidates by the metric of a draw.
+
+    Attributes:
+        metric: of the module as it is.
+        space: applies candidates.
+        cache: of hidden states; None: none. Not for answers that are generated.
+        writes: let the model write answers, which nothing but their exact match needs.
+    """
+
+    metric: MetricObjective
+    space: ExpertMapSpace
+    cache: PrefixCache | None = None
+    writes: bool = True
+
+    def evaluate(self, candidate: ExpertMaps | None, fidelity: int) -> Evaluation:
+        """The metric over `fidelity` questions, negated where more is better; of the whole model for None."""
+        module = self.metric.module
+        if candidate is None:
+            self.space.restore(module)
+        else:
+            self.space.apply(module, candidate)
+        cache = nullcontext() if self.cache is None or self.writes else self.cache.running()
+        with _writing(module, self.writes), cache:
+            return self.metric.evaluate_applied(fidelity)
+
+
+@dataclass
+class ExpertWork:
+    """Everything that the steps of the method share.
+
+    Attributes:
+        method: the settings.
+        evaluations, module, datamodule: of the run.
+        task_data: the same data with the tasks of the search alone.
+        cache: of hidden states.
+        load: tokens that the whole model routes to each expert in calibration, int64 [E] by layer.
+    """
+
+    method: ExpertSearch
+    evaluations: CandidateTrainer
+    module: Any
+    datamodule: Any
+    task_data: Any
+    cache: PrefixCache | None = None
+    load: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def editor(self) -> Any:
+        """Of the module's experts."""
+        return self.module.expert_editor()
+
+    @cached_property
+    def runner(self) -> SearchRunner:
+        """Runs the search in the run folder."""
+        return SearchRunner(self.evaluations, self.method.settings)
+
+    @cached_property
+    def baseline_maps(self) -> dict[str, dict[str, LayerMaps]]:
+        """Edits of all layers by name of the baseline, the same on all processes: one pass over calibration data."""
+        maps: dict[str, dict[str, LayerMaps]]
+        maps, self.load = self.evaluations.agreed(self.evaluations.inside(self.module, self._calibrated))
+        return maps
+
+    def _calibrated(self) -> tuple[dict[str, dict[str, LayerMaps]], dict[str, torch.Tensor]]:
+        method, editor, seed = self.method, self.editor, self.method.settings.seed
+        editor.restore()
+        with RoutingStatistics(editor, seed=seed) as collecting:
+            self.run_batches("search", method.calibration)
+        statistics = collecting.results()
+        editor.route(num_experts_per_tok=method.experts_per_token(editor))
+        make = partial(baseline, editor=editor, statistics=statistics, num_experts=method.num_experts)
+        found = {name: make(name, seed=seed, max_subsets=method.max_subsets) for name in method.baselines}
+        for number in range(method.random_draws):
+            found[f"{RANDOM} {number}"] = make(RANDOM, seed=seed + number)
+        editor.restore()
+        return found, {name: one.frequency for name, one in statistics.items()}
+
+    def run_batches(self, draw: str, count: int, batches: int | None = None) -> int:
+        """Score the questions of a draw with the module as it is; how many tokens that were. To be called `inside`."""
+        tokens = 0
+        with drawing(self.task_data, draw, count):
+            for number, batch in enumerate(whole_loader(self.task_data)):
+                if number == batches:
+                    break
+                self.module.log_likelihoods(move_data_to_device(batch, self.module.device))
+                tokens += int(batch["attention_mask"].sum())
+        return tokens
+
+    @cached_property
+    def space(self) -> ExpertMapSpace:
+        """The space of the model's experts."""
+        method, editor = self.method, self.editor
+        orders = {
+            name: {layer: one.neuron_orders for layer, one in maps.items() if one.neuron_orders is not None}
+            for name, maps in self.baseline_maps.items()
+        }
+        sizes = []
+        for layer in editor.layers.values():
+            tensors = [*layer.weights().values(), *layer.router_rows().values()]
+            sizes.append(sum(tensor[0].numel() for tensor in tensors if isinstance(tensor, torch.nn.Parameter)))
+        with in_config("method"):
+            return ExpertMapSpace(
+                tuple(editor.layers),
+                editor.num_experts,
+                method.num_experts,
+                method.groups,
+                method.experts_per_token(editor),
+                editor.own_routing.n_group,
+                sizes,
+                next(iter(self.module.network.parameters())).element_size(),
+                neuron_orders={name: each for name, each in orders.items() if each},
+                router_mapping=method.router_mapping,
+            )
+
+    @cached_property
+    def baselines(self) -> dict[str, ExpertMaps]:
+        """Every baseline as a candidate, by name."""
+        known = self.space.neuron_orders
+        return {
+            name: self.space.candidate_of(maps, name if name in known else "")
+            for name, maps in self.baseline_maps.items()
+        }
+
+    @cached_property
+    def draws(self) -> DrawMetrics:
+        """The metric on the questions of each draw."""
+        method = self.method
+        return DrawMetrics(
+            self.evaluations, self.module, self.task_data, method.objective, method.mode, self.runner.folder
+        )
+
+    def objective(self, draw: str) -> ExpertObjective:
+        """Scores candidates on a draw."""
+        kinds = {self.task_data.tasks[name].kind for name in self.task_data.evaluate}
+        writes = "generation" in kinds and not self.method.objective.endswith("log_likelihood")
+        return ExpertObjective(self.draws.objective(self.space, draw), self.space, self.cache, writes)
+
+    @cached_property
+    def task(self) -> SearchTask:
+        """The search."""
+        settings = self.method.settings
+        planner: Any = settings.strategy
+        initial = list(self.baselines.values())
+        with in_config("search"):
+            plan = planner.plan(self.space, settings.budget, initial)
+        problem = Problem(self.space, settings.seed, settings.fidelity)
+        evaluator = one_by_one(self.objective("search"), settings.time_limit_s)
+        depends = {
+            **self.draws.describe(),
+            "tasks": ", ".join(self.task_data.evaluate),
+            "weights": self.evaluations.fingerprint(self.module),
+        }
+        return SearchTask("experts", problem, plan, evaluator, depends)
+
+    @cached_property
+    def result(self) -> SearchResult[ExpertMaps]:
+        """The search, from where it stopped."""
+        return self.runner.run(self.task)
+
+    def choices(self) -> list[Choice]:
+        """The whole model, every baseline and the finalists of both phases, with scores on both draws."""
+        found = [Choice(FULL, FULL, None, float("nan"))]
+        for name, candidate in self.baselines.items():
+            found.append(Choice(name, RANDOM if name.startswith(RANDOM) else name, candidate, float("nan")))
+        found += [*self.finalists(PRUNED), *self.finalists(MERGED)]
+        records = {record.key: record.score for record in self.result.records if record.score is not None}
+        known = {key: float(score) for key, score in records.items()}
+        settings = self.method.settings
+        missing = {self._key(c): c.candidate for c in found if self._key(c) not in known}
+        known |= dict(zip(missing, self.judge(list(missing.values()), "search", settings.fidelity), strict=True))
+        distinct = {self._key(c): c.candidate for c in found}
+        select = dict(zip(distinct, self.judge(list(distinct.values()), "select", self.method.select), strict=True))
+        return [Choice(c.name, c.kind, c.candidate, known[self._key(c)], select[self._key(c)]) for c in found]
+
+    def _key(self, choice: Choice) -> str:
+        return FULL if choice.candidate is None else self.space.key(choice.candidate)
+
+    def ranked(self, kind: str) -> list[Record[ExpertMaps]]:
+        """What the search measured of one phase, best first, the baselines that it began with among it."""
+        own = [r for r in self.result.records if r.score is not None and r.fidelity == self.method.settings.fidelity]
+        kept = [record for record in own if record.candidate.prunes is (kind == PRUNED)]
+        return sorted(kept, key=lambda record: record.rank)
+
+    def finalists(self, kind: str) -> list[Choice]:
+        """The best of a phase by the search draw."""
+        names = {self.space.key(candidate): name for name, candidate in reversed(self.baselines.items())}
+        return [
+            Choice(f"{kind} {names.get(r.key, r.index)}", kind, r.candidate, float(r.score or 0.0))
+            for r in self.ranked(kind)[: self.method.settings.finalists]
+        ]
+
+    def judge(self, candidates: Sequence[ExpertMaps | None], draw: str, count: int) -> list[float]:
+        """Scores on a draw, lower is better; infinite where a measurement fails."""
+        objective = self.objective(draw)
+
+        def one(candidate: ExpertMaps | None) -> float:
+            try:
+                return objective.evaluate(candidate, count).score
+            except (ValueError, FloatingPointError, RuntimeError):
+                return float("inf")
+
+        pieces: list[Callable[[], float]] = [partial(one, each) for each in candidates]
+        return in_turn(self.evaluations, pieces)
+
+    def report(self, candidate: ExpertMaps | None) -> dict[str, float]:
+        """Every metric of all tasks on the report draw."""
+        self.apply(candidate)
+        return measured(self.evaluations, self.module, self.datamodule, "report", self.datamodule.num_samples)
+
+    def apply(self, candidate: ExpertMaps | None) -> None:
+        """Edit the module; None gives it its own experts back."""
+        if candidate is None:
+            self.space.restore(self.module)
+        else:
+            self.space.apply(self.module, candidate)
+
+    def parameters(self, candidate: ExpertMaps | None) -> int:
+        """Parameters of the whole model once it is saved."""
+        self.apply(candidate)
+        return int(self.editor.num_parameters())
+
+    def tokens_per_second(self, candidate: ExpertMaps | None) -> float:
+        """Tokens that scoring goes through in a second, the best of a few times; of the edited model, not the saved."""
+
+        def timed() -> float:
+            seconds, tokens = [], 0
+            for _ in range(_REPEATS + 1):
+                begun = time.perf_counter()
+                tokens = self.run_batches("report", self.task_data.num_samples, _TIMED_BATCHES)
+                if self.module.device.type == "cuda":
+                    torch.cuda.synchronize(self.module.device)
+                seconds.append(time.perf_counter() - begun)
+            return tokens / min(seconds[1:])
+
+        self.apply(candidate)
+        return self.evaluations.inside(self.module, timed)
+
+    def routing(self, candidate: ExpertMaps) -> dict[str, torch.Tensor]:
+        """Tokens that each expert gets in the edited model, on the calibration questions, int64 [E] by layer."""
+        self.apply(candidate)
+        run = partial(self.run_batches, "search", self.method.calibration)
+        return self.evaluations.inside(self.module, partial(routing_load, self.editor, run))
+
+    def predicted(self) -> CostEstimate:
+        """Time of the whole method from a few candidates that are measured."""
+        method, settings = self.method, self.method.settings
+        objective, seconds = self.objective("search"), []
+        for candidate in [None, *self.baselines.values()][: _MEASURED + 1]:
+            begun = time.monotonic()
+            objective.evaluate(candidate, settings.fidelity)
+            seconds.append((time.monotonic() - begun) / self.evaluations.shares)
+        per_candidate = tuple(seconds[1:] or seconds)
+        share = method.select / settings.fidelity
+        chosen = len(self.baselines) + 2 * settings.finalists + 1
+        phases = [
+            Phase("candidates", per_candidate, self.task.plan.budget.evaluations),
+            Phase("choice", tuple(value * share for value in per_candidate), chosen),
+        ]
+        size = self.parameters(None) * self.space.bytes_per_parameter
+        return estimate(phases, [PlannedFile("artifact", size)], self.evaluations.trainer.default_root_dir)
+
+
+@contextmanager
+def _writing(module: Any, writes: bool) -> Iterator[None]:
+    """Whether the model writes answers, for a while."""
+    before = module.generate
+    module.generate = before and writes
+    try:
+        yield
+    finally:
+        module.generate = before

@@ -1,0 +1,163 @@
+"""ViDiT-Q: a generator's network in few bits, after one calibration and without training.
+
+Zhao et al. 2025, "ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers" (arXiv:2406.02540): weights
+per output channel, inputs per token as they come, a static scale and a rotation that balance the input, and bits chosen
+layer by layer by what each layer controls. Added here: GPTQ rounding, α searched for each input, allocation by integer
+programming, all rivals in the same table, and true numbers of bits and bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from genlight.callbacks.timing import print_line
+from genlight.loops.quantization_report import quantization_result, variants_of
+from genlight.loops.quantization_sensitivity import WAYS
+from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
+from genlight.loops.quantization_work import QuantizationWork, checked_work
+from genlight.loops.result import MethodResult
+from genlight.quantization.accounting import tensor_bytes
+from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.recipe import BalanceKind, BalanceSettings
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+
+
+@dataclass(frozen=True)
+class QuantizationCalibration:
+    """The method `viditq`: the module's network with quantized linear and convolution layers.
+
+    Attributes:
+        weight_bits, activation_bits: 2 to 8, or 16 for floating point.
+        weight_symmetric, activation_symmetric: whether zero has code 0.
+        weight_group_size: inputs that share a scale; None: all inputs of an output channel.
+        rounding: of weights: "nearest", or "gptq".
+        clip: range of weights that is kept: "none" clips nothing; "mse", "hessian".
+        balance: of inputs: "none", "scale", "rotation" or "static_dynamic", which is both.
+        alpha: exponent of the input in the scale; None: searched on `alpha_grid`, for each input.
+        alpha_grid: what is tried.
+        reduce: steps of the calibration that the scale is for: "max", "first", "mean".
+        hadamard: "block" or "full".
+        rank: of a branch that stays in floating point; 0: none.
+        keep: pattern of layers that are left in floating point.
+        groups: of the other layers, by pattern; the first that matches decides.
+        mixed: bits of weights chosen layer by layer; None: `weight_bits` for all.
+        samples: of the search draw, on which inputs are observed.
+        trajectory: samples of the report draw on which predictions and images are compared with full precision.
+        rivals: also measure what ViDiT-Q is compared with.
+        statistics: a calibration.safetensors of the same network to use; None: calibrate.
+        dequantized: also write the network in floating point, for programs that know no quantized one.
+        seed: of rotations and of the rows that are kept.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_symmetric: bool = False
+    activation_symmetric: bool = True
+    weight_group_size: int | None = None
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    clip: Literal["none", "mse", "hessian"] = "none"
+    balance: BalanceKind = "static_dynamic"
+    alpha: float | None = None
+    alpha_grid: Sequence[float] = (0.01, 0.1, 0.2, 0.3, 0.5, 0.7)
+    reduce: Literal["max", "first", "mean"] = "max"
+    hadamard: Literal["block", "full"] = "block"
+    rank: int = 0
+    keep: str = KEPT
+    groups: Sequence[GroupSettings] = field(default_factory=lambda: (GroupSettings(),))
+    mixed: MixedBits | None = None
+    samples: int = 64
+    trajectory: int = 32
+    rivals: bool = True
+    statistics: str | None = None
+    dequantized: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.trajectory < 1 or self.rank < 0:
+            raise ValueError(
+                f"samples = {self.samples} and trajectory = {self.trajectory} must be 1 or more, rank = {self.rank} "
+                "not negative"
+            )
+        self.form  # noqa: B018 - its parts check themselves
+        self.balancing  # noqa: B018
+
+    @property
+    def predicts_cost(self) -> bool:
+        """That `run` says beforehand what all of it will cost."""
+        return True
+
+    @cached_property
+    def form(self) -> LayerFormat:
+        """What layers are quantized to."""
+        group = self.weight_group_size
+        weight = WeightFormat(
+            self.weight_bits, self.weight_symmetric, "channel" if group is None else "group", group,
+            self.rounding, self.clip,
+        )  # fmt: skip
+        return LayerFormat(weight, ActivationFormat(self.activation_bits, self.activation_symmetric))
+
+    @cached_property
+    def balancing(self) -> BalanceSettings:
+        """How inputs are balanced."""
+        grid = tuple(self.alpha_grid)
+        return BalanceSettings(self.balance, self.alpha, grid, self.reduce, self.hadamard, self.seed)
+
+    def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
+        """Measure full precision, calibrate, quantize, and report beside all rivals on the report draw.
+
+        Raises:
+            UserError: patterns that match nothing, a calibration of another network, a budget that cannot be kept, a
+                module without a network to quantize, or several processes.
+        """
+        work = checked_work(self, trainer, module, datamodule)
+        begun = time.monotonic()
+        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        own = {name: float(value) for name, value in logged[0].items()}
+        predicted = quantization_cost(work, time.monotonic() - begun)
+        print_line(predicted.line())
+        return quantization_result(work, own, predicted)
+
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
+        """Measure one batch and one trajectory, and multiply."""
+        work = checked_work(self, trainer, module, datamodule)
+        trainer.limit_val_batches = 1
+        begun = time.monotonic()
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        trainer.limit_val_batches = 1.0
+        batches = -(-int(datamodule.num_samples) // int(datamodule.eval_batch_size))
+        return quantization_cost(work, (time.monotonic() - begun) * batches)
+
+
+def quantization_cost(work: QuantizationWork, validation_seconds: float) -> CostEstimate:
+    """What all of it will cost.
+
+    Args:
+        work: of the run, with nothing quantized.
+        validation_seconds: of one validation in full precision.
+    """
+    method, mixed = work.method, work.method.mixed
+    work.reference("search", 1)
+    begun = time.monotonic()
+    reference = work.reference("select", mixed.samples if mixed is not None else 1)
+    sampled = time.monotonic() - begun
+    begun = time.monotonic()
+    work.noise(reference)
+    replayed = time.monotonic() - begun
+    per_sample = sampled / len(reference.noise)
+    count = 0 if mixed is None else len(work.forms) * len(mixed.choices)
+    again = sampled if {"psnr", "ssim"} & set(work.metrics.values()) else 0.0
+    variants = len(variants_of(method, {way: {} for way in WAYS} if mixed is not None else {}))
+    phases = [
+        Phase("calibration sample", (per_sample,), method.samples),
+        Phase("layer in few bits", (replayed + again,), count),
+        Phase("variant", (validation_seconds + 2 * per_sample * method.trajectory,), variants),
+    ]
+    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized)]
+    return estimate(phases, files, work.folder)

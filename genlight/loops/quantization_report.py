@@ -1,0 +1,213 @@
+"""What ViDiT-Q made of a network, beside full precision and all rivals, on noise that chose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from genlight import io
+from genlight.loops.quantization_sensitivity import (
+    WAYS,
+    Sensitivity,
+    allocated_bits,
+    measure_sensitivity,
+    proxy_correlation,
+)
+from genlight.loops.quantization_settings import network_of
+from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.loops.result import MethodResult
+from genlight.quantization.balance import balance_sample
+from genlight.quantization.convert import replace_layers
+from genlight.quantization.diffusers_format import marked_quantized
+from genlight.quantization.layers import QuantizedLayer
+from genlight.quantization.recipe import dequantized_layer
+from genlight.quantization.trajectory import decibels
+from genlight.reports.cost import CostEstimate
+from genlight.reports.quantization_figures import bits_by_layer, channel_ranges, sensitivity_map
+from genlight.reports.search_figures import sampler_comparison
+
+if TYPE_CHECKING:
+    from genlight.loops.quantization_calibrate import QuantizationCalibration
+
+FACTS = "quantization.json"
+DEQUANTIZED = "dequantized"
+_KIND, _VERSION = "quantization", 1
+FULL, UNIFORM = "full precision", "ViDiT-Q"
+DYNAMIC = "dynamic"
+_MOST_CHANNELS = 1024
+
+
+def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str, int]]) -> list[Variant]:
+    """Everything that is measured, in the order of the table.
+
+    Args:
+        method: the settings.
+        bits: of layers, by the way they were chosen; empty without mixed bits.
+    """
+    rivals = [
+        Variant("static", "none", "nearest", static=True),
+        Variant(DYNAMIC, "none", "nearest"),
+        Variant("scale (SmoothQuant)", "scale", "nearest"),
+        Variant("rotation (QuaRot)", "rotation", "nearest"),
+        Variant("static-dynamic", "static_dynamic", "nearest"),
+    ]
+    own = [Variant(UNIFORM, method.balance, method.rounding)]
+    own += [Variant(f"{UNIFORM} {way}", method.balance, method.rounding, bits=chosen) for way, chosen in bits.items()]
+    if not method.rivals:
+        return own[:2]
+    return [*rivals, *own]
+
+
+def quantization_result(work: QuantizationWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
+    """Table, metrics, pictures and artifact.
+
+    Args:
+        work: of the run, with nothing quantized.
+        own: what full precision reaches.
+        predicted: what all of it was to cost.
+    """
+    method = work.method
+    reference = work.reference("report", method.trajectory)
+    full: dict[str, Any] = {"variant": FULL, "sqnr": None, "psnr": None, "ssim": None}
+    full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
+    work.calibrated  # noqa: B018 - calibrates before anything is quantized
+    found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
+    bits = allocated_bits(work, method.mixed, found) if method.mixed is not None else {}
+    rows, images, layers = [full], {FULL: reference.images}, dict[str, QuantizedLayer]()
+    winner = f"{UNIFORM} {WAYS[0]}" if bits else UNIFORM
+    for variant in variants_of(method, bits):
+        made = work.layers(variant)
+        row, images[variant.name] = work.measure(made)
+        rows.append({"variant": variant.name, **row})
+        if variant.name == winner:
+            layers = made
+    chosen = next(row for row in rows if row["variant"] == winner)
+    _pictures(work, images, winner, layers, found)
+    # a model card is about its artifact, so the run's own metrics are those of the winner
+    headline = {name: chosen[name.removeprefix("val/")] for name in own}
+    headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
+    headline |= {f"{name}_viditq": chosen[name] for name in ("sqnr", "psnr", "ssim", "bits", "megabytes")}
+    headline |= proxy_correlation(work, found)
+    facts = _facts(work, layers, rows)
+    return MethodResult(
+        headline,
+        method="ViDiT-Q (post-training quantization)",
+        table=rows,
+        notes=_notes(work, winner, chosen, full),
+        predicted=predicted,
+        save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
+    )
+
+
+def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
+    method = work.method
+    kept = len([name for name in work.macs if name not in work.forms])
+    return [
+        f"the metrics of the run are those of {winner}, which is the artifact",
+        f"sqnr is of the network's predictions along {method.trajectory} trajectories of full precision of the report "
+        "draw, all steps and guidance branches; psnr and ssim are of images against those of full precision with the "
+        f"same noise. Every row with rounding to nearest but those of {UNIFORM}",
+        f"{winner}: {len(work.forms)} layers in {chosen['bits']:.3g} bits a weight and {method.activation_bits} an "
+        f"input, {kept} layers left in floating point; {chosen['megabytes']:.3g} of {full['megabytes']:.3g} MB in "
+        "memory",
+        "calibrated on the search draw, bits chosen on the select draw; without a GPU kernel for these widths "
+        "quantized layers save memory, not time",
+    ]
+
+
+def _facts(
+    work: QuantizationWork, layers: Mapping[str, QuantizedLayer], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How it was quantized and what came of it, as JSON."""
+    method = work.method
+    alphas: dict[str, float | None] = {}
+    for index, names in enumerate(work.calibrated.groups):
+        lowest = min((layers[name].form for name in names), key=lambda form: form.weight.bits)
+        alphas |= dict.fromkeys(names, work.balance(index, lowest, method.balance).alpha)
+    weights = {name: work.calibrated.layers[name].weight.numel() for name in layers}
+    total = sum(weights[name] * layer.form.weight.bits for name, layer in layers.items())
+    return {
+        "kind": _KIND,
+        "version": _VERSION,
+        "average_weight_bits": total / sum(weights.values()),
+        "activation_bits": method.activation_bits,
+        "rounding": method.rounding,
+        "balance": asdict(method.balancing),
+        "rank": method.rank,
+        "seeds": {"rotation": method.seed, "data": int(getattr(work.datamodule, "seed", 0))},
+        "calibration": {**work.fingerprint, "samples": method.samples},
+        "layers": {
+            name: {"weight_bits": layer.form.weight.bits, "alpha": alphas[name]} for name, layer in layers.items()
+        },
+        "scores": [dict(row) for row in rows],
+    }
+
+
+def _pictures(
+    work: QuantizationWork,
+    images: Mapping[str, Tensor],
+    winner: str,
+    layers: Mapping[str, QuantizedLayer],
+    found: Sequence[Sensitivity],
+) -> None:
+    figures = work.folder / "figures"
+    shown = [name for name in (FULL, DYNAMIC, winner) if name in images]
+    sampler_comparison({name: images[name] for name in shown}, figures / "comparison.png")
+    bits_by_layer({name: layer.form.weight.bits for name, layer in layers.items()}, figures / "bits.png")
+    if found:
+        by_layer: dict[str, dict[int, float]] = {}
+        for entry in found:
+            by_layer.setdefault(entry.layer, {})[entry.bits] = decibels(entry.noise)
+        sensitivity_map(by_layer, figures / "sensitivity.png")
+    name, before, after = _widest(work, layers)
+    channel_ranges(before, after, figures / "ranges.png", title=name)
+
+
+def _widest(work: QuantizationWork, layers: Mapping[str, QuantizedLayer]) -> tuple[str, list[float], list[float]]:
+    """The layer with the most uneven input, and the largest magnitude of each channel before and after its balance."""
+
+    def unevenness(absmax: Tensor) -> float:
+        return float(absmax.max() / absmax.mean().clamp(min=1e-30))
+
+    samples = {}
+    for names in work.calibrated.groups:
+        sample = work.calibrated.statistics[names[0]].sample
+        assert sample is not None
+        samples[names[0]] = sample
+    name = max(samples, key=lambda name: unevenness(samples[name].abs().amax(0)))
+    after = balance_sample(samples[name], layers[name].balance)
+    columns = [values.abs().amax(0)[:_MOST_CHANNELS].tolist() for values in (samples[name], after)]
+    return name, columns[0], columns[1]
+
+
+def save_artifact(
+    work: QuantizationWork, layers: Mapping[str, QuantizedLayer], facts: Mapping[str, Any], folder: Path, module: Any
+) -> None:
+    """The module with quantized layers, what was done to it, and if asked for the same in floating point."""
+    network = network_of(module)
+    plain = {name: network.get_submodule(name) for name in layers}
+    settings = {key: value for key, value in facts.items() if key not in ("kind", "version", "scores", "layers")}
+    try:
+        replace_layers(network, layers)
+        with marked_quantized(network, settings):
+            module.save_pretrained(folder)
+        _write_readme(folder)
+        if work.method.dequantized:
+            rounded = {name: dequantized_layer(plain[name], layer) for name, layer in layers.items()}
+            replace_layers(network, rounded)
+            module.save_pretrained(folder / DEQUANTIZED)
+    finally:
+        replace_layers(network, plain)
+    io.atomic_write_json(folder / FACTS, facts)
+
+
+def _write_readme(folder: Path) -> None:
+    """How to load: genlight must be imported, which the writer of the folder does not know."""
+    readme, line = folder / "README.md", "from diffusers import DiffusionPipeline\n"
+    example = f'# Load\n\n```python\n{line}\npipeline = DiffusionPipeline.from_pretrained(".")\n```\n'
+    text = readme.read_text("utf-8") if readme.is_file() else example
+    io.atomic_write_text(readme, text.replace(line, f"import genlight  # knows how quantized layers are read\n{line}"))

@@ -1,0 +1,311 @@
+"""The work of a calibration: what is known of the network, variants of it in few bits, and how good each is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from genlight.errors import UserError, in_config
+from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
+from genlight.loops.quantization_settings import formats_by_layer, network_of
+from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
+from genlight.quantization.accounting import count_macs, model_cost
+from genlight.quantization.calls import sampling_calls
+from genlight.quantization.context import SamplingContext
+from genlight.quantization.convert import replace_layers
+from genlight.quantization.formats import ActivationFormat, LayerFormat
+from genlight.quantization.layers import QuantizedLayer
+from genlight.quantization.observers import layers_by_input
+from genlight.quantization.recipe import (
+    BalancedInput,
+    BalanceKind,
+    CalibratedNetwork,
+    balanced_input,
+    quantized_layer,
+    with_bits,
+)
+from genlight.quantization.statistics import StatisticsSettings
+from genlight.quantization.trajectory import NetworkCall, decibels, noise_to_signal, recorded_calls, replay
+
+if TYPE_CHECKING:
+    from genlight.loops.quantization_calibrate import QuantizationCalibration
+
+CALIBRATION = "calibration.safetensors"
+SAMPLE_ROWS = 512
+# images below this side get a smaller window of SSIM, as the usual one is as wide as they are
+_SMALL_IMAGE = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize the network.
+
+    Attributes:
+        name: in the table.
+        balance: of the inputs.
+        rounding: of the weights.
+        static: one calibrated range for each input, instead of one for each token as it comes.
+        bits: of weights, by layer; layers that are not named have those of the settings.
+    """
+
+    name: str
+    balance: BalanceKind
+    rounding: str
+    static: bool = False
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What full precision makes of some noise: the calls of the network on the way, and images [N, C, H, W]."""
+
+    noise: Tensor
+    label: Tensor | None
+    calls: list[NetworkCall]
+    images: Tensor
+
+
+@dataclass
+class QuantizationWork:
+    """Everything that the steps of the method share.
+
+    Attributes:
+        method: the settings.
+        evaluations, module, datamodule: of the run.
+    """
+
+    method: QuantizationCalibration
+    evaluations: CandidateTrainer
+    module: Any
+    datamodule: Any
+    _references: dict[str, Reference] = field(default_factory=dict, init=False, repr=False)
+    _balances: dict[tuple[Any, ...], BalancedInput] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def network(self) -> Any:
+        """The network that is quantized."""
+        return network_of(self.module)
+
+    @cached_property
+    def _chosen(self) -> tuple[dict[str, LayerFormat], dict[str, str]]:
+        return formats_by_layer(self.network, self.method.form, self.method.keep, self.method.groups)
+
+    @property
+    def forms(self) -> dict[str, LayerFormat]:
+        """What each layer becomes, by name."""
+        return self._chosen[0]
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What chooses each layer's bits, by name."""
+        return self._chosen[1]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.evaluations.trainer.default_root_dir)
+
+    @cached_property
+    def contexts(self) -> tuple[SamplingContext, ...]:
+        """The place of each call of the network in one sampling."""
+        noise, label = self._noise("search", 1)
+        with in_config("method"):
+            found: tuple[SamplingContext, ...] = self.inside(
+                lambda: sampling_calls(self.network, lambda: self.module.sample_latents(*self._placed(noise, label)))
+            )
+        return found
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What all numbers depend on: model, data, sampler."""
+        data = hashlib.sha256(str(self.datamodule.fingerprint).encode()).hexdigest()[:16]
+        sampler = type(self.module.build_scheduler()).__name__
+        return {
+            "model": self.evaluations.fingerprint(self.module)[:16],
+            "data": data,
+            "sampler": f"{sampler}, {len(self.contexts)} calls, guidance {self.module.guidance_scale}",
+        }
+
+    @cached_property
+    def calibrated(self) -> CalibratedNetwork:
+        """The layers with the statistics of their inputs; runs the calibration."""
+        method, names = self.method, list(self.forms)
+        call = self.reference("search", 1).calls[0]
+        with in_config("method.keep"):
+            groups = self.inside(lambda: layers_by_input(self.network, names, lambda: replay(self.network, call)))
+        branches = {branch for context in self.contexts for branch in context.branches}
+        settings = StatisticsSettings(
+            branches=len(branches),
+            steps=self.contexts[0].num_steps,
+            hessian=torch.float32 if method.form.weight.needs_hessian else None,
+            sample_rows=SAMPLE_ROWS,
+            seed=method.seed,
+        )
+        observed, size = [group[0] for group in groups], int(self.datamodule.eval_batch_size)
+        described = {**self.fingerprint, "samples": f"{method.samples} in batches of {size}", "kept": str(settings)}
+        fingerprint = json.dumps({**described, "layers": _digest(observed)}, sort_keys=True)
+        if method.statistics is not None:
+            batches = -(-method.samples // size)
+            statistics = read_statistics(Path(method.statistics), self.network, fingerprint, batches)
+        else:
+            statistics = calibrated_statistics(
+                self.evaluations, self.module, self.datamodule, self.network, self.contexts,
+                observed, settings, method.samples, self.folder / CALIBRATION, fingerprint,
+            )  # fmt: skip
+        layers = {name: self.network.get_submodule(name) for name in names}
+        return CalibratedNetwork(layers, tuple(groups), statistics)
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiplications of each layer for one sample, in one call of the network."""
+        call = self.reference("search", 1).calls[0]
+        found: dict[str, int] = self.inside(lambda: count_macs(self.network, lambda: replay(self.network, call)))
+        return found
+
+    def inside(self, work: Callable[[], Any]) -> Any:
+        """`work` where the network is on its device, in the trainer's precision, without gradients."""
+        return self.evaluations.inside(self.module, work)
+
+    def reference(self, draw: str, count: int) -> Reference:
+        """What full precision makes of the first `count` noises of a draw; made once, before anything is quantized."""
+        key = f"{draw} {count}"
+        if key not in self._references:
+            noise, label = self._noise(draw, count)
+
+            def sample() -> tuple[list[NetworkCall], Tensor]:
+                with recorded_calls(self.network) as calls:
+                    images = self._images(noise, label)
+                return calls, images
+
+            self._references[key] = Reference(noise, label, *self.inside(sample))
+        return self._references[key]
+
+    def layers(self, variant: Variant) -> dict[str, QuantizedLayer]:
+        """The quantized layers of a variant, by name."""
+        return self.layers_of(variant, list(self.forms))
+
+    def layers_of(self, variant: Variant, chosen: Sequence[str]) -> dict[str, QuantizedLayer]:
+        """Some of the quantized layers of a variant."""
+        forms = {name: self._form(name, variant) for name in self.forms}
+        made: dict[str, QuantizedLayer] = {}
+        rank = self.method.rank if variant.rounding == self.method.rounding else 0
+        with in_config("method"):
+            for name in chosen:
+                group = self.calibrated.group_of(name)
+                # one balance for all that read the input: for the layer with the fewest bits
+                lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
+                balance = self.balance(group, lowest, variant.balance).balance
+                made[name] = quantized_layer(self.calibrated, name, forms[name], balance, rank)
+        return made
+
+    def balance(self, group: int, form: LayerFormat, kind: BalanceKind) -> BalancedInput:
+        """The balance of a group of layers for a format; found once."""
+        key = (group, form.weight.bits, form.activation, kind)
+        if key not in self._balances:
+            settings = replace(self.method.balancing, kind=kind)
+            self._balances[key] = balanced_input(self.calibrated, group, form, settings)
+        return self._balances[key]
+
+    @contextmanager
+    def replaced(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """The network has these layers in the block, and its own again afterwards."""
+        replace_layers(self.network, layers)
+        try:
+            yield
+        finally:
+            replace_layers(self.network, {name: self.calibrated.layers[name] for name in layers})
+
+    def noise(self, reference: Reference) -> float:
+        """Noise-to-signal ratio of the network, as it is, along a trajectory of full precision."""
+        return float(self.inside(lambda: noise_to_signal(self.network, reference.calls)))
+
+    def images(self, reference: Reference) -> Tensor:
+        """What the network, as it is, makes of the noise of a reference."""
+        found: Tensor = self.inside(lambda: self._images(reference.noise, reference.label))
+        return found
+
+    def measure(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Any], Tensor]:
+        """All numbers of the network with these layers on the report draw, and images of it."""
+        reference = self.reference("report", self.method.trajectory)
+        with self.replaced(layers):
+            images = self.images(reference)
+            row: dict[str, Any] = {"sqnr": decibels(self.noise(reference)), **image_scores(images, reference.images)}
+            own = measured(self.evaluations, self.module, self.datamodule, "report", self.datamodule.num_samples)
+            row |= {name.removeprefix("val/"): value for name, value in own.items()}
+            row |= self.size()
+        return row, images
+
+    def size(self) -> dict[str, float]:
+        """Bits and megabytes (10⁶ bytes) of the network as it is, and the bit operations of one call in 10⁹."""
+        cost = model_cost(self.network, self.macs)
+        chosen = [cost.layers[name] for name in self.forms]
+        bits = sum(layer.weights * layer.weight_bits for layer in chosen) / sum(layer.weights for layer in chosen)
+        return {
+            "bits": bits,
+            "bits_all": cost.average_weight_bits,
+            "megabytes": cost.total_bytes / 1e6,
+            "gbitops": cost.bit_operations / 1e9,
+        }
+
+    def _form(self, name: str, variant: Variant) -> LayerFormat:
+        form = with_bits(self.forms[name], variant.bits.get(name))
+        if variant.rounding == "nearest":
+            form = replace(form, weight=replace(form.weight, rounding="nearest", clip="none"))
+        if variant.static:
+            bits, symmetric = form.activation.bits, form.activation.symmetric
+            form = replace(form, activation=ActivationFormat(bits, symmetric, "static", "tensor"))
+        return form
+
+    def _noise(self, draw: str, count: int) -> tuple[Tensor, Tensor | None]:
+        noise, conditions = noise_of(self.datamodule, draw, count)
+        return noise, conditions.get("label")
+
+    def _placed(self, noise: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        device = self.module.device
+        return noise.to(device), None if label is None else label.to(device)
+
+    def _images(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        noise, label = self._placed(noise, label)
+        size = int(self.datamodule.eval_batch_size)
+        parts = [
+            self.module.sample(noise[i : i + size], None if label is None else label[i : i + size]).cpu()
+            for i in range(0, len(noise), size)
+        ]
+        return torch.cat(parts)
+
+
+def image_scores(images: Tensor, expected: Tensor) -> dict[str, float]:
+    """PSNR in dB, 100 at most, and SSIM of images [N, C, H, W] in [-1, 1] against others of the same noise."""
+    if torch.equal(images, expected):
+        return {"psnr": 100.0, "ssim": 1.0}
+    small = min(expected.shape[-2:]) < _SMALL_IMAGE
+    ssim: Any = structural_similarity_index_measure(images, expected, sigma=0.5 if small else 1.5, data_range=2.0)
+    return {"psnr": min(100.0, float(peak_signal_noise_ratio(images, expected, data_range=2.0))), "ssim": float(ssim)}
+
+
+def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, datamodule: Any) -> QuantizationWork:
+    """The work of a run.
+
+    Raises:
+        UserError: weights that are sharded, several processes, or patterns that do not fit the network.
+    """
+    evaluations = CandidateTrainer(trainer)
+    if evaluations.sharded or trainer.world_size > 1:
+        raise UserError("method: one process quantizes the whole network: use strategy=auto and trainer.devices=1")
+    work = QuantizationWork(method, evaluations, module, datamodule)
+    work.forms  # noqa: B018 - patterns are checked before anything is sampled
+    return work
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

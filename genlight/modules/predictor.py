@@ -1,0 +1,184 @@
+"""Performance predictors trained in two steps: experts on low-fidelity scores, then all on a few true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from genlight.errors import UserError, in_config
+from genlight.metrics.ranking import RankingScores
+from genlight.modules.networks import check_state_dict
+from genlight.modules.optimization import Optimization
+from genlight.predictors.expert_heads import FittedExpertScores, FittedFusion, ScoreScale
+from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
+from genlight.predictors.feature_heads import HEADS
+from genlight.predictors.predictor_file import FUSION, TrainedExperts, describe, load_predictor, rebuild, save_predictor
+
+_SAVED = "genlight_predictor"
+
+
+class PredictorModule(Optimization, LightningModule):
+    """DELE (Zhao et al., AAAI 2023, arXiv 2302.00932), its ablations, and regressions on its experts.
+
+    Batches that are not to "finetune" train each expert to rank by its own low-fidelity score; the others train experts
+    and gate to rank by the true score. At the first of those the gate begins anew, and so does the optimizer.
+    Validation logs val/kendall_tau, val/spearman, val/p_at_1 and val/p_at_5 of the candidates held out.
+
+    | predictor | config |
+    |---|---|
+    | DELE | module.head=fusion, module.network.gate=dynamic |
+    | static gate | module.network.gate=static |
+    | one low-fidelity score | data.low_fidelity=[name] |
+    | no pretraining | data.low_fidelity=[] data.pretrain_steps=0 |
+    | regression on frozen experts | module.head=gp, trainer.max_steps=${data.pretrain_steps} |
+
+    Args:
+        network: shape and loss of experts and gate.
+        head: "fusion", or "gp", "ridge", "forest" on the frozen experts' standardised scores.
+        optimizer, lr_scheduler: partials, as in DiffusionModule.
+        keep_optimizer_state: go on with the moments of the first step in the second.
+
+    Attributes:
+        network: the experts and the gate; None before the data is known (``check_data``).
+
+    Raises:
+        ValueError: another head.
+    """
+
+    def __init__(
+        self,
+        network: ExpertSettings,
+        *,
+        head: str = FUSION,
+        optimizer: Callable[..., Any] | None = None,
+        lr_scheduler: Callable[..., Any] | None = None,
+        keep_optimizer_state: bool = False,
+    ) -> None:
+        super().__init__()
+        if head not in (FUSION, *HEADS):
+            raise ValueError(f"module.head = {head} must be one of {', '.join((FUSION, *HEADS))}")
+        self.settings, self.head = network, head
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.keep_optimizer_state = keep_optimizer_state
+        self.network: ExpertEnsemble | None = None
+        self.names: tuple[str, ...] = ()
+        self.metrics = RankingScores()
+        self._data: Any = None
+        self._finetuning = False
+        self._fitted: FittedFusion | FittedExpertScores | None = None
+
+    def check_data(self, datamodule: Any) -> None:
+        """Take vocabulary and scores of the data, and build the network.
+
+        Raises:
+            UserError: no table of candidates, one that is not as its config says, or one that does not fit the network.
+        """
+        if not hasattr(datamodule, "prepared"):
+            name = getattr(datamodule, "name", type(datamodule).__name__)
+            raise UserError(f"module=predictor needs a table of candidates, which data={name} is not")
+        self._data, pool = datamodule.prepared, datamodule.prepared.pool
+        self._pretrain_steps, self._facts = datamodule.pretrain_steps, {"data": datamodule.fingerprint}
+        if self.network is None:
+            with in_config("module"):
+                self.network = ExpertEnsemble(self.settings, pool.vocabulary, max(1, len(pool.names)))
+            self.names = pool.names
+        elif (self.network.vocabulary, self.names) != (pool.vocabulary, pool.names):
+            raise UserError(
+                f"the predictor is of {len(self.network.vocabulary)} tokens and the scores {', '.join(self.names)}, "
+                f"the data of {len(pool.vocabulary)} and {', '.join(pool.names)}: set data.low_fidelity as in training"
+            )
+
+    @property
+    def net(self) -> ExpertEnsemble:
+        """The network; UserError before the data is known."""
+        if self.network is None:
+            raise UserError("the vocabulary is not known: call check_data with the datamodule first")
+        return self.network
+
+    def on_fit_start(self) -> None:
+        steps = self.trainer.max_steps
+        if self.head != FUSION and steps != self._pretrain_steps:
+            raise UserError(
+                f"module.head = {self.head} leaves the experts as data.pretrain_steps = {self._pretrain_steps} made "
+                f"them: set trainer.max_steps to the same, not to {steps}"
+            )
+
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        if batch["finetune"] and not self._finetuning:
+            self._finetuning = True
+            self.net.reset_gate()
+            if not self.keep_optimizer_state:
+                for optimizer in self.trainer.optimizers:
+                    optimizer.state.clear()
+
+    def training_step(self, batch: Mapping[str, Any], batch_index: int = 0) -> Tensor:
+        tokens = batch["tokens"]
+        if batch["finetune"]:
+            loss = self.net.fusion_loss(tokens, batch["target"])
+        else:
+            loss = self.net.expert_losses(tokens, batch["low_fidelity"]).sum()
+        step = "finetune" if batch["finetune"] else "pretrain"
+        self.log(f"train/{step}_loss", loss, prog_bar=True, batch_size=len(tokens))
+        return loss
+
+    def trained(self) -> TrainedExperts:
+        """The network as it is now, its scale on the pool, and what was measured; UserError before `check_data`."""
+        network, data = self.net, self._data
+        if data is None:
+            raise UserError("the pool is not known: call check_data with the datamodule first")
+        scale = ScoreScale.of(network, data.pool.tokens)
+        measured = data.pool.tokens[data.labelled], data.targets[data.labelled]
+        return TrainedExperts(network, scale, self.names, self.head, *measured)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+        self._fitted = self.trained().fitted()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
+        assert self._fitted is not None
+        mean, _ = self._fitted.predict(batch["tokens"])
+        self.metrics.update(mean.to(batch["target"].device), batch["target"])
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            # computed over all ranks already: equal everywhere
+            self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()})
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> dict[str, Tensor]:
+        """Mean and deviation of each candidate [B]; "low_fidelity" is not needed."""
+        fitted = self._fitted or self.trained().fitted()
+        mean, deviation = fitted.predict(batch["tokens"])
+        return {"mean": mean, "std": deviation}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_SAVED] = {"description": describe(self.net, self.names), "finetuning": self._finetuning}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over shape and step; UserError if the checkpoint is of no predictor, or of another."""
+        if _SAVED not in checkpoint:
+            raise UserError("the checkpoint is not of a predictor (module=predictor)")
+        saved = checkpoint[_SAVED]
+        if self.network is None:
+            self.network, self.names = rebuild(saved["description"])
+        elif saved["description"] != describe(self.network, self.names):
+            raise UserError("the checkpoint is of a predictor with other experts, tokens or widths than the config")
+        self._finetuning = bool(saved["finetuning"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; what does not fit raises a UserError that names the first keys."""
+        if strict:
+            check_state_dict(state_dict, self.state_dict(), "the checkpoint")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write predictor.safetensors and predictor.json, which `genlight.predictors.predictor_file` reads."""
+        save_predictor(folder, self.trained(), self._facts)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> TrainedExperts:
+        """What `save_pretrained` wrote, to predict with; see `load_predictor` for errors."""
+        return load_predictor(folder)

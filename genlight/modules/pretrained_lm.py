@@ -1,0 +1,96 @@
+"""Causal language models of transformers from folders and the hub: weights as safetensors, every key accounted for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genlight.errors import UserError
+from genlight.io import verify_folder
+from genlight.modules.networks import first_of
+from genlight.modules.pretrained import first_line, read_object
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def load_language_model(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """The causal language model of a folder or hub id, on the CPU.
+
+    Args:
+        dtype: a key of `DTYPES`, or "auto": the type that the weights are stored in.
+        trust_remote_code: run code that the folder brings along.
+
+    Raises:
+        UserError: not found, not a language model that transformers knows, damaged, without weights as safetensors, or
+            its weights do not fit its config.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    folder = language_model_folder(source, trust_remote_code)
+    kind = read_object(folder / "config.json").get("model_type")
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise UserError(
+            f"{source} is of type {kind}, which transformers does not know; module.trust_remote_code=true runs the "
+            "code that the folder brings along"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{source} has no weights as safetensors; pickled weights are not read")
+    loader: Any = AutoModelForCausalLM
+    try:
+        network, info = loader.from_pretrained(
+            str(folder),
+            dtype="auto" if dtype == "auto" else DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise UserError(f"{source} cannot be loaded as a causal language model: {first_line(error)}") from error
+    problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
+    problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
+    problems += [f"{entry[0]} has another shape" for entry in sorted(info["mismatched_keys"])]
+    if problems:
+        raise UserError(f"the weights of {source} do not fit its config.json: {first_of(problems)}")
+    return network
+
+
+def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
+    """The folder itself, checked where it has a manifest, or that of a hub id once downloaded.
+
+    Raises:
+        UserError: neither a folder with a config.json nor a model of the hub in reach.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(source):
+            raise UserError(
+                f"module.pretrained = {source} is neither a folder nor a hub id such as allenai/OLMoE-1B-7B"
+            )
+        folder = _from_hub(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source} is no folder of transformers: it has no config.json")
+    if (folder / "manifest.json").is_file():
+        verify_folder(folder)
+    return folder
+
+
+def _from_hub(source: str, patterns: list[str]) -> Path:
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    try:
+        # asked once first: a download tries again for half a minute before it gives up
+        get_session().head(constants.ENDPOINT, timeout=10.0)
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # httpx, huggingface_hub and the system each raise their own
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+        except Exception:
+            reason = f"{first_line(error)} ({constants.ENDPOINT})"
+            raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error

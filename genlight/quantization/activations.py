@@ -1,0 +1,59 @@
+"""Grids for the inputs of layers: measured on the spot, or chosen from a table of calibrated ranges."""
+
+from torch import Tensor
+
+from genlight.quantization.context import SamplingContext, branch_parts, current_context
+from genlight.quantization.formats import ActivationFormat
+from genlight.quantization.uniform import Grid, grid_from_range
+
+
+def activation_grid(values: Tensor, form: ActivationFormat, ranges: Tensor | None = None) -> Grid:
+    """The grid for one input; its scale has as many dimensions as the input.
+
+    Args:
+        values: [batch, …, features], or [batch, channels, height, width] with a granularity other than "token".
+        form: bits 2 to 8.
+        ranges: with mode "static", calibrated minimum and maximum, float32 [branches, steps, 2]; a table of one branch
+            or one step serves all.
+
+    Raises:
+        ValueError: static without ranges, or ranges for other branches or another number of steps than those of the
+            current context.
+    """
+    if form.mode == "static":
+        if ranges is None:
+            raise ValueError("ranges must be given where activation.mode is 'static'")
+        return _static_grid(values, form, ranges, current_context())
+    return dynamic_grid(values, form)
+
+
+def dynamic_grid(values: Tensor, form: ActivationFormat) -> Grid:
+    """The grid over the input's own range, per token (last dimension), per sample, or of all."""
+    if form.granularity == "token":
+        dims = [values.ndim - 1]
+    else:
+        dims = list(range(1 if form.granularity == "sample" else 0, values.ndim))
+    if form.symmetric:
+        greatest = values.abs().amax(dim=dims, keepdim=True)
+        return grid_from_range(-greatest, greatest, form.bits, symmetric=True)
+    least, greatest = values.amin(dim=dims, keepdim=True), values.amax(dim=dims, keepdim=True)
+    return grid_from_range(least, greatest, form.bits, symmetric=False)
+
+
+def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context: SamplingContext) -> Grid:
+    branches, steps = ranges.shape[:2]
+    if steps > 1 and steps != context.num_steps:
+        raise ValueError(
+            f"the ranges were calibrated for {steps} steps and the sampling has {context.num_steps}: calibrate again"
+        )
+    at_step = ranges[:, context.step if steps > 1 else 0]
+    if branches == 1:
+        chosen = at_step[:1]
+    else:
+        if max(context.branches) >= branches:
+            raise ValueError(f"the ranges hold {branches} guidance branches, and branches is {context.branches}")
+        chosen = at_step[list(context.branches)]
+        if len(context.branches) > 1:
+            chosen = chosen.repeat_interleave(branch_parts(len(values), context), dim=0)
+    chosen = chosen.reshape(len(chosen), 2, *[1] * (values.ndim - 1))
+    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric)

@@ -1,0 +1,143 @@
+"""From a model with layers of torch to the same model with quantized ones, by patterns of names and in place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from genlight.checkpoints.bases import group_of_names
+from genlight.quantization.balance import Balance, balance_hessian, balance_weight, low_rank_split
+from genlight.quantization.conv import Geometry, QuantizedConv2d
+from genlight.quantization.formats import FLOAT_BITS, LayerFormat
+from genlight.quantization.layers import LayerParts, QuantizedLayer, QuantizedLinear
+from genlight.quantization.weights import QuantizedWeight, quantize_weight
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers by name.
+
+    Attributes:
+        pattern: a regular expression that is searched for in the name.
+        form: what they are quantized to; None leaves them as they are.
+    """
+
+    pattern: str
+    form: LayerFormat | None = None
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear and 2-D convolution layers of a model by name; subclasses, which may compute otherwise, are left out.
+
+    Raises:
+        ValueError: the model has quantized layers already, or none that can be quantized.
+    """
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            raise ValueError(f"the model is quantized already: {name!r} is a {type(module).__name__}")
+        if isinstance(module, nn.Linear | nn.Conv2d) and type(module) in (nn.Linear, nn.Conv2d):
+            layers[name] = module
+    if not layers:
+        raise ValueError("the model has no linear or 2-D convolution layer to quantize")
+    return layers
+
+
+def formats_of_layers(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, LayerFormat | None]:
+    """The format of every linear and convolution layer: that of the first group whose pattern is found in its name.
+
+    Raises:
+        ValueError: a layer in no group, a group that is the first of no layer, or what `quantizable_layers` refuses.
+    """
+    names = list(quantizable_layers(model))
+    found = group_of_names(names, [group.pattern for group in groups])
+    return {name: groups[index].form for name, index in zip(names, found, strict=True)}
+
+
+def quantize_layer(
+    layer: nn.Linear | nn.Conv2d,
+    form: LayerFormat,
+    *,
+    balance: Balance | None = None,
+    rank: int = 0,
+    hessian: Tensor | None = None,
+    activation_range: Tensor | None = None,
+) -> QuantizedLayer:
+    """The layer in a format: balanced, its low-rank branch split off, and rounded once.
+
+    Args:
+        layer: not changed.
+        form: of its weight and its input.
+        balance: of its input, shared by all layers that have it.
+        rank: of the branch that stays in floating point; 0 for none.
+        hessian: Σ x xᵀ of its inputs as they are [columns, columns]; balanced here.
+        activation_range: of its balanced inputs, float32 [branches, steps, 2].
+
+    Raises:
+        ValueError: what the format needs is missing, or does not fit the layer.
+    """
+    balance = balance or Balance()
+    _check(layer, form, balance, rank)
+    matrix = balance_weight(layer.weight.detach().flatten(1), balance)
+    low_rank = None
+    if rank:
+        # the rest is that of the branch as it is stored, so that its own rounding is made up for
+        up, down = (part.to(layer.weight.dtype) for part in low_rank_split(matrix.float(), rank))
+        low_rank, matrix = (up, down), matrix - up.to(matrix.dtype) @ down.to(matrix.dtype)
+    weight: QuantizedWeight | Tensor = matrix.to(layer.weight.dtype)
+    if form.weight.bits != FLOAT_BITS:
+        moments = balance_hessian(hessian, balance) if hessian is not None and form.weight.needs_hessian else None
+        weight = quantize_weight(matrix, form.weight, moments)
+    parts = LayerParts(layer.bias, balance, low_rank, activation_range)
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d(form, weight, parts, Geometry.of(layer))
+    return QuantizedLinear(form, weight, parts)
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put layers in the places of those with their names.
+
+    Raises:
+        ValueError: a name that the model does not have; nothing is replaced then.
+    """
+    known = {name for name, _ in model.named_modules()}
+    missing = next((name for name in layers if name not in known or not name), None)
+    if missing is not None:
+        raise ValueError(f"{missing!r} is no layer inside the model")
+    for name, layer in layers.items():
+        layer.train(model.get_submodule(name).training)
+        model.set_submodule(name, layer)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def set_execution(model: nn.Module, execution: str) -> None:
+    """How quantized layers multiply: "integer" where that is valid, or always "fake".
+
+    Raises:
+        ValueError: another word.
+    """
+    for layer in quantized_layers(model).values():
+        if execution == "integer":
+            layer.execution = "integer"
+        elif execution == "fake":
+            layer.execution = "fake"
+        else:
+            raise ValueError(f"execution = {execution!r} must be 'integer' or 'fake'")
+
+
+def _check(layer: nn.Linear | nn.Conv2d, form: LayerFormat, balance: Balance, rank: int) -> None:
+    if not isinstance(layer, nn.Conv2d):
+        channels = layer.in_features
+    else:
+        channels = layer.in_channels
+        if layer.groups > 1 and (balance.channels is not None or rank or form.weight.needs_hessian):
+            raise ValueError(
+                f"groups = {layer.groups} must be 1 for a balance, a low-rank branch, GPTQ or clipping by the Hessian: "
+                "its outputs do not read the same channels"
+            )
+    if balance.channels not in (None, channels):
+        raise ValueError(f"balance is of {balance.channels} channels, and the layer reads {channels}")

@@ -1,0 +1,244 @@
+"""A linear layer whose weight is stored in few bits and whose input is rounded as it comes, and what it is made of.
+
+What it computes is
+
+    y = Q(x'') W''ᵀ + x'' downᵀ upᵀ + b,     x'' = (x / s) R
+
+with s, R and the low-rank branch where there are any. Scales stay float32 when the model is cast. Convolutions have the
+same parts: see `conv`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from genlight.quantization.activations import activation_grid
+from genlight.quantization.balance import Balance, balance_input, unbalance_weight
+from genlight.quantization.formats import FLOAT_BITS, LayerFormat
+from genlight.quantization.hadamard import Rotation
+from genlight.quantization.integer import integer_is_valid, integer_linear
+from genlight.quantization.rows import quantize_rows
+from genlight.quantization.uniform import Grid, fake_quantize, quantize
+from genlight.quantization.weights import QuantizedWeight
+
+_NOT_FASTER = (
+    "a quantized layer cannot multiply in integers here, for its scales per group, its shape or its device: "
+    "it takes the memory of its bits, and nothing is faster"
+)
+_KEEP_FLOAT32 = ("weight_scale", "input_scale", "activation_range")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """What a quantized layer has beside its weight.
+
+    Attributes:
+        bias: [outputs].
+        balance: of the input.
+        low_rank: up [outputs, rank] and down [rank, columns], of balanced inputs.
+        activation_range: minimum and maximum of balanced inputs, float32 [branches, steps, 2].
+    """
+
+    bias: Tensor | None = None
+    balance: Balance = field(default_factory=Balance)
+    low_rank: tuple[Tensor, Tensor] | None = None
+    activation_range: Tensor | None = None
+
+
+class QuantizedLayer(nn.Module):
+    """The parts of a quantized layer, as buffers; `QuantizedLinear` and `QuantizedConv2d` add how they multiply.
+
+    Attributes:
+        form: bits and granularities.
+        rotation_factors: orders of the Hadamard matrices of R, () without a rotation.
+        outputs: rows of the weight's matrix.
+        columns: inputs of one output, channels × kernel.
+        execution: "integer" multiplies codes where that is valid, else, as "fake" always, the numbers they stand for.
+    """
+
+    weight_codes: Tensor | None
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    float_weight: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    rotation_signs: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    activation_range: Tensor | None
+
+    def __init__(self, form: LayerFormat, weight: QuantizedWeight | Tensor, parts: LayerParts | None = None) -> None:
+        """
+        Args:
+            form: of the weight and the input.
+            weight: balanced and quantized; a plain matrix [outputs, columns] where its bits are 16.
+            parts: all else.
+
+        Raises:
+            ValueError: static activations without their ranges, or ranges that nothing reads.
+        """
+        super().__init__()
+        parts = parts or LayerParts()
+        needs_range = form.activation.mode == "static" and form.activation.bits != FLOAT_BITS
+        if needs_range != (parts.activation_range is not None):
+            raise ValueError("activation_range must be given where activation.mode is 'static', and only there")
+        rotation = parts.balance.rotation
+        up, down = parts.low_rank or (None, None)
+        quantized = weight if isinstance(weight, QuantizedWeight) else None
+        self.form = form
+        self.rotation_factors = () if rotation is None else rotation.factors
+        if isinstance(weight, QuantizedWeight):
+            self.outputs, self.columns = len(weight.codes), weight.columns
+        else:
+            self.outputs, self.columns = weight.shape
+        self.execution: Literal["integer", "fake"] = "integer"
+        tensors = {
+            "weight_codes": None if quantized is None else quantized.codes,
+            "weight_scale": None if quantized is None else quantized.grid.scale,
+            "weight_zero_point": None if quantized is None else quantized.grid.zero_point,
+            "float_weight": weight if isinstance(weight, Tensor) else None,
+            "bias": parts.bias,
+            "input_scale": parts.balance.scale,
+            "rotation_signs": None if rotation is None else rotation.signs,
+            "up": up,
+            "down": down,
+            "activation_range": parts.activation_range,
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name) for name in _KEEP_FLOAT32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    @property
+    def balance(self) -> Balance:
+        """s and R."""
+        signs = self.rotation_signs
+        return Balance(self.input_scale, None if signs is None else Rotation(signs, self.rotation_factors))
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """The packed weight; None where it stays in floating point."""
+        if self.weight_codes is None or self.weight_scale is None:
+            return None
+        form = self.form.weight
+        grid = Grid(self.weight_scale, self.weight_zero_point, form.bits)
+        return QuantizedWeight(self.weight_codes, grid, self.columns, form.group_size)
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        """W'' as numbers, [outputs, columns]: balanced, without the low-rank branch."""
+        weight = self.quantized_weight
+        if weight is not None:
+            return weight.dequantized()
+        assert self.float_weight is not None
+        return self.float_weight
+
+    def effective_weight(self) -> Tensor:
+        """The weight [outputs, columns] that gives the same output on inputs as they are, but for their rounding."""
+        matrix = self.weight_matrix
+        if self.up is not None and self.down is not None:
+            matrix = matrix + self.up.to(matrix.dtype) @ self.down.to(matrix.dtype)
+        return unbalance_weight(matrix, self.balance)
+
+    def uses_integers(self, rows: int) -> bool:
+        """Whether an input of `rows` rows is multiplied in integers; where it cannot be, a warning says so."""
+        weight = self.quantized_weight
+        if self.execution != "integer" or self.form.activation.bits == FLOAT_BITS or weight is None:
+            return False
+        valid = integer_is_valid(rows, weight)
+        if not valid and rows and not torch.compiler.is_compiling():
+            # of one text, so that Python shows it once
+            warnings.warn(_NOT_FASTER, stacklevel=3)
+        return valid
+
+    def balanced(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Inputs as the weight sees them: (x / s) R along the dimension of channels."""
+        return balance_input(values, self.balance, dim)
+
+    def grid(self, inputs: Tensor) -> Grid:
+        """The grid for balanced inputs."""
+        return activation_grid(inputs, self.form.activation, self.activation_range)
+
+    def rounded(self, inputs: Tensor) -> Tensor:
+        """Balanced inputs as the numbers that their codes stand for."""
+        return inputs if self.form.activation.bits == FLOAT_BITS else fake_quantize(inputs, self.grid(inputs))
+
+    def extra_repr(self) -> str:
+        """Bits and what is done to the input."""
+        weight, activation = self.form.weight, self.form.activation
+        rank = 0 if self.up is None else self.up.shape[1]
+        return (
+            f"columns={self.columns}, weight={weight.bits} bits per {weight.granularity}, input={activation.bits} bits "
+            f"{activation.mode} per {activation.granularity}, scale={self.input_scale is not None}, "
+            f"rotation={self.rotation_factors}, rank={rank}"
+        )
+
+
+class QuantizedLinear(QuantizedLayer):
+    """Stands in for `torch.nn.Linear`."""
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.outputs
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[…, in_features] to […, out_features], in the type of the input."""
+        rows = values.numel() // max(1, self.columns)
+        if self.uses_integers(rows):
+            return self._integer_product(values, rows)
+        inputs = self.balanced(values)
+        rounded = self.rounded(inputs)
+        output = functional.linear(rounded, self.weight_matrix.to(rounded.dtype))
+        low_rank = self._low_rank(inputs)
+        if low_rank is not None:
+            output = output + functional.linear(*low_rank)
+        return (output if self.bias is None else output + self.bias).to(values.dtype)
+
+    def _integer_product(self, values: Tensor, rows: int) -> Tensor:
+        weight, form = self.quantized_weight, self.form.activation
+        assert weight is not None
+        sums, inputs = None, None
+        if form.mode == "dynamic" and form.granularity == "token":
+            found = quantize_rows(values, form, balance=self.balance, keep=self.up is not None)
+            codes, grid, sums, inputs = found.codes, found.grid, found.sums, found.inputs
+        else:
+            inputs = self.balanced(values)
+            grid = self.grid(inputs)
+            codes, grid = quantize(inputs, grid).reshape(rows, -1), row_grid(grid, inputs)
+            inputs = inputs.reshape(rows, -1)
+        low_rank = None if inputs is None else self._low_rank(inputs)
+        output = integer_linear(codes, grid, weight, sums=sums, low_rank=low_rank, bias=self.bias, dtype=values.dtype)
+        return output.reshape(*values.shape[:-1], -1)
+
+    def _low_rank(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x'' downᵀ and up, whose product is the low-rank branch."""
+        if self.up is None or self.down is None:
+            return None
+        return functional.linear(inputs, self.down.to(inputs.dtype)), self.up.to(inputs.dtype)
+
+
+def row_grid(grid: Grid, inputs: Tensor) -> Grid:
+    """A grid for inputs [..., features] as one for their rows, scale [rows, 1] or [1, 1]."""
+
+    def rows(part: Tensor) -> Tensor:
+        return part.reshape(1, 1) if part.numel() == 1 else part.expand(*inputs.shape[:-1], 1).reshape(-1, 1)
+
+    return Grid(rows(grid.scale), None if grid.zero_point is None else rows(grid.zero_point), grid.bits)

@@ -1,0 +1,217 @@
+"""The real commands of EEP on a tiny mixture of experts: baselines, search, artifact, resuming, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from command_line import histories, report_of, run_in_own_process, the_error
+
+from genlight import io
+from genlight.cli import main
+from genlight.data.tokenizer import character_tokenizer
+
+BASELINES = {"frequency", "soft_activation", "ean", "reap", "naee", "m_smoe", "hc_smoe"}
+TASKS = (
+    "data.tasks={letters: {kind: classification, prompt: '{q}', choices: [A, B, C], answer: a, path: FILE},"
+    " written: {kind: generation, prompt: 'say {q}', answer: w, max_new_tokens: 2, path: FILE}}"
+)
+SEARCH = [
+    "search.budget=16",
+    "search.strategy.prune_evaluations=10",
+    "search.strategy.prune.population=6",
+    "search.strategy.prune.children=4",
+    "search.strategy.merge.children=4",
+    "search.fidelity=24",
+    "search.finalists=3",
+    "search.workers=2",
+]
+
+
+def words_of(root: Path) -> list[str]:
+    return [
+        "validate",
+        "experiment=eep/mixtral",
+        TASKS.replace("FILE", f"{root}/rows.jsonl"),
+        "data.shares={train: 0.1, search: 0.4, select: 0.2, report: 0.3}",
+        "data.max_length=32",
+        "data.eval_batch_size=12",
+        "data.num_samples=40",
+        f"module.pretrained={root}/model",
+        "module.dtype=float32",
+        "method.groups=null",
+        "method.tasks=[letters]",
+        "method.num_experts=3",
+        "method.random_draws=3",
+        "method.calibration=24",
+        "method.select=24",
+        "trainer.accelerator=cpu",
+        f"run.root={root}",
+    ]
+
+
+def validate(root: Path, name: str, *words: str) -> int:
+    return main([*words_of(root), *SEARCH, f"run.name={name}", *words])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it `model`, whose experts differ much, and `run`, a finished search."""
+    root = tmp_path_factory.mktemp("eep")
+    rows = [{"q": f"{n * n % 97}+{n}?", "a": n % 3, "w": str(n % 7)} for n in range(160)]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer()
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=6, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    assert validate(root, "run") == 0
+    return root
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["kind"]: row for row in report_of(folder)["table"]}
+
+
+def test_every_baseline_stands_beside_what_was_found(root: Path) -> None:
+    folder = root / "run" / "validate"
+    rows, metrics = rows_of(folder), report_of(folder)["metrics"]
+    assert {"full", "random", "EEP prune", "EEP merge", *BASELINES} == rows.keys()
+    assert rows["full"]["experts"] == 6 and all(rows[name]["experts"] == 3 for name in BASELINES)
+    # the task that nothing was searched for is measured too
+    assert all("written/accuracy" in rows[name] and "letters/log_likelihood" in rows[name] for name in BASELINES)
+    best = {row["kind"]: row["search"] for row in rows.values() if row["kind"] in BASELINES}
+    selections = BASELINES - {"m_smoe", "hc_smoe"}
+    assert metrics["search_best_prune"] >= max(best[name] for name in selections)
+    assert max(metrics["search_best_prune"], metrics["search_best_merge"]) >= max(best.values()) - 1e-12
+    searched = [rows["EEP prune"], rows["EEP merge"]]
+    (chosen,) = [row for row in rows.values() if row["chosen"]]
+    assert chosen["select"] == max(row["select"] for row in searched)
+    names = {path.name for path in (folder / "figures").glob("*.png")}
+    assert {"kept_experts.png", "routing_load.png", "search.png", "pareto.png"} <= names
+
+
+def test_no_candidate_is_measured_twice_and_pruning_comes_first(root: Path) -> None:
+    lines = histories(root / "run" / "validate")["experts"].splitlines()[1:]
+    records = [json.loads(line) for line in lines]
+    assert len({record["key"] for record in records}) == len(records)
+    prunes = [bool(record["candidate"]["kept"]) for record in records if record["source"] != "initial"]
+    assert prunes == [True] * 10 + [False] * 6
+
+
+def test_plain_transformers_load_the_artifact(root: Path) -> None:
+    """With the experts that the report counts; measured again it answers as the table says."""
+    folder = root / "run" / "validate"
+    artifact, rows = folder / "artifact", rows_of(folder)
+    (chosen,) = [row for row in rows.values() if row["chosen"]]
+    model = transformers.AutoModelForCausalLM.from_pretrained(artifact)
+    assert model.config.num_local_experts == 3
+    assert sum(weight.numel() for weight in model.parameters()) == chosen["parameters"]
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name or "gate.weight" in name]
+    assert sum(weight.numel() for weight in experts) == chosen["expert parameters"]
+    assert rows["full"]["expert parameters"] == 2 * chosen["expert parameters"]
+    assert transformers.AutoTokenizer.from_pretrained(artifact)("12").input_ids
+    assert "AutoModelForCausalLM" in (artifact / "README.md").read_text()
+    content = io.read_json(artifact / "expert_maps.json")
+    assert content["kind"] == "expert_maps" and content["candidates"].keys() == {"EEP prune", "EEP merge"}
+    kept = content["kept_experts"]["EEP prune"]
+    assert len(kept) == 3 and all(len(set(experts)) == 3 for experts in kept.values())
+    words = [word for word in words_of(root) if word.startswith(("data.", "trainer.", "run."))]
+    words = ["data=text_tasks", "module=causal_lm", "metrics=none", f"module.pretrained={artifact}", *words]
+    assert main(["validate", *words, "run.name=again"]) == 0
+    found = report_of(root / "again" / "validate")["metrics"]
+    assert found["val/letters/log_likelihood"] == pytest.approx(chosen["letters/log_likelihood"], rel=1e-5)
+    assert found["val/written/accuracy"] == pytest.approx(chosen["written/accuracy"])
+
+
+def test_states_that_are_kept_change_no_score(root: Path) -> None:
+    assert validate(root, "cached", "method.cache_bytes=100000000") == 0
+    assert histories(root / "cached" / "validate") == histories(root / "run" / "validate")
+    assert any("of the layers of candidates" in note for note in report_of(root / "cached" / "validate")["notes"])
+
+
+def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
+    driver = Path(__file__).with_name("kill_search.py")
+    words = [*words_of(root), *SEARCH, "run.name=killed"]
+    done = subprocess.run([sys.executable, driver, "experts", "18", *words], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert validate(root, "killed", "resume=true") == 0
+    assert histories(root / "killed" / "validate") == histories(root / "run" / "validate")
+
+
+def test_two_processes_give_the_archive_of_one(root: Path) -> None:
+    words = [*words_of(root), *SEARCH, "run.name=ddp", "strategy=ddp", "trainer.devices=2"]
+    run_in_own_process(*words)
+    assert histories(root / "ddp" / "validate") == histories(root / "run" / "validate")
+    two, one = rows_of(root / "ddp" / "validate"), rows_of(root / "run" / "validate")
+    assert all(two[kind]["select"] == pytest.approx(one[kind]["select"]) for kind in one)
+
+
+def test_the_search_of_the_paper(root: Path) -> None:
+    """Random beginning, accuracy, mixed probabilities: measured, and only the maps are written."""
+    words = ["search=eep_paper", "search.budget=12", "search.strategy.prune_evaluations=8", "search.strategy.random=5"]
+    words += ["search.fidelity=24", "method.objective=val/accuracy", "method.router_mapping=post_softmax"]
+    assert main([*words_of(root), *words, "method.groups=2", "run.name=paper"]) == 0
+    folder = root / "paper" / "validate"
+    lines = histories(folder)["experts"].splitlines()[1:]
+    sources = [json.loads(line)["source"] for line in lines]
+    assert sources[:5] == ["random"] * 5 and set(sources[5:]) <= {"mutation", "crossover"} and len(sources) == 12
+    assert {"full", "EEP prune", *BASELINES} <= rows_of(folder).keys()
+    merged = rows_of(folder)["EEP merge"]["chosen"] == "yes"
+    assert (folder / "artifact" / "config.json").is_file() is not merged
+
+
+def test_merging_without_pruning(root: Path) -> None:
+    """All experts stay and each token gets one of them: the search begins with merging."""
+    words = ["method.num_experts=6", "method.num_experts_per_tok=1", "method.baselines=[frequency]"]
+    assert validate(root, "one", *words, "method.random_draws=0", "search.budget=5") == 0
+    rows = rows_of(root / "one" / "validate")
+    assert rows["EEP merge"]["per token"] == 1 and rows["full"]["per token"] == 2
+    config = io.read_json(root / "one" / "validate" / "artifact" / "config.json")
+    assert config["num_experts_per_tok"] == 1 and config["num_local_experts"] == 6
+
+
+def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate(root, "dry", "dry_run=true") == 0
+    assert "candidates" in capsys.readouterr().out
+    assert not (root / "dry" / "validate" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method.num_experts=7"], "num_experts = 7"),
+        (["method.num_experts=0"], "method.num_experts"),
+        (["method.num_experts_per_tok=4"], "num_experts_per_tok = 4"),
+        (["method.tasks=[sums]"], "method.tasks"),
+        (["method.objective=val/bleu"], "method.objective"),
+        (["method.baselines=[best]"], "method.baselines"),
+        (["method.groups=4"], "groups = 4"),
+        (["search.strategy.random=10"], "search.strategy.random"),
+        (["search=none"], "there is no key 'search.budget'"),
+        (
+            ["module.pretrained=null", "module.config={_target_: transformers.LlamaConfig, num_hidden_layers: 1,"
+             " hidden_size: 8, intermediate_size: 8, num_attention_heads: 2, vocab_size: 200}", "data.tokenizer=MODEL"],
+            "is no known mixture of experts",
+        ),
+        (["data=digits"], "data"),
+    ],
+    ids=lambda v: v[0].split("=")[0] if isinstance(v, list) else None,
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(
+    root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    given = [*words_of(root), *SEARCH]
+    if words == ["data=digits"]:
+        given = [word for word in given if not word.startswith("data.")]
+    words = [word.replace("MODEL", f"{root}/model") for word in words]
+    assert main([*given, "run.name=wrong", "run.overwrite=true", *words]) != 0
+    assert expected in the_error(capsys.readouterr().err)

@@ -1,0 +1,236 @@
+"""The real commands of ViDiT-Q: an untrained transformer of 16 tokens, quantized, saved and loaded again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import histories, report_of, the_error, untrained_features
+from diffusers import DiTTransformer2DModel
+
+from genlight import io
+from genlight.cli import main
+from genlight.quantization.convert import quantized_layers
+from genlight.quantization.packing import packed_width
+
+MODEL = [
+    "experiment=viditq/digits",
+    "module.network.num_layers=2",
+    "module.network.num_attention_heads=2",
+    "module.network.attention_head_dim=8",
+    "module.num_inference_steps=3",
+    "data.eval_batch_size=10",
+    "data.num_samples=20",
+    "metrics.metrics=[fd]",
+    "trainer.accelerator=cpu",
+]
+SMALL = ["method.samples=20", "method.trajectory=8", "method.mixed.samples=2"]
+LAYERS = 12
+LOAD = """
+import sys, genlight, torch
+from diffusers import DiTTransformer2DModel
+network = DiTTransformer2DModel.from_pretrained(sys.argv[1])
+assert "genlight.loops" not in sys.modules
+x = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+with torch.no_grad():
+    out = network(x, timestep=torch.tensor([7, 7]), class_labels=torch.tensor([1, 10]), return_dict=False)[0]
+print(out.numpy().tobytes().hex())
+"""
+
+
+def validate(root: Path, name: str, *words: str) -> int:
+    return main(["validate", *MODEL, *SMALL, f"run.root={root}", f"run.name={name}", *words])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it `run`, a finished calibration with mixed bits."""
+    root = tmp_path_factory.mktemp("viditq")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        untrained_features(root / "cache")
+        assert validate(root, "run") == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in report_of(folder)["table"]}
+
+
+def output(network: Any) -> torch.Tensor:
+    """As the program LOAD computes it."""
+    x = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+    with torch.no_grad():
+        return network(x, timestep=torch.tensor([7, 7]), class_labels=torch.tensor([1, 10]), return_dict=False)[0]
+
+
+def test_every_rival_stands_in_the_table(root: Path) -> None:
+    folder = root / "run" / "validate"
+    rows = rows_of(folder)
+    assert list(rows)[:6] == [
+        "full precision",
+        "static",
+        "dynamic",
+        "scale (SmoothQuant)",
+        "rotation (QuaRot)",
+        "static-dynamic",
+    ]
+    mixed = [row for name, row in rows.items() if "mixed" in name]
+    assert len(mixed) == 4 and all(row["bits"] <= 5 for row in mixed)
+    assert rows["ViDiT-Q"]["bits"] == 4 and rows["full precision"]["bits"] == 16
+    assert all(row["sqnr"] > 5 and row["psnr"] > 10 and "fd_digits" in row for n, row in rows.items() if n[0] != "f")
+    metrics = report_of(folder)["metrics"]
+    assert metrics["sqnr_viditq"] == rows["ViDiT-Q mixed"]["sqnr"]
+    assert metrics["val/fd_digits"] == rows["ViDiT-Q mixed"]["fd_digits"]
+    assert metrics["fd_digits_full_precision"] == rows["full precision"]["fd_digits"]
+    assert -1 <= metrics["proxy_rank_correlation_3_bits"] <= 1
+    names = {path.name for path in (folder / "figures").glob("*.png")}
+    assert {"comparison.png", "sensitivity.png", "bits.png", "ranges.png"} <= names
+
+
+def test_memory_is_what_the_codes_take(root: Path) -> None:
+    """Each row of a weight is packed: four bits an input, and a scale and a zero point beside it."""
+    rows = rows_of(root / "run" / "validate")
+    shapes = [(16, 16)] * 8 + [(64, 16), (16, 64)] * 2
+    plain = sum(4 * outputs * inputs for outputs, inputs in shapes)
+    packed = sum(outputs * (packed_width(inputs, 4) + 4 + 1) for outputs, inputs in shapes)
+    saved = (rows["full precision"]["megabytes"] - rows["dynamic"]["megabytes"]) * 1e6
+    assert saved == pytest.approx(plain - packed, abs=1)
+
+
+def test_the_artifact_is_the_network_that_was_measured(root: Path) -> None:
+    """In a process of its own with bare `from_pretrained`: bit for bit; as a pipeline: the distance of the table."""
+    folder = root / "run" / "validate"
+    artifact = folder / "artifact"
+    network = DiTTransformer2DModel.from_pretrained(artifact / "transformer")
+    assert len(quantized_layers(network)) == LAYERS
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, artifact / "transformer"], capture_output=True, text=True, check=True
+    )
+    assert bytes.fromhex(done.stdout.split()[-1]) == output(network).numpy().tobytes()
+    half = DiTTransformer2DModel.from_pretrained(artifact / "transformer", torch_dtype=torch.bfloat16)
+    for name, layer in quantized_layers(half).items():
+        assert torch.equal(layer.weight_scale, quantized_layers(network)[name].weight_scale)
+    content = json.loads((artifact / "transformer" / "config.json").read_text())["quantization_config"]
+    assert content["quant_method"] == "viditq" and content["settings"]["seeds"]["rotation"] == 0
+    assert content["settings"]["average_weight_bits"] == rows_of(folder)["ViDiT-Q mixed"]["bits"]
+    assert "import genlight" in (artifact / "README.md").read_text()
+    words = ["data=digits", "metrics=digits", "module=diffusion_pretrained", "metrics.metrics=[fd]"]
+    words += [f"module.pretrained={artifact}", "module.num_inference_steps=3", "module.guidance_scale=1.5"]
+    words += ["data.num_samples=20", "data.eval_batch_size=10", "trainer.accelerator=cpu"]
+    words += ["metrics.extractor.dtype=float32"]
+    assert main(["validate", *words, f"run.root={root}", "run.name=again"]) == 0
+    found = report_of(root / "again" / "validate")["metrics"]["val/fd_digits"]
+    assert found == pytest.approx(rows_of(folder)["ViDiT-Q mixed"]["fd_digits"], rel=1e-6)
+
+
+def test_the_dequantized_folder_is_plain(root: Path) -> None:
+    """Its weights are those of the quantized layers; only inputs are not rounded."""
+    artifact = root / "run" / "validate" / "artifact"
+    plain = DiTTransformer2DModel.from_pretrained(artifact / "dequantized" / "transformer")
+    quantized = DiTTransformer2DModel.from_pretrained(artifact / "transformer")
+    assert "quantization_config" not in json.loads((artifact / "dequantized/transformer/config.json").read_text())
+    for name, layer in quantized_layers(quantized).items():
+        assert torch.equal(plain.get_submodule(name).weight, layer.effective_weight())
+    error = (output(plain) - output(quantized)).square().sum() / output(plain).square().sum()
+    assert 0 < error < 1e-2
+
+
+def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> None:
+    driver = Path(__file__).with_name("kill_search.py")
+    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=killed"]
+    command = [sys.executable, driver, "sensitivity", "20", "validate", *words]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed, whole = root / "killed" / "validate", root / "run" / "validate"
+    assert len(histories(killed)["sensitivity"].splitlines()) == 20
+    assert validate(root, "killed", "resume=true") == 0
+    assert histories(killed) == histories(whole)
+    assert len(histories(whole)["sensitivity"].splitlines()) == 1 + 3 * LAYERS
+    assert rows_of(killed) == rows_of(whole)
+
+
+def test_a_signal_keeps_what_was_measured(root: Path) -> None:
+    driver = Path(__file__).with_name("kill_search.py")
+    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=stopped"]
+    command = [sys.executable, driver, "sensitivity", "10", "validate", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SIGNAL": "SIGTERM"})
+    assert done.returncode == 143, done.stderr
+    lines = histories(root / "stopped" / "validate")["sensitivity"].splitlines()
+    assert lines == histories(root / "run" / "validate")["sensitivity"].splitlines()[: len(lines)]
+
+
+def test_a_calibration_serves_its_own_network_only(root: Path, capsys: pytest.CaptureFixture) -> None:
+    file = root / "run" / "validate" / "calibration.safetensors"
+    given = [f"method.statistics={file}", "method.mixed=null", "method.rivals=false", "method.dequantized=false"]
+    assert validate(root, "given", *given) == 0
+    assert not (root / "given" / "validate" / "calibration.safetensors").exists()
+    uniform = rows_of(root / "run" / "validate")["ViDiT-Q"]
+    assert rows_of(root / "given" / "validate")["ViDiT-Q"] == uniform
+    assert not (root / "given" / "validate" / "artifact" / "dequantized").exists()
+    assert validate(root, "other", *given, "seed=1") != 0
+    assert "has the statistics of" in the_error(capsys.readouterr().err)
+
+
+def test_layers_judged_by_another_metric_keep_their_share(root: Path) -> None:
+    """Decoupling moves bits within attention only; what attention takes altogether is not more."""
+    folder = root / "run" / "validate"
+    content = io.read_json(folder / "artifact" / "quantization.json")
+    bits = {name: entry["weight_bits"] for name, entry in content["layers"].items()}
+    assert len(bits) == LAYERS and set(bits.values()) <= {3, 4, 8}
+    lines = [json.loads(line) for line in (folder / "search/sensitivity/history.jsonl").read_text().splitlines()[1:]]
+    ssim = {(line["layer"], line["bits"]): 1 - line["ssim"] for line in lines}
+    attention = [name for name in bits if "attn" in name]
+    # all are of one size: no exchange of bits between two of them lowers the sum
+    for one in attention:
+        for other in attention:
+            now = ssim[one, bits[one]] + ssim[other, bits[other]]
+            assert now <= ssim[one, bits[other]] + ssim[other, bits[one]] + 1e-9
+
+
+def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate(root, "dry", "dry_run=true") == 0
+    assert "layer in few bits" in capsys.readouterr().out
+    assert not (root / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method.weight_bits=9"], "weight.bits = 9 must be 2 to 8"),
+        (["method.balance=some"], "balance"),
+        (["method.alpha=2"], "alpha = 2"),
+        (["method.keep=nothing_like_this"], "nothing_like_this"),
+        (["method.mixed.average_bits=2"], "average_bits"),
+        (["method.mixed.choices=[4]"], "choices"),
+        (["method.mixed.average_bits=null"], "must be given"),
+        (["method.groups=[]"], "no pattern matches"),
+        (["method.statistics=nowhere.safetensors"], "nowhere.safetensors"),
+        (["method.samples=0"], "samples = 0"),
+        (["strategy=ddp", "trainer.devices=2"], "one process"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(
+    root: Path, words: list[str], expected: str, capfd: pytest.CaptureFixture
+) -> None:
+    if "strategy=ddp" in words:
+        environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+        command = [sys.executable, "-m", "genlight", "validate", *MODEL, *SMALL, *words, f"run.root={root}"]
+        command += ["run.name=wrong-ddp"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+        assert done.returncode != 0 and expected in done.stderr
+        return
+    assert validate(root, "wrong", *words, "run.overwrite=true") != 0
+    assert expected in the_error(capfd.readouterr().err)

@@ -1,0 +1,103 @@
+"""Conversion of whole models by patterns: the layers it must find, and what it leaves of their output."""
+
+import diffusers
+import pytest
+import torch
+from quantization.tiny_pixart import KEPT, PIXART, W4A8, call, converted, pixart
+from torch import Tensor, nn
+
+from genlight.quantization.convert import (
+    LayerGroup,
+    formats_of_layers,
+    quantizable_layers,
+    quantize_layer,
+    quantized_layers,
+    replace_layers,
+    set_execution,
+)
+from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.observers import layers_by_input
+
+
+def test_known_models_have_the_layers_they_should() -> None:
+    """PixArt 28 blocks of 10, DiT-XL 28 of 6, and of SDXL's U-Net all 743 linear layers and 51 convolutions."""
+    groups = [LayerGroup(KEPT), LayerGroup(r"attn|ff", W4A8)]
+    with torch.device("meta"):
+        large = diffusers.PixArtTransformer2DModel(**{**PIXART, "num_layers": 28})
+        dit = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=28, sample_size=8)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32, 64, 128),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[2, 4, 8],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=80,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+        )
+    for model, number in ((large, 280), (dit, 168)):
+        chosen = [name for name, form in formats_of_layers(model, groups).items() if form is not None]
+        assert len(chosen) == number and not any("pos_embed" in name for name in chosen)
+    layers = quantizable_layers(unet)
+    assert len(layers) == 794 and sum(isinstance(layer, nn.Conv2d) for layer in layers.values()) == 51
+    content = [LayerGroup(r"\.attn2\.|\.ff\.", W4A8), LayerGroup(".*")]
+    assert sum(form is not None for form in formats_of_layers(unet, content).values()) == 420
+
+
+def test_patterns_that_do_not_fit_are_refused() -> None:
+    model = nn.ModuleDict({"buffer": nn.Linear(4, 4), "ff": nn.Linear(4, 4)})
+    assert formats_of_layers(model, [LayerGroup("^ff", W4A8), LayerGroup(".*")]) == {"buffer": None, "ff": W4A8}
+    for patterns in (["ff", "absent", ".*"], ["^ff"], ["("], []):
+        with pytest.raises(ValueError, match="groups"):
+            formats_of_layers(model, [LayerGroup(pattern) for pattern in patterns])
+    with pytest.raises(ValueError, match="no linear"):
+        quantizable_layers(nn.ReLU())
+    with pytest.raises(ValueError, match="'absent' is no layer"):
+        replace_layers(model, {"ff": nn.Identity(), "absent": nn.Identity()})
+    assert isinstance(model["ff"], nn.Linear)
+    with pytest.raises(ValueError, match="execution"):
+        set_execution(nn.Sequential(quantize_layer(nn.Linear(4, 4), W4A8)), "slow")
+
+
+def test_layers_that_compute_otherwise_are_left_out() -> None:
+    """torch's attention reads the weight of its output layer and never calls it."""
+    assert list(quantizable_layers(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8)))) == ["1"]
+
+
+def sqnr(found: Tensor, expected: Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (found - expected).square().sum()))
+
+
+def test_query_key_and_value_share_their_input() -> None:
+    model = pixart()
+    names = [name for name in quantizable_layers(model) if "transformer_blocks.0.attn" in name]
+    groups = layers_by_input(model, names, lambda: call(model))
+    assert {tuple(name.removeprefix("transformer_blocks.0.") for name in group) for group in groups} == {
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn1.to_out.0",),
+        ("attn2.to_q",),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.to_out.0",),
+    }
+
+
+def test_a_converted_transformer_stays_near_and_gptq_brings_it_nearer() -> None:
+    expected = call(pixart())
+    w8, w4 = (LayerFormat(WeightFormat(bits), ActivationFormat(8)) for bits in (8, 4))
+    gptq = LayerFormat(WeightFormat(4, rounding="gptq"), ActivationFormat(8))
+    eight, four, four_gptq = (sqnr(call(converted(form)), expected) for form in (w8, w4, gptq))
+    assert eight > 30 and eight > four + 10 and four_gptq > four + 2
+    untouched = LayerFormat(WeightFormat(16), ActivationFormat(16))
+    assert sqnr(call(converted(untouched)), expected) > 100
+    model = converted(w8)
+    assert len(quantized_layers(model)) == 20
+    integer = call(model)
+    set_execution(model, "fake")
+    assert sqnr(integer, call(model)) > 60
+    with pytest.raises(ValueError, match="quantized already"):
+        quantizable_layers(model)

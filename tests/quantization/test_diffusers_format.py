@@ -1,0 +1,106 @@
+"""Quantized networks saved and loaded by diffusers itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from quantization.tiny_pixart import W4A8, call, converted, pixart
+from safetensors.torch import load_file
+
+from genlight.quantization.convert import quantized_layers
+from genlight.quantization.diffusers_format import ViDiTQConfig, marked_quantized, register
+from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.saving import plans_of
+
+
+@pytest.fixture(autouse=True)
+def known() -> None:
+    register()
+
+
+@pytest.mark.parametrize("form", [W4A8, LayerFormat(WeightFormat(2, False, "group", 24), ActivationFormat(6, False))])
+def test_a_network_comes_back_bit_for_bit(form: LayerFormat, tmp_path: Path) -> None:
+    model = converted(form)
+    with marked_quantized(model, {"seed": 3}):
+        model.save_pretrained(tmp_path)
+    other = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(call(other), call(model)) and plans_of(other) == plans_of(model)
+    assert other.config.quantization_config.settings == {"seed": 3}
+    # and what was loaded can be saved as it is
+    other.save_pretrained(tmp_path / "again")
+    again = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(call(again), call(model))
+
+
+def test_nothing_is_left_of_the_mark(tmp_path: Path) -> None:
+    model = converted()
+    before = dict(model.config)
+    with marked_quantized(model, {}):
+        assert "quantization_config" in model.config
+    assert dict(model.config) == before and not hasattr(model, "hf_quantizer")
+    with pytest.raises(ValueError, match="no quantized layer"), marked_quantized(pixart(), {}):
+        pass
+
+
+def test_other_types_are_for_the_other_layers(tmp_path: Path) -> None:
+    """Loaded in bfloat16, scales and codes are those of the file."""
+    model = converted()
+    with marked_quantized(model, {}):
+        model.save_pretrained(tmp_path)
+    half = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    for name, layer in quantized_layers(half).items():
+        own = model.get_submodule(name)
+        for key, tensor in layer.state_dict().items():
+            assert tensor.dtype == own.state_dict()[key].dtype and torch.equal(tensor, own.state_dict()[key])
+    tensors = load_file(next(tmp_path.glob("*.safetensors")))
+    assert sum(t.nbytes for t in tensors.values()) < 0.6 * sum(p.nbytes for p in pixart().parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.update(version=2), "version 2"),
+        (lambda c: c.update(extra=1), "extra"),
+        (lambda c: c["tensors"].popitem(), "same layers"),
+        (lambda c: next(iter(c["layers"].values()))["form"]["weight"].update(bits=40), "bits"),
+        (lambda c: next(iter(c["tensors"].values())).pop("weight_scale"), "weight is missing"),
+        (lambda c: next(iter(c["tensors"].values())).update(weight_codes=["int9", 1, 1]), "int9"),
+        (lambda c: next(iter(c["tensors"].values())).update(weight_codes=["uint8", 1, 1]), "shape"),
+    ],
+)
+def test_a_config_that_does_not_hold_is_refused(change: object, expected: str, tmp_path: Path) -> None:
+    model = converted()
+    with marked_quantized(model, {}):
+        model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    change(content["quantization_config"])  # type: ignore[operator]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=expected):
+        diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_the_config_is_plain_json() -> None:
+    content = json.loads(json.dumps(ViDiTQConfig.of(converted(), {"bits": 4}).to_dict()))
+    assert content["quant_method"] == "viditq" and len(content["layers"]) == 20
+    again = ViDiTQConfig.from_dict(content)
+    assert again.to_dict() == ViDiTQConfig.of(converted(), {"bits": 4}).to_dict()
+
+
+@pytest.mark.parametrize(
+    "order", ["import genlight, diffusers.quantizers.auto as a", "import diffusers.quantizers.auto as a, genlight"]
+)
+def test_importing_both_is_enough(order: str) -> None:
+    """Whichever comes first."""
+    program = f"{order}; assert 'viditq' in a.AUTO_QUANTIZER_MAPPING and 'viditq' in a.AUTO_QUANTIZATION_CONFIG_MAPPING"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_genlight_alone_imports_neither() -> None:
+    alone = "import genlight, sys; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", alone], check=True)
