@@ -15,8 +15,8 @@ from torch import Tensor
 
 from genlight.quantization.uniform import code_range
 
-# A row must fit the registers of one program
-WIDEST_ROW = 32768
+# A row must fit the registers of one program, and its rotation the shared memory of a small GPU
+WIDEST_ROW = 16384
 
 # 1.5 · 2^23: what is added to it keeps no fraction, and is rounded half to even
 _ROUNDER = tl.constexpr(12582912.0)
