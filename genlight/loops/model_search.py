@@ -38,7 +38,8 @@ class ModelSearch:
         kinds, max_evaluations, slots, max_order: see `ModelScheduleSpace`.
         rules: schedules by these rules begin the search: "single", "small_first", "large_first", "sandwich",
             "analytic".
-        per_rule: so many of each rule and budget at most.
+        per_rule: so many of each rule and budget at most; twice as many sandwiches, three times as many analytic
+            allocations.
         singles: so many of single models for all budgets together at most, evenly over members, orders and numbers of
             evaluations. None: all.
         select: samples for choosing among the best, on noise and real images of their own.

@@ -160,7 +160,8 @@ class ModelWork:
                 "small_first": partial(small_first, space, count),
                 "large_first": partial(large_first, space, count),
                 "sandwich": partial(sandwich, space, 2 * count),
-                "analytic": partial(self._allocated, space, count),
+                # it says which members, not which layout: several are measured
+                "analytic": partial(self._allocated, space, 3 * count),
             }
             for rule in [rule for rule in self.method.rules if rule in made]:
                 for each in made[rule]():

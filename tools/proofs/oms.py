@@ -28,7 +28,7 @@ from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 WIDTHS = (16, 32, 64, 128, 192)
 BUDGETS = (1.0, 2.0, 4.0, 8.0)
 METRIC = "fd_digits"
-EVALUATIONS = 240
+EVALUATIONS = 180
 VARIANTS = {"predictor": [], "published": ["search.strategy.rounds=1"], "direct": ["search=oms_direct"]}
 RULES = ("single", "small_first", "large_first", "sandwich", "analytic", "random")
 
@@ -43,7 +43,7 @@ def searched(folder: Path, variant: str, seed: int) -> dict[str, Any]:
     """One search over all budgets."""
     name = f"{variant}-{seed}"
     words = ["validate", "experiment=oms/digits", *VARIANTS[variant], f"run.root={folder}", f"run.name={name}"]
-    words += ["method.singles=120", "method.per_rule=5", "search.finalists=5"]
+    words += ["method.singles=120", "method.per_rule=6", "search.finalists=4"]
     words += [
         f"seed={seed}",
         f"search.seed={seed}",
@@ -51,7 +51,7 @@ def searched(folder: Path, variant: str, seed: int) -> dict[str, Any]:
         "method.unit=macs",
         "metrics.metrics=[fd]",
     ]
-    seconds = genlight(*words, "data.num_samples=3000", "data.eval_batch_size=1000", "metrics.extractor.dtype=float32")
+    seconds = genlight(*words, "data.num_samples=2000", "data.eval_batch_size=1000", "metrics.extractor.dtype=float32")
     return {"variant": variant, "seed": seed, "seconds": seconds, "rows": report(folder / name / "validate")["table"]}
 
 

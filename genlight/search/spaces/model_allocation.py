@@ -71,7 +71,7 @@ def analytic_allocation(
     Args:
         zoo: its budget must be set.
         errors: mean squared error of each member's ε̂ at λ, as in `genlight.diffusion.error_curves`.
-        count: schedules at most: numbers of evaluations are spread evenly over those that the budget allows.
+        count: schedules at most: layouts are spread evenly over the numbers of evaluations that the budget allows.
         best: for each layout.
 
     Raises ValueError for a zoo without budget, or members without errors.
@@ -127,12 +127,8 @@ def allocate(errors: Array, costs: Array, budget: float, *, switch: float = 0.0,
 
 
 def _some_layouts(zoo: BudgetedZoo, most: int, count: int) -> list[Layout]:
-    """Layouts of up to `most` evaluations: as many numbers of evaluations as make no more than `count`."""
-    for numbers in range(most, 0, -1):
-        chosen = list(layouts(zoo, evenly(range(1, most + 1), numbers)))
-        if len(chosen) <= count:
-            return chosen
-    return evenly(list(layouts(zoo, [most])), count)
+    """At most `count` layouts of up to `most` evaluations, spread evenly over numbers of evaluations and orders."""
+    return evenly(list(layouts(zoo, range(1, most + 1))), count)
 
 
 def _weights_of(layout: Layout, member: str, noise_schedule: NoiseSchedule, slots: int) -> tuple[Array, Array]:
