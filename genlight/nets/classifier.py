@@ -39,10 +39,11 @@ class Classifier(nn.Module):
         num_classes: number of classes, the length of the logits.
         widths: channels of each stage; the last one is the number of features.
         blocks_per_stage: residual blocks in each stage.
+        stem_stride: the image is made so many times smaller before the first stage.
         dropout: probability of dropping a feature before the last linear layer, in training only.
 
     Raises:
-        ValueError: a size is not positive, or the image is too small to be halved ``len(widths) - 1`` times.
+        ValueError: a size is not positive, or the image is too small for ``stem_stride`` and to be halved ``len(widths) - 1`` times.
     """
 
     def __init__(
@@ -53,20 +54,25 @@ class Classifier(nn.Module):
         widths: Sequence[int] = (32, 64),
         blocks_per_stage: int = 1,
         dropout: float = 0.0,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         widths = [int(width) for width in widths]
         sizes = {"image_size": image_size, "channels": channels, "num_classes": num_classes}
         sizes |= {
             "blocks_per_stage": blocks_per_stage,
+            "stem_stride": stem_stride,
             "len(widths)": len(widths),
             "min(widths)": min(widths, default=0),
         }
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"Classifier {name} must be at least 1, got {value}")
-        if image_size < 2 ** (len(widths) - 1):
-            raise ValueError(f"Classifier image_size {image_size} cannot be halved {len(widths) - 1} times (widths)")
+        if image_size < stem_stride * 2 ** (len(widths) - 1):
+            raise ValueError(
+                f"Classifier image_size {image_size} cannot be divided by stem_stride {stem_stride} and then halved "
+                f"{len(widths) - 1} times (widths)"
+            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"Classifier dropout must be in [0, 1), got {dropout}")
         self.config: dict[str, Any] = {
@@ -76,10 +82,13 @@ class Classifier(nn.Module):
             "widths": widths,
             "blocks_per_stage": blocks_per_stage,
             "dropout": dropout,
+            "stem_stride": stem_stride,
         }
         self.num_features = widths[-1]
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(channels, widths[0], 3, stride=stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
         )
         blocks: list[nn.Module] = []
         previous = widths[0]

@@ -93,7 +93,7 @@ def test_data_and_weights_that_do_not_fit_are_named():
     [
         ({"widths": ()}, "len.widths. must be at least 1, got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"widths": (8, 8, 8, 8, 8)}, "image_size 8 cannot be halved 4 times"),
+        ({"widths": (8, 8, 8, 8, 8)}, "image_size 8 cannot be divided by stem_stride 1 and then halved 4 times"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1\.0"),
     ],
 )
