@@ -32,7 +32,7 @@ STEPS, QUARTER = 8000, 2000
 METRIC = "fd_mnist8"
 EXPERIMENT = "experiment=lcsc/mnist8_cd"
 RAW = "method.basis={_target_: genlight.checkpoints.bases.Raw}"
-BUDGET, FIDELITY = 300, 2000
+BUDGET, FIDELITY = 600, 2000
 # of the whole training until here 50 checkpoints were collected
 UNTIL_50 = 4000
 VARIANTS = {
