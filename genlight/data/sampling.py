@@ -10,6 +10,7 @@ DRAWS = {"search": 0, "select": 1, "report": 2}
 TRAIN_ORDER = 3
 LABEL_ORDER = 4
 POOL_ORDER = 5
+PAIR_NOISE = 6
 
 
 def generator(seed: int, *spawn_key: int) -> np.random.Generator:

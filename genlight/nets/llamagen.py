@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from genlight.nets.autoregressive import Nucleus
+from genlight.nets.configuration import constructor_arguments
 from genlight.nets.kv_cache import KeyValueCache
 from genlight.nets.vq import VectorQuantizer
 
@@ -140,6 +141,7 @@ class LlamaGenTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.config = constructor_arguments(locals())
         sizes = {"num_codes": num_codes, "grid_size": grid_size, "width": width, "num_layers": num_layers}
         sizes |= {"num_heads": num_heads, "num_classes": num_classes, "text_length": text_length}
         for name, size in (sizes | {"multiple_of": multiple_of}).items():

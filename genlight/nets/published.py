@@ -1,6 +1,7 @@
 """The networks of the public checkpoints of VAR and LlamaGen, and their weights, every key accounted for.
 
-Published at FoundationVision/var and FoundationVision/LlamaGen of the Hugging Face hub, and peizesun/llamagen_t2i.
+Published at FoundationVision/var and FoundationVision/LlamaGen of the Hugging Face hub, and peizesun/llamagen_t2i;
+their students by Distilled Decoding at microsoft/distilled_decoding.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from genlight.errors import UserError
+from genlight.nets.dd_student import RasterStudent, ScaleStudent
 from genlight.nets.llamagen import LlamaGenTransformer
 from genlight.nets.residual_vq import ResidualQuantizer
 from genlight.nets.var import VARTransformer
@@ -34,6 +36,23 @@ LLAMAGEN_SIZES = {
     "XXL": (48, 1536, 24),
     "3B": (24, 3200, 32),
 }
+VAR_STUDENT_DEPTHS = (16, 20, 24)
+LLAMAGEN_STUDENT_SIZES = ("B", "L")
+
+
+def var_arguments(depth: int) -> dict[str, Any]:
+    """Arguments of the `VARTransformer` of a published depth."""
+    large = depth == 36
+    sizes = {"width": 64 * depth, "num_layers": depth, "num_heads": depth, "drop_path": depth / 240}
+    scales = VAR_SCALES_512 if large else VAR_SCALES
+    return {"num_codes": 4096, "code_dim": 32, "scales": scales, **sizes, "shared_modulation": large}
+
+
+def llamagen_arguments(size: str, grid_size: int) -> dict[str, Any]:
+    """Arguments of the class-conditional `LlamaGenTransformer` of a published size."""
+    layers, width, heads = LLAMAGEN_SIZES[size]
+    sizes = {"width": width, "num_layers": layers, "num_heads": heads}
+    return {"num_codes": 16384, "grid_size": grid_size, **sizes, "dropout": 0.1}
 
 
 def var_transformer(depth: int) -> VARTransformer:
@@ -44,9 +63,7 @@ def var_transformer(depth: int) -> VARTransformer:
     """
     if depth not in VAR_DEPTHS:
         raise ValueError(f"depth = {depth} must be one of {VAR_DEPTHS}")
-    large = depth == 36
-    scales = VAR_SCALES_512 if large else VAR_SCALES
-    return VARTransformer(4096, 32, scales, 64 * depth, depth, depth, shared_modulation=large, drop_path=depth / 240)
+    return VARTransformer(**var_arguments(depth))
 
 
 def var_tokenizer(scales: tuple[int, ...] = VAR_SCALES) -> VQTokenizer:
@@ -62,8 +79,29 @@ def llamagen_transformer(size: str, grid_size: int, text: bool = False) -> Llama
     """
     if size not in LLAMAGEN_SIZES:
         raise ValueError(f"size = {size!r} must be one of {', '.join(LLAMAGEN_SIZES)}")
-    layers, width, heads = LLAMAGEN_SIZES[size]
-    return LlamaGenTransformer(16384, grid_size, width, layers, heads, text_dim=2048 if text else None, dropout=0.1)
+    return LlamaGenTransformer(**llamagen_arguments(size, grid_size), text_dim=2048 if text else None)
+
+
+def var_student(depth: int) -> ScaleStudent:
+    """``VAR-DD/var-d<depth>.pth``, with random weights; what is read of it are ``trainer.ema_parameters``.
+
+    Raises:
+        ValueError: no such network was published.
+    """
+    if depth not in VAR_STUDENT_DEPTHS:
+        raise ValueError(f"depth = {depth} must be one of {VAR_STUDENT_DEPTHS}")
+    return ScaleStudent(32, var_arguments(depth))
+
+
+def llamagen_student(size: str) -> RasterStudent:
+    """``LlamaGen-DD/llamagen-<size>.pt``, with random weights; what is read of it is ``ema``.
+
+    Raises:
+        ValueError: no such network was published.
+    """
+    if size not in LLAMAGEN_STUDENT_SIZES:
+        raise ValueError(f"size = {size!r} must be one of {', '.join(LLAMAGEN_STUDENT_SIZES)}")
+    return RasterStudent(8, llamagen_arguments(size, 16))
 
 
 def llamagen_tokenizer(downsampling: Literal[8, 16] = 16) -> VQTokenizer:
@@ -128,6 +166,13 @@ _LLAMAGEN = (
     (r"\.down\.", ".w2."),
     (r"\.up\.", ".w3."),
 )
+_STUDENT = (
+    (r"^backbone\.", ""),
+    (r"^state_embedding\.", "n_d_embed."),
+    (r"^layer_state\.", "layerwise_n_d_embed."),
+    (r"^vector_head\.shift_scale$", "final_layer_conti.scale_shift_table"),
+    (r"^vector_head\.", "final_layer_conti."),
+)
 _TOKENIZER = (
     (r"^quantizer\.", "quantize."),
     (r"\.conv_shortcut\.", ".nin_shortcut."),
@@ -179,8 +224,7 @@ def load_published(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read the weights of a published checkpoint, as safetensors, into the network that it belongs to.
 
     Args:
-        network: of `var_transformer`, `var_tokenizer`, `llamagen_transformer` or `llamagen_tokenizer`, or one of these
-            classes with other sizes.
+        network: of one of the functions above, or one of their classes with other sizes.
         path: a safetensors file with the published keys.
 
     Raises:
@@ -228,6 +272,9 @@ def load_published_tensors(network: nn.Module, tensors: Mapping[str, Tensor], wh
 def _names(network: nn.Module) -> tuple[tuple[tuple[str, str], ...], str]:
     """The replacements that turn our names into the published ones, and a pattern of keys that hold nothing learned."""
     match network:
+        case ScaleStudent() | RasterStudent():
+            rules, ignored = _names(network.backbone)
+            return (*_STUDENT, *rules), ignored
         case VARTransformer():
             return _VAR, r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"
         case LlamaGenTransformer():

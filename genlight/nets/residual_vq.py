@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genlight.nets.configuration import constructor_arguments
 from genlight.nets.vq import Quantized, VectorQuantizer, nearest_codes, to_grid, to_rows
 
 
@@ -42,6 +43,7 @@ class ResidualQuantizer(VectorQuantizer):
         commitment_weight: float = 0.25,
     ) -> None:
         super().__init__(num_codes, code_dim, normalize=False, commitment_weight=commitment_weight)
+        self.config = constructor_arguments(locals())
         self.scales = tuple(int(scale) for scale in scales)
         if not self.scales or any(a >= b for a, b in itertools.pairwise((0, *self.scales))):
             raise ValueError(f"scales = {list(self.scales)} must increase from at least 1")
@@ -113,15 +115,16 @@ class ResidualQuantizer(VectorQuantizer):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             total = torch.zeros_like(features)
             loss = features.new_zeros(())
-            tokens = []
+            tokens, vectors = [], []
             for index in range(len(self.scales)):
-                left_over = self.scale_inputs(features.detach() - total.detach(), index)
-                tokens.append(nearest_codes(left_over.flatten(0, 1), self.codebook).view(len(features), -1))
+                vectors.append(self.scale_inputs(features.detach() - total.detach(), index))
+                tokens.append(nearest_codes(vectors[-1].flatten(0, 1), self.codebook).view(len(features), -1))
                 total = self.add_scale(total, self.lookup(tokens[-1]), index)
                 loss = loss + functional.mse_loss(total, features.detach())
                 loss = loss + self.commitment_weight * functional.mse_loss(features, total.detach())
             straight_through = features + (total - features).detach()
-            return Quantized(straight_through, torch.cat(tokens, dim=1), loss / len(self.scales))
+            loss = loss / len(self.scales)
+            return Quantized(straight_through, torch.cat(tokens, dim=1), torch.cat(vectors, dim=1), loss)
 
     def _by_scale(self, vectors: Tensor) -> Iterator[tuple[int, Tensor]]:
         ends = list(itertools.accumulate(self.group_sizes, initial=0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from genlight.nets.autoregressive import Nucleus
+from genlight.nets.configuration import constructor_arguments
 from genlight.nets.kv_cache import KeyValueCache
 from genlight.nets.residual_vq import ResidualQuantizer
 
@@ -94,11 +95,19 @@ class VARBlock(nn.Module):
             self.modulation = ModulationOffset(width)
 
     def forward(
-        self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int
+        self,
+        x: Tensor,
+        condition: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+        added: Tensor | None = None,
     ) -> Tensor:
+        """[B, S, width] to the same shape; `added`, if given, comes between attention and feed-forward layer."""
         gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = self.modulation(condition).unbind(2)
         attended = self.attention(self.norm(x) * (1 + scale_a) + shift_a, mask, cache, layer)
         x = x + self._drop(attended * gate_a)
+        x = x if added is None else x + added
         return x + self._drop(self.feed_forward(self.norm(x) * (1 + scale_f) + shift_f) * gate_f)
 
     @torch.no_grad()
@@ -154,6 +163,7 @@ class VARTransformer(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        self.config = constructor_arguments(locals())
         self.scales = tuple(int(scale) for scale in scales)
         sizes = {"num_codes": num_codes, "code_dim": code_dim, "min(scales)": min(self.scales, default=0)}
         sizes |= {"width": width, "num_layers": num_layers, "num_heads": num_heads, "num_classes": num_classes}

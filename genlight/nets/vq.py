@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genlight.nets.configuration import constructor_arguments
+
 
 def nearest_codes(vectors: Tensor, codebook: Tensor, chunk_size: int = 1024) -> Tensor:
     """Index of the nearest row of the codebook by Euclidean distance; of equally near rows the first.
@@ -52,11 +54,13 @@ class Quantized:
     Attributes:
         features: [B, C, H, W], the sums of codes; gradients pass to what was quantised as if nothing had happened.
         tokens: [B, N] int64, indices of codes.
+        vectors: [B, N, C], what each token was chosen for.
         loss: scalar, codebook term plus weighted commitment term; it alone trains the codebook.
     """
 
     features: Tensor
     tokens: Tensor
+    vectors: Tensor
     loss: Tensor
 
 
@@ -75,6 +79,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, num_codes: int, code_dim: int, normalize: bool = True, commitment_weight: float = 0.25) -> None:
         super().__init__()
+        self.config = constructor_arguments(locals())
         for name, value in (("num_codes", num_codes), ("code_dim", code_dim)):
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
@@ -113,13 +118,13 @@ class VectorQuantizer(nn.Module):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             if self.normalize:
                 features = functional.normalize(features, dim=1)
-            tokens = nearest_codes(to_rows(features).flatten(0, 1), self.codebook).view(len(features), -1)
+            vectors = to_rows(features.detach())
+            tokens = nearest_codes(vectors.flatten(0, 1), self.codebook).view(len(features), -1)
             codes = self.lookup(tokens).transpose(1, 2).reshape(features.shape)
             codebook_loss = functional.mse_loss(codes, features.detach())
             commitment = functional.mse_loss(features, codes.detach())
-            return Quantized(
-                features + (codes - features).detach(), tokens, codebook_loss + self.commitment_weight * commitment
-            )
+            loss = codebook_loss + self.commitment_weight * commitment
+            return Quantized(features + (codes - features).detach(), tokens, vectors, loss)
 
 
 def to_grid(vectors: Tensor) -> Tensor:

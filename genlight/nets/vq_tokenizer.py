@@ -8,7 +8,8 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from genlight.nets.vq import VectorQuantizer
+from genlight.nets.configuration import constructor_arguments
+from genlight.nets.vq import Quantized, VectorQuantizer
 
 
 class VQTokenizer(nn.Module):
@@ -41,6 +42,7 @@ class VQTokenizer(nn.Module):
         norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
+        self.config = constructor_arguments(locals())
         channels = tuple(int(width) for width in channels)
         if not channels or any(width < 1 or width % norm_num_groups for width in channels):
             raise ValueError(f"channels = {list(channels)} must be multiples of norm_num_groups = {norm_num_groups}")
@@ -70,11 +72,15 @@ class VQTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(quantizer.code_dim, latent_channels, quant_conv_size, padding=padding)
         self.quantizer = quantizer
 
+    def quantize(self, images: Tensor) -> Quantized:
+        """The quantised features of images [B, image_channels, H, W] in [-1, 1]."""
+        quantized: Quantized = self.quantizer(self.quant_conv(self.encoder(images)))
+        return quantized
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images in [-1, 1]: [B, image_channels, H, W] to [B, N] int64."""
-        tokens: Tensor = self.quantizer(self.quant_conv(self.encoder(images))).tokens
-        return tokens
+        return self.quantize(images).tokens
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Images of vectors in the space of the codes: [B, N, C] to [B, image_channels, H, W].
@@ -85,7 +91,11 @@ class VQTokenizer(nn.Module):
         Raises:
             ValueError: N does not fill a grid, or the first scales.
         """
-        images: Tensor = self.decoder(self.post_quant_conv(self.quantizer.features_of(vectors)))
+        return self.decode_features(self.quantizer.features_of(vectors))
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """Images [B, image_channels, H, W], not clamped, of quantised features [B, C, S, S]."""
+        images: Tensor = self.decoder(self.post_quant_conv(features))
         return images
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -94,5 +104,5 @@ class VQTokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction of images in [-1, 1], of the same shape and not clamped, and the loss of the quantiser."""
-        quantized = self.quantizer(self.quant_conv(self.encoder(images)))
-        return self.decoder(self.post_quant_conv(quantized.features)), quantized.loss
+        quantized = self.quantize(images)
+        return self.decode_features(quantized.features), quantized.loss

@@ -14,7 +14,7 @@ def test_every_data_set_has_a_config():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_keys_are_the_constructors_arguments_each_with_a_comment(path):
-    lines = path.read_text().splitlines()
+    lines = [line.strip() for line in path.read_text().splitlines()]
     config = yaml.safe_load(path.read_text())
     arguments = inspect.signature(get_class(config.pop("_target_"))).parameters
     assert set(config) == set(arguments)
@@ -27,6 +27,7 @@ def test_keys_are_the_constructors_arguments_each_with_a_comment(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_defaults_are_accepted(path, tmp_path):
     text = path.read_text().replace("${seed}", "0").replace("${paths.cache}", str(tmp_path))
+    text = text.replace("${run.root}", str(tmp_path))
     config = yaml.safe_load(text.replace("tasks: ???", "tasks: {}"))
     data = instantiate(config)
     if "image_size" in config:

@@ -1,0 +1,153 @@
+"""Tokens of a student of Distilled Decoding with some passes of its teacher, and what needs no student at all.
+
+Everything here is a function of the same noise: where a token is drawn from a distribution, the flow carries its noise
+to a code (`genlight.diffusion.flow_codes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from genlight.diffusion.flow_codes import Method, transport
+from genlight.nets.autoregressive import (
+    AutoregressiveModel,
+    Choose,
+    SamplingSettings,
+    decode,
+    parallel_probabilities,
+)
+from genlight.nets.few_step import Decoded, StudentNetwork, ends_of, few_steps
+
+
+def teacher_involved(
+    student: StudentNetwork,
+    teacher: AutoregressiveModel,
+    settings: SamplingSettings,
+    noise: Tensor,
+    labels: Tensor,
+    choose: Choose,
+    first: int,
+    last: int,
+) -> Decoded:
+    """The student's sample, of which the teacher decides some groups again ("pre-trained-n-m", arXiv 2412.17153).
+
+    The student says the groups before `first`; the teacher reads them and decides `first` to `last` - 1, one after the
+    other; the student says the rest. With `last` one above the number of groups the teacher has the last word, as in
+    Liu et al. 2025 (arXiv 2510.21003, algorithm 4).
+
+    Args:
+        student, teacher: of the same tokens.
+        settings: guidance and filters of the teacher.
+        noise: [B, N, C], of the student.
+        labels: [B] int64.
+        choose: what makes the teacher's tokens of probabilities, such as a flow from the same noise.
+        first, last: groups, counted from 1.
+
+    Raises:
+        ValueError: not 1 ≤ first < last ≤ number of groups + 1.
+    """
+    num_groups, codebook = len(teacher.group_sizes), teacher.codebook
+    if not 1 <= first < last <= num_groups + 1:
+        raise ValueError(f"first = {first} and last = {last} must be 1 ≤ first < last ≤ {num_groups + 1}")
+    prefix = None
+    if first > 1:
+        known = ends_of(teacher.group_sizes)[first - 1]
+        prefix = few_steps(student, codebook, noise, labels).tokens[:, :known]
+    tokens = decode(teacher, labels, settings, choose, prefix, last - 1)
+    if last > num_groups:
+        return Decoded(tokens, functional.embedding(tokens, codebook))
+    return few_steps(student, codebook, noise, labels, (last - 1,), tokens=tokens)
+
+
+@torch.no_grad()
+def refine(
+    teacher: AutoregressiveModel,
+    settings: SamplingSettings,
+    noise: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    passes: int,
+    steps: int = 32,
+    method: Method = "2m",
+) -> Decoded:
+    """Bring tokens nearer to what the teacher makes of the noise, all of them at once in each pass.
+
+    The teacher's sample is the only fixed point of "each token is where the flow carries its noise, given the tokens
+    before it". A pass makes at least one more group exact, so that after as many passes as there are groups the tokens
+    are the teacher's, whatever they were (fixed-point iteration of predictive sampling, Wiggers & Hoogeboom 2020,
+    arXiv 2002.09928).
+
+    Args:
+        teacher, settings: as `teacher_involved`.
+        noise: [B, N, C].
+        labels: [B] int64.
+        tokens: [B, N], a guess, such as a student's.
+        passes: of the teacher.
+        steps, method: of the flow, as in `genlight.diffusion.flow_codes.transport`; those of the sample that is wanted.
+    """
+    codebook = teacher.codebook
+    for _ in range(passes):
+        probabilities = parallel_probabilities(teacher, tokens, labels, settings)
+        logarithms = probabilities.flatten(0, 1).log()
+        _, moved = transport(noise.flatten(0, 1), logarithms, codebook, steps=steps, method=method)
+        tokens = moved.view_as(tokens)
+    return Decoded(tokens, functional.embedding(tokens, codebook))
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """How often each code stands at each place, for every class or for all together: [classes or 1, N, V].
+
+    Tokens drawn from it are the best that independent tokens can be ("onestep*" in arXiv 2510.21003, appendix E.5).
+    """
+
+    probabilities: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, num_codes: int, labels: Tensor | None = None) -> Marginals:
+        """Counted in tokens [M, N]; with labels [M], for each class.
+
+        Raises:
+            ValueError: a class without tokens.
+        """
+        rows = torch.zeros(len(tokens), dtype=torch.long) if labels is None else labels.long().cpu()
+        counts = torch.zeros(int(rows.max()) + 1, tokens.shape[1], num_codes)
+        place = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+        index = (rows[:, None].expand_as(tokens), place, tokens.long().cpu())
+        counts.index_put_(index, torch.ones(()), accumulate=True)
+        total = counts.sum(-1, keepdim=True)
+        if not (total > 0).all():
+            raise ValueError(f"labels: class {int((total[:, 0, 0] == 0).nonzero()[0])} must have tokens")
+        return cls(counts / total)
+
+    def sample(self, codebook: Tensor, noise: Tensor, labels: Tensor, steps: int = 32) -> Decoded:
+        """Independent tokens from noise [B, N, C] and labels [B]."""
+        rows = labels.cpu() if len(self.probabilities) > 1 else torch.zeros(len(labels), dtype=torch.long)
+        logarithms = self.probabilities[rows].log().to(noise.device)
+        _, tokens = transport(noise.flatten(0, 1), logarithms.flatten(0, 1), codebook, steps=steps)
+        tokens = tokens.view(noise.shape[:2])
+        return Decoded(tokens, functional.embedding(tokens, codebook))
+
+    def likeliest(self, labels: Tensor) -> Tensor:
+        """The most frequent code of each place, [B, N]."""
+        rows = labels.cpu() if len(self.probabilities) > 1 else torch.zeros(len(labels), dtype=torch.long)
+        return self.probabilities.argmax(-1)[rows].to(labels.device)
+
+
+def stopped_early(tokens: Tensor, group_sizes: Sequence[int], num_groups: int, filling: Tensor | None) -> Tensor:
+    """The teacher's tokens [B, N] of the first groups, as if it had stopped there ("skip-k").
+
+    Args:
+        tokens: the teacher's.
+        group_sizes: of all groups.
+        num_groups: how many are kept.
+        filling: [B, N], what stands in the place of the others; None leaves them out, where the decoder sums scales.
+    """
+    end = ends_of(group_sizes)[num_groups]
+    kept = tokens[:, :end]
+    return kept if filling is None else torch.cat((kept, filling[:, end:]), dim=1)

@@ -1,0 +1,169 @@
+"""What the method `dd` compares: the teacher, its student in a few steps, both together, and what needs no student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from genlight.diffusion.flow_codes import Method, flow_choice
+from genlight.diffusion.teacher_passes import Marginals, refine, stopped_early, teacher_involved
+from genlight.nets.autoregressive import Choose, decode, multinomial
+from genlight.nets.few_step import Decoded
+from genlight.nets.residual_vq import ResidualQuantizer
+
+if TYPE_CHECKING:
+    from genlight.modules.distilled_decoding import DistilledDecodingModule
+
+TEACHER, DRAWN, DRAWN_AGAIN = "teacher", "teacher, drawn", "teacher, drawn again"
+_SEEDS = {DRAWN: 1, DRAWN_AGAIN: 2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make tokens.
+
+    Attributes:
+        name: e.g. "student, 2 steps".
+        kind: "teacher", "student", "vectors", "teacher involved", "refined", "skip" or "onestep".
+        calls: of a network for one batch, one after the other.
+        decode: noise [B, N, C] and labels [B] to tokens; fewer than N where the teacher stops and nothing is filled in.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    decode: Callable[[Tensor, Tensor], Decoded]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which variants there are beside those that always are.
+
+    Attributes:
+        involved: (first, last) groups, counted from 1: the teacher decides first to last - 1; None: one of each kind.
+        refine: passes of the teacher after the student's one.
+        skip: by how many groups the teacher stops early; None: a sixth, a third and a half of them.
+        steps, method: of the flow from noise to tokens.
+    """
+
+    involved: Sequence[tuple[int, int]] | None
+    refine: Sequence[int]
+    skip: Sequence[int] | None
+    steps: int
+    method: Method
+
+    def involved_in(self, num_groups: int, timesteps: Sequence[int]) -> list[tuple[int, int]]:
+        """The teacher up to where the student's second step begins, and the teacher alone for the last quarter."""
+        if self.involved is not None:
+            return [(int(first), int(last)) for first, last in self.involved]
+        second = timesteps[1] if len(timesteps) > 1 else max(1, num_groups // 3)
+        return [(1, second + 1), (num_groups + 1 - max(1, num_groups // 4), num_groups + 1)]
+
+    def skip_of(self, num_groups: int) -> list[int]:
+        """Numbers of groups that are left out, each once."""
+        if self.skip is not None:
+            return [int(count) for count in self.skip]
+        return sorted({max(1, num_groups // part) for part in (6, 3, 2)} - {num_groups})
+
+
+def variants_of(
+    module: DistilledDecodingModule, choices: Choices, marginals: Marginals, unconditional: Marginals
+) -> list[Variant]:
+    """All of them, the teacher first; `marginals` are those of each class."""
+    teacher, settings = module.teacher.model, module.teacher.settings
+    groups, codebook = len(teacher.group_sizes), teacher.codebook
+    found = [Variant(TEACHER, "teacher", groups, _teacher(module, choices, groups))]
+    for name, seed in _SEEDS.items():
+        found.append(Variant(name, "teacher", groups, _drawn(module, seed)))
+    for steps in range(1, len(module.timesteps) + 1):
+        timesteps = module.timesteps[:steps]
+        name = f"student, {steps} step{'s' if steps > 1 else ''}"
+        found.append(Variant(name, "student", steps, _student(module, timesteps, groups)))
+    if module.split_timestep is not None:
+        split = module.split_timestep
+        found.append(Variant(f"student, vectors from {split}", "vectors", 1, _student(module, (0,), split)))
+    for first, last in choices.involved_in(groups, module.timesteps):
+
+        def involved(noise: Tensor, label: Tensor, first: int = first, last: int = last) -> Decoded:
+            choose = _flow(module, choices, noise)
+            return teacher_involved(module.student, teacher, settings, noise, label, choose, first, last)
+
+        calls = (first > 1) + (last - first) + (last <= groups)
+        found.append(Variant(f"teacher for {first} to {last - 1}", "teacher involved", calls, involved))
+    for passes in choices.refine:
+
+        def refined(noise: Tensor, label: Tensor, passes: int = passes) -> Decoded:
+            guess = module.decode_noise(noise, label, timesteps=(0,), split_timestep=groups).tokens
+            return refine(teacher, settings, noise, label, guess, passes, choices.steps, choices.method)
+
+        found.append(Variant(f"student + {passes} passes of the teacher", "refined", 1 + passes, refined))
+    for count in choices.skip_of(groups):
+        kept = groups - count
+        found.append(Variant(f"skip-{count}", "skip", kept, _stopped(module, choices, marginals, kept)))
+    for name, of in (("onestep*, by class", marginals), ("onestep*", unconditional)):
+
+        def independent(noise: Tensor, label: Tensor, of: Marginals = of) -> Decoded:
+            return of.sample(codebook, noise, label, choices.steps)
+
+        found.append(Variant(name, "onestep", 1, independent))
+    return found
+
+
+def _flow(module: DistilledDecodingModule, choices: Choices, noise: Tensor) -> Choose:
+    model = module.teacher.model
+    return flow_choice(noise, model.codebook, model.group_sizes, steps=choices.steps, method=choices.method)
+
+
+def _teacher(module: DistilledDecodingModule, choices: Choices, num_groups: int) -> Callable[[Tensor, Tensor], Decoded]:
+    """The teacher by the flow from noise, group after group."""
+
+    def run(noise: Tensor, label: Tensor) -> Decoded:
+        model = module.teacher.model
+        tokens = decode(model, label, module.teacher.settings, _flow(module, choices, noise), num_groups=num_groups)
+        return Decoded(tokens, functional.embedding(tokens, model.codebook))
+
+    return run
+
+
+def _drawn(module: DistilledDecodingModule, seed: int) -> Callable[[Tensor, Tensor], Decoded]:
+    """The teacher by drawing, which is how it is sampled elsewhere; the noise is not used."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def run(noise: Tensor, label: Tensor) -> Decoded:
+        if noise.device not in generators:
+            generators[noise.device] = torch.Generator(noise.device).manual_seed(seed)
+        model = module.teacher.model
+        tokens = decode(model, label, module.teacher.settings, multinomial(generators[noise.device]))
+        return Decoded(tokens, functional.embedding(tokens, model.codebook))
+
+    return run
+
+
+def _student(
+    module: DistilledDecodingModule, timesteps: Sequence[int], split: int
+) -> Callable[[Tensor, Tensor], Decoded]:
+    def run(noise: Tensor, label: Tensor) -> Decoded:
+        return module.decode_noise(noise, label, timesteps=timesteps, split_timestep=split)
+
+    return run
+
+
+def _stopped(
+    module: DistilledDecodingModule, choices: Choices, marginals: Marginals, kept: int
+) -> Callable[[Tensor, Tensor], Decoded]:
+    """The teacher's first groups: the sum of these scales, or with the likeliest code in every other place."""
+    run_teacher = _teacher(module, choices, kept)
+
+    def run(noise: Tensor, label: Tensor) -> Decoded:
+        model = module.teacher.model
+        sums = isinstance(model.quantizer, ResidualQuantizer)
+        filling = None if sums else marginals.likeliest(label)
+        tokens = stopped_early(run_teacher(noise, label).tokens, model.group_sizes, kept, filling)
+        return Decoded(tokens, functional.embedding(tokens, model.codebook))
+
+    return run

@@ -1,0 +1,171 @@
+"""Measuring the variants of Distilled Decoding: images, tokens and time, all from the same noise and labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
+from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
+from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
+from genlight.modules.generation import GRID_IMAGES
+from genlight.nets.few_step import Decoded
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+
+# of the first samples, for the estimate
+_PROBE = 64
+# seconds over which one latency is measured, at least
+_TIMED = 0.3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one variant made.
+
+    Attributes:
+        metrics: of its images, by name.
+        tokens: [M, N], on the CPU; fewer than N where the teacher stopped.
+        nll: nats per token by the teacher; None without all tokens.
+        images: the first, on the CPU.
+    """
+
+    metrics: dict[str, float]
+    tokens: Tensor
+    nll: float | None
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class CurveWork:
+    """Everything that the steps of the method share.
+
+    Attributes:
+        evaluations, module, datamodule: of the run.
+        variants: the teacher first.
+        latency_batches: batch sizes whose time is measured.
+    """
+
+    evaluations: CandidateTrainer
+    module: Any
+    datamodule: Any
+    variants: Sequence[Variant]
+    latency_batches: Sequence[int]
+
+    def noise(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Noise [M, N, C] and labels [M] of the draw that is reported."""
+        draw, every = str(self.datamodule.draw), self.datamodule.num_samples
+        noise, conditions = noise_of(self.datamodule, draw, every if count is None else count)
+        return noise, conditions["label"]
+
+    def measure(self) -> list[Measured]:
+        """Every variant, spread over the processes."""
+        noise, label = self.noise()
+        return in_turn(
+            self.evaluations, [partial(self._inside, self._one, each, noise, label) for each in self.variants]
+        )
+
+    def latencies(self) -> list[dict[str, float]]:
+        """Milliseconds that tokens take, by ``ms_<batch size>``; then those of the decoder, which all need besides."""
+        noise, label = self.noise(min(max(self.latency_batches, default=1), self.datamodule.num_samples))
+        pieces = [partial(self._inside, self._times, each, noise, label) for each in self.variants]
+        pieces.append(partial(self._inside, self._decoder_times, noise, label))
+        # by the first process alone: several at a time would slow each other down
+        found: list[list[dict[str, float]]] = in_turn(self.evaluations, [lambda: [piece() for piece in pieces]])
+        return found[0]
+
+    def row(self, variant: Variant, found: Measured, teacher: Measured, drawn: Measured) -> dict[str, Any]:
+        """One row of the table; `teacher` and `drawn` are its own samples, by the flow and by drawing."""
+        row: dict[str, Any] = {"variant": variant.name, "kind": variant.kind, "calls": variant.calls}
+        row |= {name: value for name, value in found.metrics.items() if not name.endswith("_std")}
+        whole = found.tokens.shape == teacher.tokens.shape
+        grid = grid_size_of(self.module.teacher.model.group_sizes)
+        row["nll"] = found.nll
+        row["agreement"] = agreement(found.tokens, teacher.tokens) if whole else None
+        row["agreement_first_quarter"] = agreement(found.tokens, teacher.tokens, 0.25) if whole else None
+        compared = whole and found is not drawn
+        row["bigram_distance"] = bigram_distance(found.tokens, drawn.tokens, grid) if compared else None
+        return row
+
+    def cost(self) -> CostEstimate:
+        """Time, memory and disk of the whole method, from every variant on a few samples."""
+        noise, label = self.noise(min(_PROBE, self.datamodule.num_samples))
+        seconds = [self._inside(self._seconds, each, noise, label) for each in self.variants]
+        every = self.datamodule.num_samples / len(noise)
+        phases = [Phase("variants", tuple(value * every for value in seconds), len(self.variants))]
+        if self.latency_batches:
+            # warm-up, and at least two calls
+            most = max(self.latency_batches) / len(noise)
+            timed = tuple(max(_TIMED, 4 * value * most) for value in seconds)
+            phases.append(Phase("latencies", timed, len(self.variants) * len(self.latency_batches)))
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        return estimate(phases, [PlannedFile("artifact", weights)], self.evaluations.trainer.default_root_dir)
+
+    def _inside(self, function: Any, *arguments: Any) -> Any:
+        return self.evaluations.inside(self.module, partial(function, *arguments))
+
+    def _one(self, variant: Variant, noise: Tensor, label: Tensor) -> Measured:
+        module, metrics = self.module, self.module.metrics
+        teacher, size = module.teacher, self.datamodule.eval_batch_size
+        synced = getattr(metrics, "sync", None)
+        if metrics is not None:
+            metrics.to(module.device)
+            metrics.reset()
+        if synced is not None:
+            # other processes have variants of their own
+            metrics.sync = False
+        tokens: list[Tensor] = []
+        nll: list[Tensor] = []
+        kept: list[Tensor] = []
+        for start in range(0, len(noise), size):
+            part, classes = (value[start : start + size].to(module.device) for value in (noise, label))
+            decoded: Decoded = variant.decode(part, classes)
+            images = module.images_of(decoded)
+            if metrics is not None:
+                metrics.update(images, torch.arange(start, start + len(part), device=module.device))
+            if decoded.tokens.shape[1] == noise.shape[1]:
+                scores = negative_log_likelihood(teacher.model, decoded.tokens, classes, teacher.settings)
+                nll.append(scores.cpu())
+            tokens.append(decoded.tokens.cpu())
+            kept.append(images[: GRID_IMAGES - sum(len(each) for each in kept)].cpu())
+        values = {} if metrics is None else {name: float(value) for name, value in metrics.compute().items()}
+        if synced is not None:
+            metrics.sync = synced
+        return Measured(values, torch.cat(tokens), float(torch.cat(nll).mean()) if nll else None, torch.cat(kept))
+
+    def _seconds(self, variant: Variant, noise: Tensor, label: Tensor) -> float:
+        begun = time.monotonic()
+        self._one(variant, noise, label)
+        return time.monotonic() - begun
+
+    def _times(self, variant: Variant, noise: Tensor, label: Tensor) -> dict[str, float]:
+        return self._timed(lambda part, classes: variant.decode(part, classes), noise, label)
+
+    def _decoder_times(self, noise: Tensor, label: Tensor) -> dict[str, float]:
+        return self._timed(lambda part, classes: self.module.images_of(Decoded(classes, part)), noise, label)
+
+    def _timed(self, work: Any, noise: Tensor, label: Tensor) -> dict[str, float]:
+        """Medians of calls; a batch larger than the samples repeats them."""
+        found = {}
+        for size in self.latency_batches:
+            index = torch.arange(size) % len(noise)
+            part, classes = noise[index].to(self.module.device), label[index].to(self.module.device)
+            timer = Timer(
+                "work(part, classes)",
+                globals={"work": work, "part": part, "classes": classes},
+                num_threads=torch.get_num_threads(),
+            )
+            found[f"ms_{size}"] = 1000 * timer.blocked_autorange(min_run_time=_TIMED).median
+        return found
+
+
+def by_name(variants: Sequence[Variant], found: Sequence[Measured]) -> tuple[Measured, Measured]:
+    """Of all that was measured the teacher's own samples, by the flow and by drawing."""
+    named = {variant.name: each for variant, each in zip(variants, found, strict=True)}
+    return named[TEACHER], named[DRAWN]

@@ -1,0 +1,210 @@
+"""Training of autoregressive image networks over the tokens of a frozen tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from genlight.diffusion.flow_codes import Method, flow_choice
+from genlight.errors import UserError, in_config
+from genlight.modules.data_check import check_classes, check_images
+from genlight.modules.generation import GeneratorValidation
+from genlight.modules.networks import check_state_dict
+from genlight.modules.optimization import Optimization
+from genlight.modules.token_folder import (
+    SavedTokenizer,
+    TokenTeacher,
+    Transformer,
+    model_of,
+    read_tokenizer,
+    save_token_teacher,
+)
+from genlight.nets.autoregressive import SamplingSettings, decode
+from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
+from genlight.nets.var import VAR, VARTransformer
+from genlight.recipes import fit_where_missing
+
+# held-out images over which the likelihood is measured in a validation, at most
+LIKELIHOOD_IMAGES = 1000
+
+
+class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
+    """Cross-entropy of every token given the class and the groups of tokens before its own (LlamaGen, VAR).
+
+    A sample is a function of its noise: each token is where the flow of Distilled Decoding carries the token's own
+    noise vector (`genlight.diffusion.flow_codes`), which draws from the network's distribution.
+
+    The tokenizer is no submodule: it is neither trained nor part of the checkpoint. The saved folder has a copy.
+
+    Args:
+        network: LlamaGenTransformer or VARTransformer, class-conditional.
+        tokenizer: folder of a tokenizer, or the run folder of its fit; read when it is needed.
+        tokenizer_recipe: the experiment whose fit makes the folder ``tokenizer`` where it is missing, see `prepare`.
+        sampling: guidance, temperature and filters of samples, saved with the network; None is plain sampling.
+        optimizer, lr_scheduler: partials, as in DiffusionModule.
+        label_dropout: probability of training on the null class, which guidance needs.
+        flow_steps, flow_method: of the flow, see `genlight.diffusion.flow_codes.final_log_weights`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit each other, naming the config key.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: str,
+        *,
+        tokenizer_recipe: str | None = None,
+        sampling: SamplingSettings | None = None,
+        optimizer: Callable[..., Any] | None = None,
+        lr_scheduler: Callable[..., Any] | None = None,
+        label_dropout: float = 0.1,
+        flow_steps: int = 32,
+        flow_method: Method = "2m",
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, LlamaGenTransformer | VARTransformer):
+            raise TypeError(
+                f"module.network is a {type(network).__name__}; expected LlamaGenTransformer or VARTransformer"
+            )
+        if network.config.get("text_dim") is not None:
+            raise ValueError("module.network.text_dim must be null: the network learns classes")
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"module.label_dropout = {label_dropout} must be in [0, 1)")
+        self.settings = sampling or SamplingSettings()
+        if self.settings.guidance_scale > 1 and label_dropout == 0:
+            raise ValueError("module.sampling.guidance_scale above 1 needs module.label_dropout above 0")
+        if flow_steps < 1:
+            raise ValueError(f"module.flow_steps = {flow_steps} must be at least 1")
+        self.network: Transformer = network
+        self.tokenizer_source, self.tokenizer_recipe = tokenizer, tokenizer_recipe
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.label_dropout = float(label_dropout)
+        self.flow_steps, self.flow_method = int(flow_steps), flow_method
+        self._tokenizer: SavedTokenizer | None = None
+
+    def prepare(self, run_root: str | Path, cache: str | Path) -> None:
+        """Fit the tokenizer by ``tokenizer_recipe`` below ``run_root`` if its folder is missing.
+
+        Raises:
+            UserError: the fit failed, or left no such folder.
+        """
+        source, recipe = self.tokenizer_source, self.tokenizer_recipe
+        if recipe is None:
+            return
+        words = (f"run.root={run_root}", f"paths.cache={cache}")
+        fit_where_missing(recipe, Path(source).exists, f"the tokenizer {source}", run_root, *words)
+        if not Path(source).exists():
+            raise UserError(f"fit experiment={recipe} has not written module.tokenizer = {source}")
+
+    @property
+    def tokenizer(self) -> SavedTokenizer:
+        """The frozen tokenizer on the module's device, read if need be.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the network.
+        """
+        if self._tokenizer is None:
+            saved = read_tokenizer(self.tokenizer_source)
+            with in_config("module"):
+                found = sum(model_of(self.network, saved.network).group_sizes)
+                if found != saved.num_tokens:
+                    raise ValueError(f"network decides {found} tokens, an image has {saved.num_tokens}")
+            self._tokenizer = saved
+        self._tokenizer.network.to(self.device)
+        return self._tokenizer
+
+    @property
+    def model(self) -> LlamaGen | VAR:
+        """Network and codebook as samplers want them."""
+        return model_of(self.network, self.tokenizer.network)
+
+    @property
+    def sample_shape(self) -> tuple[int, int]:
+        """(N, C) of the noise of one sample: a vector in the space of the codes for each token."""
+        saved = self.tokenizer
+        return saved.num_tokens, saved.network.quantizer.code_dim
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.tokenizer.image_shape
+
+    def check_data(self, datamodule: Any) -> None:
+        """UserError naming both config keys and values if the data does not fit tokenizer or network."""
+        check_images(datamodule, self.image_shape, "module.tokenizer channels", "module.tokenizer image size")
+        check_classes(datamodule, self.network.num_classes, "module.network.num_classes")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
+        label = batch["label"]
+        dropped = (torch.rand(len(label)) < self.label_dropout).to(label.device)
+        tokens = self.tokenizer.network.encode(batch["image"])
+        loss = self.negative_log_likelihood(tokens, torch.where(dropped, self.network.num_classes, label))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(label))
+        return loss
+
+    def negative_log_likelihood(self, tokens: Tensor, label: Tensor) -> Tensor:
+        """Mean over all tokens [B, N] given labels [B], in nats per token, of the plain network: a scalar."""
+        logits = self.model.logits(tokens, label)
+        return functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    @torch.no_grad()
+    def sample_tokens(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        """Tokens [B, N] of noise [B, N, C] and labels [B]; the network runs in eval mode.
+
+        Raises:
+            ValueError: no labels, or noise of another shape.
+        """
+        if label is None:
+            raise ValueError("sampling a class-conditional module needs labels")
+        model, training = self.model, self.network.training
+        choose = flow_choice(noise, model.codebook, model.group_sizes, steps=self.flow_steps, method=self.flow_method)
+        self.network.eval()
+        try:
+            return decode(model, label, self.settings, choose)
+        finally:
+            self.network.train(training)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from unit noise [B, *sample_shape] and labels [B]."""
+        return self.tokenizer.network.decode(self.sample_tokens(noise, label))
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking:
+            self.log("val/nll", self.held_out_likelihood(self.trainer.datamodule))  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def held_out_likelihood(self, datamodule: Any) -> float:
+        """Nats per token of the first test images, at most `LIKELIHOOD_IMAGES` and the batch that reaches them."""
+        total, count = 0.0, 0
+        for batch in datamodule.reference_loader("test"):
+            if count >= LIKELIHOOD_IMAGES:
+                break
+            images, label = batch["image"].to(self.device), batch["label"].to(self.device)
+            tokens = self.tokenizer.network.encode(images)
+            total += float(self.negative_log_likelihood(tokens, label)) * len(images)
+            count += len(images)
+        return total / count
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; what does not fit raises a UserError that names the first keys."""
+        if strict:
+            check_state_dict(state_dict, self.state_dict(), "the checkpoint")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def teacher(self) -> TokenTeacher:
+        """The network as it is now, with all that sampling needs."""
+        saved = self.tokenizer
+        return TokenTeacher(self.model, saved.network, self.settings, saved.image_shape)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that `genlight.modules.token_folder.read_token_teacher` reads."""
+        save_token_teacher(folder, self.teacher())

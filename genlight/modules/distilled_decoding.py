@@ -1,0 +1,293 @@
+"""Distilled Decoding (Liu et al. 2024, arXiv 2412.17153): a student says at once what its teacher says token by token.
+
+The teacher, an autoregressive network over the tokens of an image, becomes a function of noise by a flow from noise
+vectors to codes. The student learns that function from pairs of noise and tokens, without images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional
+
+from genlight.diffusion.distances import Distance, distance
+from genlight.errors import UserError
+from genlight.modules.data_check import check_classes, check_images
+from genlight.modules.distilled_folder import save_student
+from genlight.modules.generation import GeneratorValidation
+from genlight.modules.networks import check_state_dict, differences, first_of
+from genlight.modules.optimization import Optimization
+from genlight.modules.teacher import ensure_teacher
+from genlight.modules.token_folder import TokenTeacher, read_token_teacher
+from genlight.nets.dd_student import Student, student_of, take_from
+from genlight.nets.few_step import Decoded, check_timesteps, ends_of, few_steps, mix
+
+
+class DistilledDecodingModule(GeneratorValidation, Optimization, LightningModule):
+    """A student of an autoregressive network, trained to say all tokens from noise, or from noise and the first ones.
+
+    Training shows the codes of the first groups and noise in the place of the others, and asks for the others: by
+    cross-entropy, and by the squared error (or the perceptual distance of images) of the vectors that stand for them.
+    What the published training weighs them with is not known; these are our own. Guidance is part of what the
+    teacher's tokens are made with, so the student needs one pass and knows no other scale.
+
+    The teacher is no submodule: neither trained, nor averaged, nor part of the checkpoint.
+
+    Args:
+        teacher: the folder of an autoregressive network, or of its fit; it decides the student's architecture.
+        teacher_recipe: the experiment whose fit makes that folder where it is missing.
+        timesteps: how many groups of tokens (tokens, or scales) are decided in what the student learns from,
+            increasing from 0; each is as likely. Sampling in n steps uses the first n.
+        num_inference_steps: passes of the student in sampling.
+        split_timestep: in sampling, the groups from this one on are vectors in place of codes; null: all are codes.
+            Vectors learned by squared error alone are means, and blurred.
+        embedding_weight: of the squared error of vectors, beside the cross-entropy.
+        perceptual_weight: of the LPIPS distance between images of the student's and of the pair's vectors; above 0 it
+            needs the weights of VGG-16.
+        init_from_teacher: begin with the teacher's weights.
+        optimizer, lr_scheduler: partials, as in DiffusionModule.
+        compile: compile the student with ``torch.compile``.
+
+    Raises:
+        ValueError: timesteps that do not increase from 0, more steps than timesteps, or a negative weight.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        *,
+        teacher_recipe: str | None = None,
+        timesteps: Sequence[int] = (0,),
+        num_inference_steps: int = 1,
+        split_timestep: int | None = None,
+        embedding_weight: float = 0.5,
+        perceptual_weight: float = 0.0,
+        init_from_teacher: bool = True,
+        optimizer: Callable[..., Any] | None = None,
+        lr_scheduler: Callable[..., Any] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.timesteps = check_timesteps(timesteps, max(timesteps, default=0) + 1, "module.timesteps")
+        if not 1 <= num_inference_steps <= len(self.timesteps):
+            raise ValueError(
+                f"module.num_inference_steps = {num_inference_steps} must be from 1 to {len(self.timesteps)}, the "
+                "number of module.timesteps"
+            )
+        if min(embedding_weight, perceptual_weight) < 0:
+            raise ValueError(
+                f"module.embedding_weight = {embedding_weight} and module.perceptual_weight = {perceptual_weight} must "
+                "not be negative"
+            )
+        self.teacher_source, self.teacher_recipe = teacher, teacher_recipe
+        self.num_inference_steps, self.split_timestep = num_inference_steps, split_timestep
+        self.embedding_weight, self.perceptual_weight = embedding_weight, perceptual_weight
+        self.init_from_teacher = init_from_teacher
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.network: Student | None = None
+        self._compile = compile
+        self._teacher: TokenTeacher | None = None
+        self._perceptual: Distance | None = None
+
+    def prepare(self, run_root: str | Path, cache: str | Path) -> None:
+        """Fit the teacher by ``teacher_recipe`` below ``run_root`` if its folder is missing; see `ensure_teacher`."""
+        if self.teacher_recipe is not None:
+            ensure_teacher(self.teacher_source, self.teacher_recipe, run_root, cache)
+
+    @property
+    def teacher(self) -> TokenTeacher:
+        """The frozen teacher, read if need be, on the module's device.
+
+        Raises:
+            UserError: it cannot be read, or has fewer groups of tokens than ``timesteps`` or ``split_timestep`` say.
+        """
+        if self._teacher is None:
+            teacher = read_token_teacher(self.teacher_source)
+            groups = len(teacher.model.group_sizes)
+            if self.timesteps[-1] >= groups:
+                raise UserError(
+                    f"module.timesteps = {list(self.timesteps)}, but the teacher {self.teacher_source} decides "
+                    f"{groups} groups of tokens: all must be less"
+                )
+            if self.split_timestep is not None and not 0 <= self.split_timestep <= groups:
+                raise UserError(f"module.split_timestep = {self.split_timestep} must be from 0 to {groups}")
+            self._teacher = teacher
+        if self._teacher.tokenizer.post_quant_conv.weight.device != self.device:
+            self._teacher.to(self.device)
+        return self._teacher
+
+    @property
+    def student(self) -> Student:
+        """The network, built if need be."""
+        if self.network is None:
+            self.configure_model()
+        assert self.network is not None
+        return self.network
+
+    def configure_model(self) -> None:
+        """Build the student from what the teacher is, once."""
+        if self.network is not None:
+            return
+        teacher = self.teacher
+        try:
+            network = student_of(teacher.model)
+            if self.init_from_teacher:
+                take_from(network, teacher.model)
+        except ValueError as error:
+            raise UserError(f"module.teacher = {self.teacher_source}: {error}") from error
+        self.network = network.to(self.device)
+        if self._compile:
+            self.network.compile()  # in place: the names in the state dict stay
+
+    @property
+    def sample_shape(self) -> tuple[int, int]:
+        """(N, C) of the noise of one sample: a vector for each token."""
+        return self.teacher.noise_shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.teacher.image_shape
+
+    def check_data(self, datamodule: Any) -> None:
+        """UserError naming both config keys and values if the data does not fit the teacher."""
+        where = "module.teacher"
+        check_images(datamodule, self.image_shape, f"the channels of {where}", f"the image size of {where}")
+        check_classes(datamodule, self.teacher.num_classes, f"the number of classes of {where}")
+
+    def on_fit_start(self) -> None:
+        """Read the weights of the perceptual distance before the first step, if it has a weight."""
+        if self.perceptual_weight > 0:
+            self._perceptual = distance("lpips")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
+        losses = self.losses(batch["noise"], batch["tokens"], batch["label"])
+        total = losses["cross_entropy"] + self.embedding_weight * losses["embedding"]
+        if "perceptual" in losses:
+            total = total + self.perceptual_weight * losses["perceptual"]
+        size = len(batch["noise"])
+        self.log("train/loss", total, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=size)
+        return total
+
+    def losses(self, noise: Tensor, tokens: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss, and the share of tokens that are right, over places that are not decided yet.
+
+        Args:
+            noise: [B, N, C].
+            tokens: [B, N] int64, the teacher's from this noise.
+            label: [B]. Draws the timesteps from torch's global generator.
+        """
+        codebook, ends = self.teacher.model.codebook, ends_of(self.student.group_sizes)
+        decided = torch.tensor([ends[timestep] for timestep in self.timesteps])
+        decided = decided[torch.randint(len(self.timesteps), (len(noise),))].to(noise.device)
+        is_data = torch.arange(noise.shape[1], device=noise.device) < decided[:, None]
+        logits, vectors = self.student(mix(noise, tokens, codebook, is_data), is_data, label)
+        is_open = ~is_data
+        codes = functional.embedding(tokens, codebook)
+        losses = {
+            "cross_entropy": functional.cross_entropy(logits[is_open], tokens[is_open]),
+            "embedding": (vectors - codes)[is_open].square().mean(),
+            "agreement": (logits.detach().argmax(-1) == tokens)[is_open].float().mean(),
+        }
+        if self._perceptual is not None:
+            decoder = self.teacher.tokenizer
+            made = decoder.decode_vectors(torch.where(is_data[..., None], codes, vectors))
+            losses["perceptual"] = self._perceptual(made, decoder.decode_vectors(codes)).mean()
+        return losses
+
+    def sampling_timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+        """The timesteps of sampling in so many steps; None: as configured. ValueError if not so many were trained."""
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if not 1 <= steps <= len(self.timesteps):
+            raise ValueError(f"num_inference_steps = {steps} must be from 1 to {len(self.timesteps)}")
+        return self.timesteps[:steps]
+
+    def decode_noise(
+        self,
+        noise: Tensor,
+        label: Tensor,
+        *,
+        timesteps: Sequence[int] | None = None,
+        split_timestep: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Decoded:
+        """Tokens and vectors of noise [B, N, C] and labels [B]; arguments as in :meth:`sample`."""
+        scale = self.teacher.settings.guidance_scale
+        if guidance_scale is not None and guidance_scale != scale:
+            raise ValueError(f"guidance_scale = {guidance_scale}: the student has learned {scale} and knows no other")
+        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.teacher.num_classes:
+            raise ValueError(f"label must be from 0 to {self.teacher.num_classes - 1}")
+        student, training = self.student, self.student.training
+        student.eval()
+        try:
+            return few_steps(
+                student,
+                self.teacher.model.codebook,
+                noise,
+                label,
+                self.sampling_timesteps() if timesteps is None else timesteps,
+                self.split_timestep if split_timestep is None else split_timestep,
+            )
+        finally:
+            student.train(training)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from noise [B, *sample_shape] and labels [B].
+
+        Args:
+            options: ``timesteps``, groups that are decided before each pass; ``split_timestep``, the first group whose
+                vectors are used as they are; ``guidance_scale``, which must be the teacher's. Defaults: the module's.
+
+        Raises:
+            ValueError: no labels, a label that is not known, timesteps out of range, or another guidance scale.
+        """
+        if label is None:
+            raise ValueError("label: sampling a class-conditional module needs labels")
+        return self.images_of(self.decode_noise(noise, label, **options))
+
+    @torch.no_grad()
+    def images_of(self, decoded: Decoded) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1]."""
+        return self.teacher.tokenizer.decode_vectors(decoded.vectors).clamp(-1, 1)
+
+    def description(self) -> dict[str, Any]:
+        """What the weights mean, as plain values: the student's architecture and whose student it is."""
+        described: dict[str, Any] = json.loads(json.dumps(self.student.config))
+        return {"student": described, "teacher": self.teacher.fingerprint}
+
+    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
+        """SHA-256 over the description and the weights; of ``state`` where the module holds a part of them only."""
+        digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode())
+        for name, value in sorted((state or self.state_dict()).items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["genlight_module"] = self.description()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """UserError naming the first differing keys if the checkpoint is of another student or teacher."""
+        found = checkpoint.get("genlight_module")
+        if found is not None and (different := differences(found, self.description())):
+            raise UserError(f"the checkpoint is of another model than the module: {first_of(different)}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; what does not fit raises a UserError that names the first keys."""
+        self.student  # noqa: B018 - may still have to be built
+        if strict:
+            check_state_dict(state_dict, self.state_dict(), "the checkpoint")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that samples with torch alone; see :mod:`genlight.modules.distilled_folder`."""
+        save_student(self, Path(folder))

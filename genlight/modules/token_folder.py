@@ -1,0 +1,217 @@
+"""Folders of tokenizers and of the autoregressive networks over their tokens: safetensors beside a JSON record."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genlight import io
+from genlight.errors import UserError
+from genlight.modules.networks import check_state_dict
+from genlight.nets.autoregressive import SamplingSettings
+from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
+from genlight.nets.residual_vq import ResidualQuantizer
+from genlight.nets.var import VAR, VARTransformer
+from genlight.nets.vq import VectorQuantizer
+from genlight.nets.vq_tokenizer import VQTokenizer
+
+Transformer = LlamaGenTransformer | VARTransformer
+TOKENIZER, AUTOREGRESSIVE = "tokenizer", "autoregressive"
+_QUANTIZERS = {kind.__name__: kind for kind in (VectorQuantizer, ResidualQuantizer)}
+_TRANSFORMERS = {kind.__name__: kind for kind in (LlamaGenTransformer, VARTransformer)}
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """A tokenizer and the (C, H, W) of the images that it was trained on."""
+
+    network: VQTokenizer
+    image_shape: tuple[int, int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        if isinstance(self.network.quantizer, ResidualQuantizer):
+            return sum(self.network.quantizer.group_sizes)
+        _, height, width = self.image_shape
+        return int((height // self.network.downsampling) * (width // self.network.downsampling))
+
+
+@dataclass(frozen=True)
+class TokenTeacher:
+    """A trained autoregressive network with all that sampling needs.
+
+    Attributes:
+        model: decides tokens; its quantizer is that of the tokenizer.
+        tokenizer: turns tokens into images.
+        settings: how its samples are drawn.
+        image_shape: (C, H, W).
+        num_classes: labels are 0 … num_classes - 1.
+    """
+
+    model: LlamaGen | VAR
+    tokenizer: VQTokenizer
+    settings: SamplingSettings
+    image_shape: tuple[int, int, int]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenTeacher:
+        return self  # an averaged copy of a student's module shares it
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.transformer.num_classes
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(N, C) of the noise of one sample: one vector for each token, in the space of the codes."""
+        return sum(self.model.group_sizes), self.tokenizer.quantizer.code_dim
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over architectures, settings and all weights."""
+        digest = hashlib.sha256(json.dumps([_tokenizer_record(self._saved), _record(self)], sort_keys=True).encode())
+        for network in (self.model.transformer, self.tokenizer):
+            for name, value in sorted(network.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> TokenTeacher:
+        """Moves the networks; returns the same object."""
+        self.model.transformer.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    @property
+    def _saved(self) -> SavedTokenizer:
+        return SavedTokenizer(self.tokenizer, self.image_shape)
+
+
+def model_of(transformer: Transformer, tokenizer: VQTokenizer) -> LlamaGen | VAR:
+    """The autoregressive model of a transformer over the tokens of a tokenizer.
+
+    Raises:
+        ValueError: one has scales and the other not, or other sizes.
+    """
+    quantizer, found = tokenizer.quantizer, transformer.config
+    wanted: dict[str, Any] = {"num_codes": quantizer.num_codes}
+    if isinstance(transformer, VARTransformer):
+        if not isinstance(quantizer, ResidualQuantizer):
+            raise ValueError("a VARTransformer needs a tokenizer of several scales (ResidualQuantizer)")
+        wanted |= {"code_dim": quantizer.code_dim, "scales": list(quantizer.scales)}
+    elif isinstance(quantizer, ResidualQuantizer):
+        raise ValueError("a LlamaGenTransformer needs a tokenizer of one scale (VectorQuantizer)")
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise ValueError(f"network.{key} = {found[key]} must be {value}, as the tokenizer has it")
+    if isinstance(transformer, VARTransformer):
+        assert isinstance(quantizer, ResidualQuantizer)
+        return VAR(transformer, quantizer)
+    return LlamaGen(transformer, quantizer)
+
+
+def save_tokenizer(folder: str | Path, tokenizer: SavedTokenizer) -> None:
+    """Write tokenizer.safetensors and tokenizer.json."""
+    _save(Path(folder), TOKENIZER, tokenizer.network, _tokenizer_record(tokenizer))
+
+
+def read_tokenizer(source: str | Path) -> SavedTokenizer:
+    """The tokenizer of a folder that `save_tokenizer` wrote, or of the run folder of its fit; frozen, on the CPU.
+
+    Raises:
+        UserError: not such a folder, damaged, or of another version.
+    """
+    folder, record, state = _read(source, TOKENIZER)
+    with _as_user_error(folder):
+        kind = _QUANTIZERS[record["quantizer"]["class"]]
+        network = VQTokenizer(kind(**record["quantizer"]["config"]), **record["config"])
+        channels, height, width = record["image_shape"]
+    _load(network, state, folder)
+    return SavedTokenizer(network, (int(channels), int(height), int(width)))
+
+
+def save_token_teacher(folder: str | Path, teacher: TokenTeacher) -> None:
+    """Write autoregressive.safetensors, autoregressive.json and the tokenizer in a folder of its own."""
+    _save(Path(folder), AUTOREGRESSIVE, teacher.model.transformer, _record(teacher))
+    save_tokenizer(Path(folder) / TOKENIZER, teacher._saved)
+
+
+def read_token_teacher(source: str | Path) -> TokenTeacher:
+    """The network of a folder that `save_token_teacher` wrote, or of the run folder of its fit; frozen, on the CPU.
+
+    Raises:
+        UserError: not such a folder, damaged, or of another version.
+    """
+    folder, record, state = _read(source, AUTOREGRESSIVE)
+    tokenizer = read_tokenizer(folder / TOKENIZER)
+    with _as_user_error(folder):
+        transformer = _TRANSFORMERS[record["network"]["class"]](**record["network"]["config"])
+        settings = SamplingSettings(**record["sampling"])
+        model = model_of(transformer, tokenizer.network)
+    _load(transformer, state, folder)
+    return TokenTeacher(model, tokenizer.network, settings, tokenizer.image_shape)
+
+
+def _described(network: nn.Module) -> dict[str, Any]:
+    return {"class": type(network).__name__, "config": network.config}
+
+
+def _tokenizer_record(tokenizer: SavedTokenizer) -> dict[str, Any]:
+    return {
+        "kind": TOKENIZER,
+        "version": 1,
+        "image_shape": list(tokenizer.image_shape),
+        "quantizer": _described(tokenizer.network.quantizer),
+        "config": tokenizer.network.config,
+    }
+
+
+def _record(teacher: TokenTeacher) -> dict[str, Any]:
+    network, sampling = _described(teacher.model.transformer), asdict(teacher.settings)
+    return {"kind": AUTOREGRESSIVE, "version": 1, "network": network, "sampling": sampling}
+
+
+def _save(folder: Path, kind: str, network: nn.Module, record: Mapping[str, Any]) -> None:
+    io.save_tensors(folder / f"{kind}.safetensors", {k: v.contiguous() for k, v in network.state_dict().items()})
+    io.atomic_write_json(folder / f"{kind}.json", record)
+
+
+def _read(source: str | Path, kind: str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    folder = Path(source)
+    if (folder / "run.json").is_file():
+        folder = folder / "artifact"
+    file = folder / f"{kind}.json"
+    if not file.is_file():
+        raise UserError(f"{source}: {kind}.json is missing; a fit that has not finished has none")
+    record = io.read_json(file)
+    if not isinstance(record, dict) or (record.get("kind"), record.get("version")) != (kind, 1):
+        raise UserError(f"{file} is not of kind {kind} in version 1")
+    try:
+        state, _ = io.load_tensors(folder / f"{kind}.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {kind}.safetensors") from error
+    return folder, record, state
+
+
+@contextmanager
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """A record that does not build a network is the fault of its file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} does not describe a network that is known: {error}") from error
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    check_state_dict(state, network.state_dict(), str(folder))
+    network.load_state_dict(state)
+    network.eval().requires_grad_(False)

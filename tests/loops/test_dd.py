@@ -1,0 +1,150 @@
+"""The real commands of Distilled Decoding: a short distillation from a random teacher, and the table of everything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import report_of, the_error, untrained_features
+from modules.tiny_token_teacher import saved_teacher
+
+from genlight.cli import main
+
+MODEL = [
+    "experiment=dd/digits",
+    "module.teacher_recipe=null",
+    "data.num_pairs=60",
+    "data.shard_size=30",
+    "data.batch_size=20",
+    "data.images.eval_batch_size=16",
+    "data.images.num_samples=40",
+    "metrics.metrics=[fd]",
+    "trainer.accelerator=cpu",
+]
+FIT = ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.num_sanity_val_steps=0"]
+
+
+def fit(root: Path, kind: str, *words: str) -> int:
+    teacher = f"module.teacher={root}/teacher-{kind}"
+    return main(["fit", *MODEL, *FIT, teacher, f"run.root={root}", f"run.name={kind}", *words])
+
+
+def validate(root: Path, kind: str, name: str, *words: str) -> int:
+    teacher = f"module.teacher={root}/teacher-{kind}"
+    given = [f"ckpt_path={root}/{kind}/fit", f"run.root={root}", f"run.name={name}"]
+    return main(["validate", *MODEL, teacher, *given, "method.latency_batches=[1]", *words])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it the students `llamagen` and `var`, and `all`, the table of the first."""
+    root = tmp_path_factory.mktemp("dd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        untrained_features(root / "cache")
+        for kind in ("llamagen", "var"):
+            saved_teacher(root / f"teacher-{kind}", kind)
+        assert fit(root, "llamagen") == 0
+        assert fit(root, "var", "module.timesteps=[0,1]") == 0
+        words = ["method.refine=[1,16]", "method.involved=[[1,6],[13,17],[1,17]]", "method.latency_batches=[1,3]"]
+        assert validate(root, "llamagen", "all", *words, "module.split_timestep=8") == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in report_of(folder)["table"]}
+
+
+def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
+    folder = root / "all" / "validate"
+    rows = rows_of(folder)
+    calls = {name: row["calls"] for name, row in rows.items()}
+    assert calls == {
+        "teacher": 16,
+        "teacher, drawn": 16,
+        "teacher, drawn again": 16,
+        "student, 1 step": 1,
+        "student, 2 steps": 2,
+        "student, vectors from 8": 1,
+        "teacher for 1 to 5": 6,
+        "teacher for 13 to 16": 5,
+        "teacher for 1 to 16": 16,
+        "student + 1 passes of the teacher": 2,
+        "student + 16 passes of the teacher": 17,
+        "skip-2": 14,
+        "skip-5": 11,
+        "skip-8": 8,
+        "onestep*, by class": 1,
+        "onestep*": 1,
+    }
+    columns = {"fd_digits", "nll", "agreement", "agreement_first_quarter", "bigram_distance", "ms_1", "ms_3"}
+    assert all(columns <= row.keys() for row in rows.values())
+    assert all(row["ms_1"] > 0 for row in rows.values())
+    metrics = report_of(folder)["metrics"]
+    assert metrics["fd_digits_teacher"] == rows["teacher"]["fd_digits"]
+    assert metrics["fd_digits_student"] == rows["student, 1 step"]["fd_digits"]
+    # the module as it is configured
+    assert metrics["val/fd_digits"] == pytest.approx(rows["student, vectors from 8"]["fd_digits"], rel=1e-4)
+    figures = {path.name for path in (folder / "figures").glob("*.png")}
+    assert {"comparison.png", "quality.png"} <= figures
+
+
+def test_what_must_equal_the_teacher_does(root: Path) -> None:
+    rows = rows_of(root / "all" / "validate")
+    teacher = rows["teacher"]
+    for name in ("teacher for 1 to 16", "student + 16 passes of the teacher"):
+        for column in ("agreement", "nll", "fd_digits", "bigram_distance"):
+            assert rows[name][column] == pytest.approx(teacher[column], abs=1e-6), (name, column)
+    # what the teacher decides first stays; what it left out differs
+    assert rows["teacher for 1 to 5"]["agreement_first_quarter"] == 1.0
+    assert rows["skip-8"]["agreement_first_quarter"] == 1.0 > rows["skip-8"]["agreement"] > 0.5
+    # the same tokens, other vectors
+    one, vectors = rows["student, 1 step"], rows["student, vectors from 8"]
+    assert one["agreement"] == vectors["agreement"] and one["fd_digits"] != vectors["fd_digits"]
+    assert rows["teacher, drawn"]["bigram_distance"] is None
+
+
+def test_a_var_is_distilled_too_and_stops_between_scales(root: Path) -> None:
+    assert validate(root, "var", "var-all", "method.refine=[3]", "module.timesteps=[0,1]") == 0
+    folder = root / "var-all" / "validate"
+    rows = rows_of(folder)
+    assert rows["student + 3 passes of the teacher"]["agreement"] == 1.0
+    # the sum of two scales has an image and a distance, but no likelihood of all tokens
+    assert rows["skip-1"]["nll"] is None and rows["skip-1"]["fd_digits"] > 0
+    assert rows["teacher"]["calls"] == 3
+
+
+def test_the_artifact_samples_without_genlight(root: Path) -> None:
+    for folder in (root / "llamagen" / "fit", root / "all" / "validate"):
+        program = (
+            "import sys; sys.modules['genlight'] = None; sys.path.insert(0, '.'); import torch; from sample import "
+            "Student; s = Student('.'); print(list(s.sample(s.noise(2, 0), torch.tensor([0, 9])).shape))"
+        )
+        words = [sys.executable, "-c", program]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder / "artifact")
+        assert done.stdout.strip() == "[2, 1, 8, 8]", done.stderr
+    config = json.loads((root / "all" / "validate" / "artifact" / "config.json").read_text())
+    assert config["split_timestep"] == 8 and config["trained_timesteps"] == [0, 5]
+
+
+def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["method.involved=[[1,18]]"], "method: involved = [1, 18]"),
+        (["method.skip=[16]"], "method: skip = [16] must be less than 16"),
+        (["method.refine=[0]"], "method.refine = [0] must be 1 or more"),
+        (["data.num_pairs=61"], "pairs"),
+    ):
+        assert validate(root, "llamagen", "mistake", "run.overwrite=true", *words) != 0
+        assert message in the_error(capsys.readouterr().err)
+
+
+def test_a_dry_run_says_what_all_rows_cost(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate(root, "llamagen", "dry", "dry_run=true") == 0
+    assert "variants" in capsys.readouterr().out

@@ -1,0 +1,230 @@
+"""The module that distils a teacher: losses, samples, what it refuses, and the folder that needs torch alone."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from modules.tiny_token_teacher import CLASSES, CODES, DIM, saved_teacher
+from nets.test_teachers import randomised
+from torch.nn import functional
+
+from genlight.diffusion.flow_codes import flow_choice
+from genlight.errors import UserError
+from genlight.io import read_json
+from genlight.modules.distilled_decoding import DistilledDecodingModule
+from genlight.nets.autoregressive import decode
+
+KINDS = ("llamagen", "var", "var-shared")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("teachers")
+    return {kind: str(saved_teacher(root / kind, kind)) for kind in KINDS}
+
+
+def module_of(folder: str, trained: bool = True, **options) -> DistilledDecodingModule:
+    """A student; with `trained` one whose weights all matter."""
+    torch.manual_seed(0)
+    module = DistilledDecodingModule(folder, **options)
+    if trained:
+        randomised(module.student)
+    return module
+
+
+def pairs(module: DistilledDecodingModule, count: int) -> dict[str, torch.Tensor]:
+    teacher = module.teacher
+    noise = torch.randn(count, *module.sample_shape, generator=torch.Generator().manual_seed(1))
+    label = torch.arange(count) % CLASSES
+    choose = flow_choice(noise, teacher.model.codebook, teacher.model.group_sizes)
+    return {"noise": noise, "tokens": decode(teacher.model, label, teacher.settings, choose), "label": label}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_asks_for_what_is_not_decided_yet(kind: str, folders: dict[str, str]) -> None:
+    """Against sums over samples and places, for the timesteps that the seed draws."""
+    module = module_of(folders[kind], timesteps=(0, 1, 2))
+    batch = pairs(module, 6)
+    torch.manual_seed(3)
+    found = module.losses(**batch)
+    torch.manual_seed(3)
+    steps = torch.randint(3, (6,)).tolist()
+    assert len(set(steps)) > 1
+    sizes, codebook = module.student.group_sizes, module.teacher.model.codebook
+    entropies, squares, right = [], [], []
+    for row, step in enumerate(steps):
+        done = sum(sizes[:step])
+        noise, tokens, label = (batch[key][row : row + 1] for key in ("noise", "tokens", "label"))
+        x = torch.cat((codebook[tokens[:, :done]], noise[:, done:]), 1)
+        flags = torch.tensor([[place < done for place in range(sum(sizes))]])
+        logits, vectors = module.student(x, flags, label)
+        for place in range(done, sum(sizes)):
+            entropies.append(-logits[0, place].log_softmax(-1)[tokens[0, place]])
+            squares.append((vectors[0, place] - codebook[tokens[0, place]]).square().mean())
+            right.append(float(logits[0, place].argmax() == tokens[0, place]))
+    torch.testing.assert_close(found["cross_entropy"], torch.stack(entropies).mean())
+    torch.testing.assert_close(found["embedding"], torch.stack(squares).mean())
+    assert float(found["agreement"]) == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "var"])
+def test_a_student_learns_its_pairs(kind: str, folders: dict[str, str]) -> None:
+    module = module_of(folders[kind], trained=False, timesteps=(0, 1))
+    batch = pairs(module, 64)
+
+    def right() -> float:
+        found = module.decode_noise(batch["noise"], batch["label"]).tokens
+        return float((found == batch["tokens"]).double().mean())
+
+    before = right()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    module.train()
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses = module.losses(**batch)
+        (losses["cross_entropy"] + 0.5 * losses["embedding"]).backward()
+        optimizer.step()
+    assert right() > max(0.5, before + 0.2)
+    # neither the teacher nor the codebook has moved
+    assert not any("teacher" in name or "tokenizer" in name for name, _ in module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_do_not_depend_on_the_batch_and_are_images_of_the_tokens(kind: str, folders: dict[str, str]) -> None:
+    module = module_of(folders[kind], timesteps=(0, 2), num_inference_steps=2)
+    batch = pairs(module, 5)
+    images = module.sample(batch["noise"], batch["label"])
+    assert images.shape == (5, *module.image_shape) and images.abs().max() <= 1
+    one = torch.cat([module.sample(batch["noise"][i : i + 1], batch["label"][i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(images, one, atol=1e-4, rtol=1e-4)
+    decoded = module.decode_noise(batch["noise"], batch["label"], timesteps=(0, 2))
+    torch.testing.assert_close(images, module.teacher.tokenizer.decode(decoded.tokens))
+    # one step is another sample, and tokens before the second step are the same
+    first = module.decode_noise(batch["noise"], batch["label"], timesteps=(0,))
+    done = sum(module.student.group_sizes[:2])
+    assert torch.equal(first.tokens[:, :done], decoded.tokens[:, :done])
+    assert not torch.equal(first.tokens, decoded.tokens)
+
+
+def test_wrong_arguments_are_named(folders: dict[str, str], tmp_path: Path) -> None:
+    for options, message in (
+        ({"timesteps": [1]}, "module.timesteps = .1. must increase from 0"),
+        ({"timesteps": [0, 3, 3]}, "must increase from 0"),
+        ({"timesteps": []}, "module.timesteps"),
+        ({"num_inference_steps": 2}, "module.num_inference_steps = 2"),
+        ({"embedding_weight": -1.0}, "module.embedding_weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistilledDecodingModule(folders["llamagen"], **options)
+    with pytest.raises(UserError, match="decides 16 groups"):
+        DistilledDecodingModule(folders["llamagen"], timesteps=[0, 16]).configure_model()
+    with pytest.raises(UserError, match=r"module\.split_timestep = 4 must be from 0 to 3"):
+        DistilledDecodingModule(folders["var"], split_timestep=4).configure_model()
+    with pytest.raises(UserError):
+        DistilledDecodingModule(str(tmp_path / "nothing")).configure_model()
+    module = module_of(folders["llamagen"])
+    noise, label = torch.randn(2, *module.sample_shape), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="needs labels"):
+        module.sample(noise)
+    for wrong in (CLASSES, -1):
+        # the class that stands for none is not one that a student knows
+        with pytest.raises(ValueError, match="from 0 to 9"):
+            module.sample(noise, torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match=r"has learned 1\.5"):
+        module.sample(noise, label, guidance_scale=3.0)
+    assert torch.equal(module.sample(noise, label, guidance_scale=1.5), module.sample(noise, label))
+
+
+def test_a_checkpoint_of_another_student_is_refused(folders: dict[str, str]) -> None:
+    one, other = module_of(folders["llamagen"]), module_of(folders["var"])
+    checkpoint: dict = {}
+    one.on_save_checkpoint(checkpoint)
+    one.on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="of another model"):
+        other.on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="of another architecture"):
+        other.load_state_dict(one.state_dict())
+    fresh = DistilledDecodingModule(folders["llamagen"])
+    fresh.load_state_dict(one.state_dict())
+    assert fresh.fingerprint() == one.fingerprint()
+
+
+def test_a_copy_shares_the_teacher(folders: dict[str, str]) -> None:
+    module = module_of(folders["llamagen"])
+    assert copy.deepcopy(module).teacher.model.transformer is module.teacher.model.transformer
+
+
+ALONE = """
+import sys
+sys.modules["genlight"] = sys.modules["diffusers"] = sys.modules["safetensors"] = None
+sys.path.insert(0, sys.argv[1])
+import torch
+from sample import Student, read_tensors
+given = read_tensors(sys.argv[2])
+student = Student(sys.argv[1])
+label = given["label"].long()
+expected = given["images"], given["two"]
+found = student.sample(given["noise"], label), student.sample(given["noise"], label, [0, 2])
+for a, b in zip(found, expected):
+    assert a.shape == b.shape and (a - b).abs().max() < 1e-4, (a - b).abs().max()
+assert student.noise(3, seed=0).shape == (3, *given["noise"].shape[1:])
+for wrong in ([1], [0, 0], [0, 99], []):
+    try:
+        student.sample(given["noise"], label, wrong)
+    except ValueError:
+        continue
+    raise SystemExit(f"{wrong} was taken")
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_samples_where_only_torch_is(kind: str, folders: dict[str, str], tmp_path: Path) -> None:
+    """With vectors of the last groups, in one step and in two."""
+    split = 2 if kind != "llamagen" else 11
+    module = module_of(folders[kind], timesteps=(0, 2), split_timestep=split)
+    batch = pairs(module, 4)
+    images = module.sample(batch["noise"], batch["label"])
+    plain = module.sample(batch["noise"], batch["label"], split_timestep=len(module.student.group_sizes))
+    assert not torch.equal(images, plain)
+    two = module.sample(batch["noise"], batch["label"], timesteps=(0, 2))
+    module.save_pretrained(tmp_path / "student")
+    given = {"noise": batch["noise"], "label": batch["label"].float(), "images": images, "two": two}
+    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    words = [sys.executable, "-c", ALONE, str(tmp_path / "student"), str(tmp_path / "given.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() == "equal", done.stderr
+    config = read_json(tmp_path / "student" / "config.json")
+    assert config["timesteps"] == [0] and config["guidance_scale"] == 1.5 and config["image_shape"] == [1, 8, 8]
+    saved = safetensors.torch.load_file(tmp_path / "student" / "student.safetensors")
+    assert torch.equal(saved["codebook"], module.teacher.model.codebook) and saved["codebook"].shape == (CODES, DIM)
+
+
+def test_an_image_distance_is_asked_for_only_with_a_weight(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genlight.modules import distilled_decoding
+
+    calls = []
+
+    def stand_in(name: str):
+        calls.append(name)
+        return lambda made, wanted: (made - wanted).square().flatten(1).mean(1)
+
+    monkeypatch.setattr(distilled_decoding, "distance", stand_in)
+    plain, weighted = (module_of(folders["llamagen"], perceptual_weight=weight) for weight in (0.0, 1.0))
+    for module in (plain, weighted):
+        module.on_fit_start()
+    assert calls == ["lpips"]
+    batch = pairs(plain, 3)
+    assert "perceptual" not in plain.losses(**batch)
+    found = weighted.losses(**batch)["perceptual"]
+    _, vectors = weighted.student(batch["noise"], torch.zeros_like(batch["tokens"], dtype=torch.bool), batch["label"])
+    decoder = weighted.teacher.tokenizer
+    codes = functional.embedding(batch["tokens"], decoder.quantizer.codebook)
+    expected = (decoder.decode_vectors(vectors) - decoder.decode_vectors(codes)).square().mean()
+    torch.testing.assert_close(found, expected)
