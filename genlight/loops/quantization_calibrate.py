@@ -1,9 +1,12 @@
-"""ViDiT-Q: a generator's network in few bits, after one calibration and without training.
+"""ViDiT-Q and MixDQ: a generator's network in few bits, after one calibration and without training.
 
 Zhao et al. 2025, "ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers" (arXiv:2406.02540): weights
 per output channel, inputs per token as they come, a static scale and a rotation that balance the input, and bits chosen
-layer by layer by what each layer controls. Added here: GPTQ rounding, α searched for each input, allocation by integer
-programming, all rivals in the same table, and true numbers of bits and bytes.
+layer by layer by what each layer controls. Zhao et al. 2024, "MixDQ: Memory-Efficient Few-Step Text-to-Image Diffusion
+Models with Metric-Decoupled Mixed Precision Quantization" (arXiv:2405.17873): one calibrated range for each input,
+outputs kept for text tokens that never change, shortcuts with scales of their own, bits of inputs chosen too. Added
+here: GPTQ rounding, α searched for each input, allocation by integer programming, sums of noise powers instead of dB,
+all rivals in the same table, and true numbers of bits and bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from genlight.callbacks.timing import print_line
+from genlight.loops.quantization_bits import ways_of
 from genlight.loops.quantization_report import quantization_result, variants_of
-from genlight.loops.quantization_sensitivity import WAYS
+from genlight.loops.quantization_sensitivity import probes_of
 from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
 from genlight.loops.quantization_work import QuantizationWork, checked_work
 from genlight.loops.result import MethodResult
@@ -28,11 +32,19 @@ from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
 
 @dataclass(frozen=True)
 class QuantizationCalibration:
-    """The method `viditq`: the module's network with quantized linear and convolution layers.
+    """The methods `viditq` and `mixdq`: the module's network with quantized linear and convolution layers.
 
     Attributes:
+        title: name of the method in the table, and of its rivals: MixDQ's if inputs have parts of their own, which
+            `split_shortcuts` and `constant_tokens` say, else ViDiT-Q's.
         weight_bits, activation_bits: 2 to 8, or 16 for floating point.
         weight_symmetric, activation_symmetric: whether zero has code 0.
+        activation_mode: "dynamic" measures the range of each token as it comes, "static" takes one range for each input
+            from the calibration.
+        split_shortcuts: convolutions that read two feature maps side by side have scales for each.
+        constant_tokens: keep outputs of cross-attention's keys and values for text tokens that never change: "off";
+            "warn" and multiply where such a token is another one; "raise" an error there.
+        constant_ratio: how many times the largest magnitude of other tokens such a token must have; 0 keeps them all.
         weight_group_size: inputs that share a scale; None: all inputs of an output channel.
         rounding: of weights: "nearest", or "gptq".
         clip: range of weights that is kept: "none" clips nothing; "mse", "hessian".
@@ -44,10 +56,10 @@ class QuantizationCalibration:
         rank: of a branch that stays in floating point; 0: none.
         keep: pattern of layers that are left in floating point.
         groups: of the other layers, by pattern; the first that matches decides.
-        mixed: bits of weights chosen layer by layer; None: `weight_bits` for all.
+        mixed: bits chosen layer by layer; None: those above for all.
         samples: of the search draw, on which inputs are observed.
         trajectory: samples of the report draw on which predictions and images are compared with full precision.
-        rivals: also measure what ViDiT-Q is compared with.
+        rivals: also measure what the method is compared with.
         statistics: a calibration.safetensors of the same network to use; None: calibrate.
         dequantized: also write the network in floating point, for programs that know no quantized one.
         seed: of rotations and of the rows that are kept.
@@ -56,10 +68,15 @@ class QuantizationCalibration:
         ValueError: a value out of range.
     """
 
+    title: str = "ViDiT-Q"
     weight_bits: int = 8
     activation_bits: int = 8
     weight_symmetric: bool = False
     activation_symmetric: bool = True
+    activation_mode: Literal["dynamic", "static"] = "dynamic"
+    split_shortcuts: bool = False
+    constant_tokens: Literal["off", "warn", "raise"] = "off"
+    constant_ratio: float = 4.0
     weight_group_size: int | None = None
     rounding: Literal["nearest", "gptq"] = "gptq"
     clip: Literal["none", "mse", "hessian"] = "none"
@@ -85,6 +102,10 @@ class QuantizationCalibration:
                 f"samples = {self.samples} and trajectory = {self.trajectory} must be 1 or more, rank = {self.rank} "
                 "not negative"
             )
+        if self.constant_tokens not in ("off", "warn", "raise"):
+            raise ValueError(f"constant_tokens = {self.constant_tokens!r} must be off, warn or raise")
+        if self.split_shortcuts and self.form.weight.needs_hessian:
+            raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
         self.form  # noqa: B018 - its parts check themselves
         self.balancing  # noqa: B018
 
@@ -101,7 +122,9 @@ class QuantizationCalibration:
             self.weight_bits, self.weight_symmetric, "channel" if group is None else "group", group,
             self.rounding, self.clip,
         )  # fmt: skip
-        return LayerFormat(weight, ActivationFormat(self.activation_bits, self.activation_symmetric))
+        granularity: Literal["tensor", "token"] = "tensor" if self.activation_mode == "static" else "token"
+        mode, symmetric = self.activation_mode, self.activation_symmetric
+        return LayerFormat(weight, ActivationFormat(self.activation_bits, symmetric, mode, granularity))
 
     @cached_property
     def balancing(self) -> BalanceSettings:
@@ -151,9 +174,9 @@ def quantization_cost(work: QuantizationWork, validation_seconds: float) -> Cost
     work.noise(reference)
     replayed = time.monotonic() - begun
     per_sample = sampled / len(reference.noise)
-    count = 0 if mixed is None else len(work.forms) * len(mixed.choices)
+    count = 0 if mixed is None else len(probes_of(mixed, work.forms))
     again = sampled if {"psnr", "ssim"} & set(work.metrics.values()) else 0.0
-    variants = len(variants_of(method, {way: {} for way in WAYS} if mixed is not None else {}))
+    variants = len(variants_of(method, {way: {} for way in ways_of(mixed)}))
     phases = [
         Phase("calibration sample", (per_sample,), method.samples),
         Phase("layer in few bits", (replayed + again,), count),

@@ -1,28 +1,24 @@
-"""What ViDiT-Q made of a network, beside full precision and all rivals, on noise that chose nothing."""
+"""What quantization made of a network, beside full precision and all rivals, on noise that chose nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from genlight import io
-from genlight.loops.quantization_sensitivity import (
-    WAYS,
-    Sensitivity,
-    allocated_bits,
-    measure_sensitivity,
-    proxy_correlation,
-)
+from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
+from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
 from genlight.loops.quantization_settings import network_of
 from genlight.loops.quantization_work import QuantizationWork, Variant
 from genlight.loops.result import MethodResult
 from genlight.quantization.balance import balance_sample
 from genlight.quantization.convert import replace_layers
 from genlight.quantization.diffusers_format import marked_quantized
+from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.recipe import dequantized_layer
 from genlight.quantization.trajectory import decibels
@@ -36,18 +32,29 @@ if TYPE_CHECKING:
 FACTS = "quantization.json"
 DEQUANTIZED = "dequantized"
 _KIND, _VERSION = "quantization", 1
-FULL, UNIFORM = "full precision", "ViDiT-Q"
-DYNAMIC = "dynamic"
+FULL, DYNAMIC, NAIVE = "full precision", "dynamic", "naive"
 _MOST_CHANNELS = 1024
 
 
-def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str, int]]) -> list[Variant]:
+def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str, Choice]]) -> list[Variant]:
     """Everything that is measured, in the order of the table.
 
     Args:
         method: the settings.
         bits: of layers, by the way they were chosen; empty without mixed bits.
     """
+    own = [Variant.mixed(method, method.title)]
+    own += [Variant.mixed(method, f"{method.title} {way}", chosen) for way, chosen in bits.items()]
+    if not method.rivals:
+        return own[:2]
+    if method.split_shortcuts or method.constant_tokens != "off":
+        whole = own[0]
+        return [
+            Variant(NAIVE, method.balance, method.rounding),
+            *([replace(whole, name="no constant tokens", constant_tokens=False)] if whole.constant_tokens else []),
+            *([replace(whole, name="no split", split=False)] if whole.split else []),
+            *own,
+        ]
     rivals = [
         Variant("static", "none", "nearest", static=True),
         Variant(DYNAMIC, "none", "nearest"),
@@ -55,10 +62,6 @@ def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str,
         Variant("rotation (QuaRot)", "rotation", "nearest"),
         Variant("static-dynamic", "static_dynamic", "nearest"),
     ]
-    own = [Variant(UNIFORM, method.balance, method.rounding)]
-    own += [Variant(f"{UNIFORM} {way}", method.balance, method.rounding, bits=chosen) for way, chosen in bits.items()]
-    if not method.rivals:
-        return own[:2]
     return [*rivals, *own]
 
 
@@ -76,9 +79,9 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
     work.calibrated  # noqa: B018 - calibrates before anything is quantized
     found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
-    bits = allocated_bits(work, method.mixed, found) if method.mixed is not None else {}
+    bits, program = allocated_bits(work, method.mixed, found) if method.mixed is not None else ({}, {})
     rows, images, layers = [full], {FULL: reference.images}, dict[str, QuantizedLayer]()
-    winner = f"{UNIFORM} {WAYS[0]}" if bits else UNIFORM
+    winner = f"{method.title} {WAYS[0]}" if bits else method.title
     for variant in variants_of(method, bits):
         made = work.layers(variant)
         row, images[variant.name] = work.measure(made)
@@ -90,12 +93,14 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     # a model card is about its artifact, so the run's own metrics are those of the winner
     headline = {name: chosen[name.removeprefix("val/")] for name in own}
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
-    headline |= {f"{name}_viditq": chosen[name] for name in ("sqnr", "psnr", "ssim", "bits", "megabytes")}
+    key = method.title.lower().replace("-", "")
+    headline |= {f"{name}_{key}": chosen[name] for name in ("sqnr", "psnr", "ssim", "bits", "megabytes")}
     headline |= proxy_correlation(work, found)
-    facts = _facts(work, layers, rows)
+    headline |= {name: value for name, value in program.items() if isinstance(value, float)}
+    facts = {**_facts(work, layers, rows), "allocation": program}
     return MethodResult(
         headline,
-        method="ViDiT-Q (post-training quantization)",
+        method=f"{method.title} (post-training quantization)",
         table=rows,
         notes=_notes(work, winner, chosen, full),
         predicted=predicted,
@@ -106,14 +111,22 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
 def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
     method = work.method
     kept = len([name for name in work.macs if name not in work.forms])
+    special = []
+    if method.split_shortcuts or method.constant_tokens != "off":
+        known = work.special
+        special = [
+            f"{len(known.splits)} convolutions have scales for two feature maps; {len(known.text)} layers keep what "
+            f"they make of the text tokens {list(known.positions)}, the same for every prompt"
+        ]
     return [
+        *special,
         f"the metrics of the run are those of {winner}, which is the artifact",
         f"sqnr is of the network's predictions along {method.trajectory} trajectories of full precision of the report "
         "draw, all steps and guidance branches; psnr and ssim are of images against those of full precision with the "
-        f"same noise. Every row with rounding to nearest but those of {UNIFORM}",
-        f"{winner}: {len(work.forms)} layers in {chosen['bits']:.3g} bits a weight and {method.activation_bits} an "
-        f"input, {kept} layers left in floating point; {chosen['megabytes']:.3g} of {full['megabytes']:.3g} MB in "
-        "memory",
+        f"same noise. Rows of rivals have rounding to nearest, those of {method.title} {method.rounding}",
+        f"{winner}: {len(work.forms)} layers in {chosen['bits']:.3g} bits a weight and "
+        f"{chosen['input_bits']:.3g} an input, {kept} layers left in floating point; {chosen['megabytes']:.3g} of "
+        f"{full['megabytes']:.3g} MB in memory",
         "calibrated on the search draw, bits chosen on the select draw; without a GPU kernel for these widths "
         "quantized layers save memory, not time",
     ]
@@ -141,7 +154,12 @@ def _facts(
         "seeds": {"rotation": method.seed, "data": int(getattr(work.datamodule, "seed", 0))},
         "calibration": {**work.fingerprint, "samples": method.samples},
         "layers": {
-            name: {"weight_bits": layer.form.weight.bits, "alpha": alphas[name]} for name, layer in layers.items()
+            name: {
+                "weight_bits": layer.form.weight.bits,
+                "activation_bits": layer.form.activation.bits,
+                "alpha": alphas[name],
+            }
+            for name, layer in layers.items()
         },
         "scores": [dict(row) for row in rows],
     }
@@ -155,13 +173,15 @@ def _pictures(
     found: Sequence[Sensitivity],
 ) -> None:
     figures = work.folder / "figures"
-    shown = [name for name in (FULL, DYNAMIC, winner) if name in images]
+    shown = [name for name in (FULL, DYNAMIC, NAIVE, winner) if name in images]
     sampler_comparison({name: images[name] for name in shown}, figures / "comparison.png")
     bits_by_layer({name: layer.form.weight.bits for name, layer in layers.items()}, figures / "bits.png")
     if found:
         by_layer: dict[str, dict[int, float]] = {}
         for entry in found:
-            by_layer.setdefault(entry.layer, {})[entry.bits] = decibels(entry.noise)
+            # where inputs are measured too, the picture shows weights
+            if entry.bits != FLOAT_BITS:
+                by_layer.setdefault(entry.layer, {})[entry.bits] = decibels(entry.noise)
         sensitivity_map(by_layer, figures / "sensitivity.png")
     name, before, after = _widest(work, layers)
     channel_ranges(before, after, figures / "ranges.png", title=name)

@@ -48,14 +48,20 @@ class GroupSettings:
 
 @dataclass(frozen=True)
 class MixedBits:
-    """Bits of weights chosen layer by layer within a budget; all limits that are given hold together.
+    """Bits chosen layer by layer within a budget; all limits that are given hold together.
 
     Attributes:
         choices: bits a weight may have.
+        activation_choices: bits an input may have; None: inputs have those of the method, and weights alone are chosen.
+        objective: what shares the budget between groups: the sum of noise powers, which errors of layers come to, or
+            the sum of signal-to-noise ratios in dB ("sum_db", as in the MixDQ paper).
         average_bits: limit of the mean over the weights of quantized layers.
+        average_activation_bits: limit of the mean over the numbers that quantized layers read.
         megabytes: limit of what quantized layers take in memory, in 10⁶ bytes.
         bit_operations: limit of Σ multiplications × bits × bits of one call of the network, as a share of those in
             which every layer has the most bits of the choices.
+        ratios: of the budget of groups judged by images to that of groups judged by predictions, which are tried as
+            the MixDQ paper does; (): that rival is left out.
         samples: of the select draw, on which layers are quantized one at a time.
 
     Raises:
@@ -63,9 +69,13 @@ class MixedBits:
     """
 
     choices: Sequence[int] = (4, 8)
+    activation_choices: Sequence[int] | None = None
+    objective: Literal["noise_power", "sum_db"] = "noise_power"
     average_bits: float | None = 6.0
+    average_activation_bits: float | None = None
     megabytes: float | None = None
     bit_operations: float | None = None
+    ratios: Sequence[float] = ()
     samples: int = 8
 
     def __post_init__(self) -> None:
@@ -73,12 +83,26 @@ class MixedBits:
             raise ValueError(f"choices = {list(self.choices)} must hold two or more different bits")
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples} must be 1 or more")
-        limits = {name: getattr(self, name) for name in ("average_bits", "megabytes", "bit_operations")}
+        if self.activation_choices is not None and not self.activation_choices:
+            raise ValueError("activation_choices must hold at least one number of bits, or be null")
+        if self.objective not in ("noise_power", "sum_db"):
+            raise ValueError(f"objective = {self.objective!r} must be noise_power or sum_db")
+        if (self.average_activation_bits is not None or self.ratios) and self.activation_choices is None:
+            raise ValueError("average_activation_bits and ratios need activation_choices")
+        if self.ratios and (self.average_bits is None or min(self.ratios) <= 0):
+            raise ValueError(f"ratios = {list(self.ratios)} must be positive, and need average_bits")
+        names = ("average_bits", "average_activation_bits", "megabytes", "bit_operations")
+        limits = {name: getattr(self, name) for name in names}
         if all(limit is None for limit in limits.values()):
             raise ValueError("one of average_bits, megabytes and bit_operations must be given")
         for name, limit in limits.items():
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name} = {limit} must be positive")
+        choices = {"average_bits": self.choices, "average_activation_bits": self.activation_choices or (0,)}
+        for name, bits in choices.items():
+            limit = limits[name]
+            if limit is not None and limit < min(bits):
+                raise ValueError(f"{name} = {limit} is below {min(bits)}, the least of its choices")
 
 
 def network_of(module: Any) -> Any:

@@ -19,10 +19,12 @@ from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
 from genlight.loops.quantization_settings import formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
-from genlight.quantization.accounting import count_macs, model_cost
+from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, model_cost
+from genlight.quantization.balance import Balance
 from genlight.quantization.calls import sampling_calls
+from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
 from genlight.quantization.context import SamplingContext
-from genlight.quantization.convert import replace_layers
+from genlight.quantization.convert import quantize_split, replace_layers
 from genlight.quantization.formats import ActivationFormat, LayerFormat
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.observers import layers_by_input
@@ -34,6 +36,7 @@ from genlight.quantization.recipe import (
     quantized_layer,
     with_bits,
 )
+from genlight.quantization.special_inputs import SpecialInputs, special_inputs
 from genlight.quantization.statistics import StatisticsSettings
 from genlight.quantization.trajectory import NetworkCall, decibels, noise_to_signal, recorded_calls, replay
 
@@ -56,6 +59,9 @@ class Variant:
         rounding: of the weights.
         static: one calibrated range for each input, instead of one for each token as it comes.
         bits: of weights, by layer; layers that are not named have those of the settings.
+        activation_bits: of inputs, likewise.
+        constant_tokens: whether outputs for tokens that never change are kept.
+        split: whether two feature maps side by side get scales of their own.
     """
 
     name: str
@@ -63,6 +69,25 @@ class Variant:
     rounding: str
     static: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
+    activation_bits: Mapping[str, int] = field(default_factory=dict)
+    constant_tokens: bool = False
+    split: bool = False
+
+    @classmethod
+    def mixed(
+        cls, method: QuantizationCalibration, name: str, bits: Mapping[str, tuple[int, int | None]] | None = None
+    ) -> Variant:
+        """As the settings say, with bits of the weight and the input of each layer."""
+        chosen = bits or {}
+        return cls(
+            name,
+            method.balance,
+            method.rounding,
+            bits={layer: weight for layer, (weight, _) in chosen.items()},
+            activation_bits={layer: found for layer, (_, found) in chosen.items() if found is not None},
+            constant_tokens=method.constant_tokens != "off",
+            split=method.split_shortcuts,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +191,28 @@ class QuantizationWork:
         return CalibratedNetwork(layers, tuple(groups), statistics)
 
     @cached_property
+    def special(self) -> SpecialInputs:
+        """Layers with inputs of two kinds, as far as the settings ask for them; samples the calibration once more."""
+        method, calls = self.method, self.reference("search", self.method.samples).calls
+        with in_config("method"):
+            found: SpecialInputs = self.inside(
+                lambda: special_inputs(
+                    self.network,
+                    calls,
+                    split=method.split_shortcuts,
+                    ratio=None if method.constant_tokens == "off" else method.constant_ratio,
+                )
+            )
+        return found
+
+    @cached_property
+    def inputs(self) -> dict[str, int]:
+        """Numbers that each layer reads for one sample, in one call of the network."""
+        call = self.reference("search", 1).calls[0]
+        found: dict[str, int] = self.inside(lambda: count_inputs(self.network, lambda: replay(self.network, call)))
+        return found
+
+    @cached_property
     def macs(self) -> dict[str, int]:
         """Multiplications of each layer for one sample, in one call of the network."""
         call = self.reference("search", 1).calls[0]
@@ -205,8 +252,21 @@ class QuantizationWork:
                 # one balance for all that read the input: for the layer with the fewest bits
                 lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
                 balance = self.balance(group, lowest, variant.balance).balance
-                made[name] = quantized_layer(self.calibrated, name, forms[name], balance, rank)
+                made[name] = self._layer(variant, name, forms[name], balance, rank)
         return made
+
+    def _layer(self, variant: Variant, name: str, form: LayerFormat, balance: Balance, rank: int) -> QuantizedLayer:
+        plain = self.calibrated.layers[name]
+        if variant.split and name in self.special.splits:
+            assert isinstance(plain, nn.Conv2d)
+            return quantize_split(plain, form, self.special.splits[name], self.special.ranges[name])
+        if variant.constant_tokens and name in self.special.text:
+            assert isinstance(plain, nn.Linear)
+            ranges = self.special.ranges[name][None]
+            layer = quantized_layer(self.calibrated, name, form, balance, rank, ranges)
+            guard: Mismatch = "raise" if self.method.constant_tokens == "raise" else "warn"
+            return with_constant_rows(layer, plain, self.special.positions, self.special.rows, guard)
+        return quantized_layer(self.calibrated, name, form, balance, rank)
 
     def balance(self, group: int, form: LayerFormat, kind: BalanceKind) -> BalancedInput:
         """The balance of a group of layers for a format; found once."""
@@ -234,6 +294,12 @@ class QuantizationWork:
         found: Tensor = self.inside(lambda: self._images(reference.noise, reference.label))
         return found
 
+    def image_error(self, variant: Variant, samples: int) -> float:
+        """Mean squared error of the images of a variant against full precision, on the select draw."""
+        reference = self.reference("select", samples)
+        with self.replaced(self.layers(variant)):
+            return float((self.images(reference) - reference.images).square().mean())
+
     def measure(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Any], Tensor]:
         """All numbers of the network with these layers on the report draw, and images of it."""
         reference = self.reference("report", self.method.trajectory)
@@ -252,13 +318,18 @@ class QuantizationWork:
         bits = sum(layer.weights * layer.weight_bits for layer in chosen) / sum(layer.weights for layer in chosen)
         return {
             "bits": bits,
+            "input_bits": self._input_bits(cost),
             "bits_all": cost.average_weight_bits,
             "megabytes": cost.total_bytes / 1e6,
             "gbitops": cost.bit_operations / 1e9,
         }
 
+    def _input_bits(self, cost: ModelCost) -> float:
+        read = {name: self.inputs.get(name, 0) for name in self.forms}
+        return sum(read[n] * cost.layers[n].activation_bits for n in read) / max(1, sum(read.values()))
+
     def _form(self, name: str, variant: Variant) -> LayerFormat:
-        form = with_bits(self.forms[name], variant.bits.get(name))
+        form = with_bits(self.forms[name], variant.bits.get(name), variant.activation_bits.get(name))
         if variant.rounding == "nearest":
             form = replace(form, weight=replace(form.weight, rounding="nearest", clip="none"))
         if variant.static:

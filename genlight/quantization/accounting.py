@@ -118,6 +118,23 @@ def count_macs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     return counts
 
 
+def count_inputs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """Numbers that each linear and convolution layer reads, by name, in one call; see `count_macs`."""
+    counts: dict[str, int] = {}
+
+    def counter(name: str) -> Callable[[nn.Module, Any], None]:
+        def count(module: nn.Module, inputs: Any) -> None:
+            counts[name] = counts.get(name, 0) + inputs[0].numel()
+
+        return count
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in _layers(model).items():
+            stack.callback(module.register_forward_pre_hook(counter(name)).remove)
+        run()
+    return counts
+
+
 _Layer = nn.Linear | nn.Conv2d | QuantizedLayer
 
 

@@ -13,8 +13,8 @@ def activation_grid(values: Tensor, form: ActivationFormat, ranges: Tensor | Non
     Args:
         values: [batch, …, features], or [batch, channels, height, width] with a granularity other than "token".
         form: bits 2 to 8.
-        ranges: with mode "static", calibrated minimum and maximum, float32 [branches, steps, 2]; a table of one branch
-            or one step serves all.
+        ranges: with mode "static", calibrated minimum and maximum, float32 [branches, steps, 2], or for images
+            [branches, steps, 2, channels] with a range for each channel; a table of one branch or one step serves all.
 
     Raises:
         ValueError: static without ranges, or ranges for other branches or another number of steps than those of the
@@ -55,5 +55,6 @@ def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context
         chosen = at_step[list(context.branches)]
         if len(context.branches) > 1:
             chosen = chosen.repeat_interleave(branch_parts(len(values), context), dim=0)
-    chosen = chosen.reshape(len(chosen), 2, *[1] * (values.ndim - 1))
+    by_channel = chosen.shape[2:]
+    chosen = chosen.reshape(len(chosen), 2, *by_channel, *[1] * (values.ndim - 1 - len(by_channel)))
     return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric)

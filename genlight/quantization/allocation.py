@@ -6,6 +6,7 @@ within the limits is a multiple-choice knapsack with one or more limits.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,32 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # losses are rounded to this share of the largest
 _LOSS_UNITS = 2**40
+# the solver's own measure of work, so that the same program stops at the same place on every machine
+_MOST_WORK = 60.0
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An answer of the solver.
+
+    Attributes:
+        chosen: the choice of each layer.
+        loss: the sum of its losses.
+        gap: how far at most the sum may be above the least one; 0 where that is proved.
+    """
+
+    chosen: tuple[int, ...]
+    loss: float
+    gap: float
 
 
 def allocate(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> tuple[int, ...]:
-    """The choice of each layer with the least sum of losses within all limits.
+    """The choice of each layer with the least sum of losses within all limits; see `solve_allocation`."""
+    return solve_allocation(losses, costs, limits).chosen
+
+
+def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> Allocation:
+    """The choice of each layer with the least sum of losses within all limits, and how sure that is.
 
     Args:
         losses: of each layer and choice, finite [layers, choices].
@@ -43,9 +66,56 @@ def allocate(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, flo
     solver = cp_model.CpSolver()
     # one worker and one seed: the same answer each time
     solver.parameters.num_workers, solver.parameters.random_seed = 1, 0
+    # the linear relaxation of a knapsack is nearly whole: with it hundreds of layers take a fraction of a second
+    solver.parameters.linearization_level = 2
+    solver.parameters.max_deterministic_time = _MOST_WORK
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise ValueError(f"no choice of bits keeps all of {', '.join(limits)} together")
-    return tuple(next(j for j, value in enumerate(row) if solver.boolean_value(value)) for row in chosen)
+    found = tuple(next(j for j, value in enumerate(row) if solver.boolean_value(value)) for row in chosen)
+    gap = max(0.0, solver.objective_value - solver.best_objective_bound) / per_loss
+    return Allocation(found, float(losses[range(len(losses)), found].sum()), gap)
+
+
+def allocate_randomly(costs: Mapping[str, Array], limits: Mapping[str, float], seed: int) -> tuple[int, ...]:
+    """From the cheapest choices, layers in a random order go up by one choice, again and again, as long as that fits.
+
+    Raises:
+        ValueError: a limit below what the cheapest choices cost.
+    """
+    shape = next(iter(costs.values())).shape
+    _checked(np.zeros(shape), costs, limits)
+    rng, chosen, open_layers = np.random.default_rng(seed), [0] * shape[0], list(range(shape[0]))
+    while open_layers:
+        layer = open_layers[int(rng.integers(len(open_layers)))]
+        higher = [*chosen[:layer], chosen[layer] + 1, *chosen[layer + 1 :]]
+        if higher[layer] < shape[1] and _fits(higher, costs, limits):
+            chosen = higher
+        else:
+            open_layers.remove(layer)
+    return tuple(chosen)
+
+
+def group_budgets(average: float, ratio: float, share: float) -> tuple[float, float]:
+    """Average bits of two groups of layers, the first having `ratio` times those of the second.
+
+    MixDQ (arXiv:2405.17873) makes its candidates so: with R the cost of the first group over that of the second,
+    B₂ = B (1 + R) / (k R + 1) and B₁ = k B₂, which together have the average B.
+
+    Args:
+        average: B, over both.
+        ratio: k, positive.
+        share: of the first group in the cost of both, in [0, 1].
+
+    Returns:
+        B₁ and B₂.
+
+    Raises:
+        ValueError: a ratio that is not positive, or a share outside [0, 1].
+    """
+    if ratio <= 0 or not 0 <= share <= 1:
+        raise ValueError(f"ratio = {ratio} must be positive and share = {share} lie in [0, 1]")
+    second = average / (ratio * share + 1 - share)
+    return ratio * second, second
 
 
 def allocate_greedily(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> tuple[int, ...]:
@@ -64,6 +134,14 @@ def allocate_greedily(losses: Array, costs: Mapping[str, Array], limits: Mapping
                 break
         else:
             return tuple(chosen)
+
+
+def pareto_allocations(
+    losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float], name: str, values: Sequence[float]
+) -> list[tuple[float, Allocation]]:
+    """The best allocation for each of several values of one limit; values below what is possible are left out."""
+    least = float(costs[name].min(axis=1).sum())
+    return [(v, solve_allocation(losses, costs, {**limits, name: v})) for v in values if math.floor(v) >= least]
 
 
 def _checked(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> Array:

@@ -1,8 +1,9 @@
 """From a model with layers of torch to the same model with quantized ones, by patterns of names and in place."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from genlight.checkpoints.bases import group_of_names
@@ -71,7 +72,7 @@ def quantize_layer(
         balance: of its input, shared by all layers that have it.
         rank: of the branch that stays in floating point; 0 for none.
         hessian: Σ x xᵀ of its inputs as they are [columns, columns]; balanced here.
-        activation_range: of its balanced inputs, float32 [branches, steps, 2].
+        activation_range: of its balanced inputs, float32 [branches, steps, 2], or of each channel of a convolution's.
 
     Raises:
         ValueError: what the format needs is missing, or does not fit the layer.
@@ -92,6 +93,36 @@ def quantize_layer(
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(form, weight, parts, Geometry.of(layer))
     return QuantizedLinear(form, weight, parts)
+
+
+def quantize_split(layer: nn.Conv2d, form: LayerFormat, channels: int, ranges: Tensor | None = None) -> QuantizedConv2d:
+    """A convolution over two feature maps side by side, each with scales of its own for input and weight.
+
+    It computes what two convolutions would whose outputs are summed and whose bias is added once (MixDQ,
+    arXiv:2405.17873). Scales of the weight are per output channel and range of channels; where the second range is the
+    wider one, it has several.
+
+    Args:
+        layer: not changed.
+        form: bits of both ranges of channels.
+        channels: of the first feature map.
+        ranges: with static activations, minimum and maximum of both feature maps, float32 [2, 2].
+
+    Raises:
+        ValueError: channels that leave no second feature map, or what `quantize_layer` refuses.
+    """
+    if not 0 < channels < layer.in_channels:
+        raise ValueError(f"channels = {channels} must lie between 0 and the {layer.in_channels} that the layer reads")
+    kernel = layer.weight[0, 0].numel()
+    form = replace(form, weight=replace(form.weight, granularity="group", group_size=channels * kernel))
+    by_channel = None
+    if ranges is not None and form.activation.mode == "static" and form.activation.bits != FLOAT_BITS:
+        widths = [channels, layer.in_channels - channels]
+        rows = [bounds[:, None].expand(2, width) for bounds, width in zip(ranges, widths, strict=True)]
+        by_channel = torch.cat(rows, dim=1)[None, None]
+    made = quantize_layer(layer, form, activation_range=by_channel)
+    assert isinstance(made, QuantizedConv2d)
+    return made
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

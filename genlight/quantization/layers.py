@@ -41,7 +41,8 @@ class LayerParts:
         bias: [outputs].
         balance: of the input.
         low_rank: up [outputs, rank] and down [rank, columns], of balanced inputs.
-        activation_range: minimum and maximum of balanced inputs, float32 [branches, steps, 2].
+        activation_range: minimum and maximum of balanced inputs, float32 [branches, steps, 2], or of each channel of a
+            convolution's, [branches, steps, 2, channels].
     """
 
     bias: Tensor | None = None
@@ -157,7 +158,8 @@ class QuantizedLayer(nn.Module):
         weight = self.quantized_weight
         if self.execution != "integer" or self.form.activation.bits == FLOAT_BITS or weight is None:
             return False
-        valid = integer_is_valid(rows, weight)
+        by_channel = self.activation_range is not None and self.activation_range.ndim == 4
+        valid = integer_is_valid(rows, weight) and not by_channel
         if not valid and rows and not torch.compiler.is_compiling():
             # of one text, so that Python shows it once
             warnings.warn(_NOT_FASTER, stacklevel=3)

@@ -15,8 +15,9 @@ from genlight.quantization.balance import (
     reduce_absmax,
     search_alpha,
 )
+from genlight.quantization.constant_tokens import ConstantTokenLinear
 from genlight.quantization.convert import quantize_layer
-from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.formats import FLOAT_BITS, ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.statistics import InputStatistics
@@ -124,11 +125,19 @@ def balanced_input(
 
 
 def quantized_layer(
-    network: CalibratedNetwork, name: str, form: LayerFormat, balance: Balance, rank: int = 0
+    network: CalibratedNetwork,
+    name: str,
+    form: LayerFormat,
+    balance: Balance,
+    rank: int = 0,
+    ranges: Tensor | None = None,
 ) -> QuantizedLayer:
-    """One layer in a format; static activations have one range for all steps and branches."""
+    """One layer in a format; static activations have `ranges` or one range for all steps and branches."""
     statistics = network.statistics[network.groups[network.group_of(name)][0]]
-    ranges = overall_range(statistics) if form.activation.mode == "static" else None
+    if form.activation.mode != "static" or form.activation.bits == FLOAT_BITS:
+        ranges = None
+    elif ranges is None:
+        ranges = overall_range(statistics)
     return quantize_layer(
         network.layers[name],
         form,
@@ -151,10 +160,19 @@ def layer_noise(network: CalibratedNetwork, name: str, layer: QuantizedLayer) ->
     A proxy for what the layer does to the whole network: it runs nothing but the layer.
     """
     sample = _sample_of(network.statistics[network.groups[network.group_of(name)][0]])
+    if isinstance(layer, ConstantTokenLinear):
+        known = layer.constant_inputs.to(sample.dtype)[:, None]
+        sample = sample[~torch.isclose(sample, known, rtol=1e-3).all(dim=-1).any(dim=0)]
     expected = sample @ network.layers[name].weight.detach().flatten(1).t().to(sample.dtype)
     inputs = balance_sample(sample, layer.balance)
-    # of a convolution, each patch gets the scale that its sample would have; static ranges have a step and branch
-    rounded = layer.rounded(inputs) if layer.form.activation.mode == "dynamic" else inputs
+    # of a convolution, each patch gets the scale that its sample would have; a static range may be that of one step or
+    # branch, and of a channel
+    ranges = layer.activation_range
+    rounded = inputs
+    if ranges is None or ranges.shape[:2] == (1, 1):
+        channels = inputs.shape[-1] if ranges is None or ranges.ndim == 3 else ranges.shape[-1]
+        image = inputs.reshape(len(inputs), channels, -1, 1)
+        rounded = layer.rounded(image if channels < inputs.shape[-1] else inputs).reshape(inputs.shape)
     found = rounded @ layer.weight_matrix.t().to(sample.dtype)
     if layer.up is not None and layer.down is not None:
         found = found + inputs @ layer.down.t().to(sample.dtype) @ layer.up.t().to(sample.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genlight.io import CorruptFileError, load_tensors, parse_json, save_tensors
 from genlight.quantization.balance import Balance
+from genlight.quantization.constant_tokens import ConstantRows, ConstantTokenLinear, Mismatch
 from genlight.quantization.conv import Geometry, QuantizedConv2d
 from genlight.quantization.convert import quantized_layers, replace_layers
 from genlight.quantization.formats import LayerFormat
@@ -37,12 +38,16 @@ class LayerPlan:
         columns: inputs of one output.
         rotation_factors: of its Hadamard matrix, () without a rotation.
         geometry: of a convolution; None for a linear layer.
+        constant_positions: of tokens whose outputs are kept; () for none.
+        mismatch: what is done with other tokens there.
     """
 
     form: LayerFormat
     columns: int
     rotation_factors: tuple[int, ...] = ()
     geometry: Geometry | None = None
+    constant_positions: tuple[int, ...] = ()
+    mismatch: Mismatch = "warn"
 
 
 _PLANS: TypeAdapter[dict[str, LayerPlan]] = TypeAdapter(dict[str, LayerPlan])
@@ -56,6 +61,7 @@ def plans_of(model: nn.Module) -> dict[str, LayerPlan]:
             layer.columns,
             layer.rotation_factors,
             layer.geometry if isinstance(layer, QuantizedConv2d) else None,
+            *((layer.positions, layer.mismatch) if isinstance(layer, ConstantTokenLinear) else ()),
         )
         for name, layer in quantized_layers(model).items()
     }
@@ -72,6 +78,7 @@ def layer_from(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedLayer
     kept, bias, signs = (rest.pop(name, None) for name in ("float_weight", "bias", "rotation_signs"))
     up, down = rest.pop("up", None), rest.pop("down", None)
     scale_of_input, ranges = rest.pop("input_scale", None), rest.pop("activation_range", None)
+    constant = (rest.pop("constant_inputs", None), rest.pop("constant_outputs", None))
     form, weight = plan.form.weight, kept
     if codes is not None and scale is not None:
         grid = Grid(scale, zero_point, form.bits)
@@ -80,13 +87,17 @@ def layer_from(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedLayer
         quantized = weight
     else:
         raise ValueError(f"the weight is missing; there are {', '.join(sorted(tensors)) or 'no tensors'}")
-    if rest or (signs is None) != (plan.rotation_factors == ()) or (up is None) != (down is None):
+    unfit = rest or (constant[0] is None) != (plan.constant_positions == ())
+    if unfit or (signs is None) != (plan.rotation_factors == ()) or (up is None) != (down is None):
         raise ValueError(f"the tensors {', '.join(sorted(tensors))} do not fit the plan {plan}")
     rotation = None if signs is None else Rotation(signs, plan.rotation_factors)
     low_rank = None if up is None or down is None else (up, down)
     parts = LayerParts(bias, Balance(scale_of_input, rotation), low_rank, ranges)
     if plan.geometry is not None:
         return QuantizedConv2d(plan.form, quantized, parts, plan.geometry)
+    if constant[0] is not None and constant[1] is not None:
+        rows = ConstantRows(plan.constant_positions, constant[0], constant[1], plan.mismatch)
+        return ConstantTokenLinear(plan.form, quantized, parts, rows)
     return QuantizedLinear(plan.form, quantized, parts)
 
 

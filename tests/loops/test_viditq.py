@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from diffusers import DiTTransformer2DModel
 
 from genlight import io
 from genlight.cli import main
+from genlight.errors import UserError
+from genlight.io import primitives
+from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_work import checked_work
 from genlight.quantization.convert import quantized_layers
 from genlight.quantization.packing import packed_width
 
@@ -160,13 +165,20 @@ def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> 
     assert rows_of(killed) == rows_of(whole)
 
 
-def test_a_signal_keeps_what_was_measured(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
-    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=stopped"]
-    command = [sys.executable, driver, "sensitivity", "10", "validate", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SIGNAL": "SIGTERM"})
-    assert done.returncode == 143, done.stderr
-    lines = histories(root / "stopped" / "validate")["sensitivity"].splitlines()
+def test_a_signal_keeps_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM at the tenth line: the layer at hand is finished, and the lines are those of the whole run."""
+    file = root / "stopped" / "validate" / "search" / "sensitivity" / "history.jsonl"
+
+    def hook(primitive: str, path: Path) -> None:
+        if file.is_file() and len(file.read_bytes().splitlines()) == 10:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(primitives, "before_primitive", hook)
+    with pytest.raises(SystemExit, match="143"):
+        sys.exit(validate(root, "stopped"))
+    lines = file.read_bytes().splitlines()
+    assert 10 <= len(lines) < 13
     assert lines == histories(root / "run" / "validate")["sensitivity"].splitlines()[: len(lines)]
 
 
@@ -217,19 +229,17 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.groups=[]"], "no pattern matches"),
         (["method.statistics=nowhere.safetensors"], "nowhere.safetensors"),
         (["method.samples=0"], "samples = 0"),
-        (["strategy=ddp", "trainer.devices=2"], "one process"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
 def test_what_is_wrong_is_said_in_one_line(
     root: Path, words: list[str], expected: str, capfd: pytest.CaptureFixture
 ) -> None:
-    if "strategy=ddp" in words:
-        environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-        command = [sys.executable, "-m", "genlight", "validate", *MODEL, *SMALL, *words, f"run.root={root}"]
-        command += ["run.name=wrong-ddp"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
-        assert done.returncode != 0 and expected in done.stderr
-        return
     assert validate(root, "wrong", *words, "run.overwrite=true") != 0
     assert expected in the_error(capfd.readouterr().err)
+
+
+def test_several_processes_are_refused() -> None:
+    trainer = SimpleNamespace(strategy=None, world_size=2)
+    with pytest.raises(UserError, match="one process"):
+        checked_work(QuantizationCalibration(), trainer, None, None)

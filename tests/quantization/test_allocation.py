@@ -1,11 +1,19 @@
 """Bits within a budget: against all choices, one by one."""
 
-from itertools import product
+import time
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
-from genlight.quantization.allocation import allocate, allocate_greedily
+from genlight.quantization.allocation import (
+    allocate,
+    allocate_greedily,
+    allocate_randomly,
+    group_budgets,
+    pareto_allocations,
+    solve_allocation,
+)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -54,3 +62,53 @@ def test_what_is_no_table_is_refused(losses: np.ndarray) -> None:
         allocate(losses, {"bits": np.ones((1, 2))}, {"bits": 5})
     with pytest.raises(ValueError, match="limits"):
         allocate(np.ones((1, 2)), {}, {})
+
+
+def network(layers: int = 794) -> tuple[np.ndarray, np.ndarray]:
+    """SQNR in dB of weights in 2, 4 and 8 bits, and how many there are, spread as those of SDXL."""
+    rng = np.random.default_rng(0)
+    decibels = rng.normal(40, 15, size=layers)[:, None] + np.array([-12, 0, 24]) + rng.normal(0, 2, size=(layers, 3))
+    return np.maximum.accumulate(decibels, axis=1), np.exp(rng.normal(14.5, 1.2, size=layers)).astype(np.int64)
+
+
+def test_a_network_of_794_layers_is_solved_at_once() -> None:
+    decibels, weights = network()
+    costs = {"bits": weights[:, None] * np.array([2, 4, 8])}
+    noise = 10 ** (-decibels / 10)
+    values = [float(bits * weights.sum()) for bits in (1.5, 3, 4, 5, 6)]
+    begun = time.process_time()
+    front = pareto_allocations(noise, costs, {"bits": 0.0}, "bits", values)
+    assert time.process_time() - begun < 2 * len(front)
+    assert [value for value, _ in front] == values[1:]
+    assert all(one.gap <= 1e-6 * one.loss for _, one in front)
+    assert all(one.loss >= other.loss for (_, one), (_, other) in pairwise(front))
+
+
+def test_a_sum_of_decibels_raises_the_harmless_layer() -> None:
+    """From 60 to 80 dB counts more than from 20 to 39, and changes nothing; noise power takes the worst."""
+    decibels, costs = np.array([[60.0, 80.0], [20.0, 39.0]]), {"bits": np.array([[4, 8], [4, 8]])}
+    assert allocate(-decibels, costs, {"bits": 12}) == (1, 0)
+    assert allocate(10 ** (-decibels / 10), costs, {"bits": 12}) == (0, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_choice_fits_and_is_never_better(seed: int) -> None:
+    decibels, weights = network(40)
+    noise, costs = 10 ** (-decibels / 10), {"bits": weights[:, None] * np.array([2, 4, 8])}
+    limits = {"bits": 4.0 * weights.sum()}
+    found = allocate_randomly(costs, limits, seed)
+    best = solve_allocation(noise, costs, limits)
+    taken = sum(costs["bits"][i, j] for i, j in enumerate(found))
+    assert limits["bits"] - 4 * weights.max() < taken <= limits["bits"]
+    assert best.loss <= noise[range(40), found].sum() and found == allocate_randomly(costs, limits, seed)
+
+
+def test_budgets_of_groups_have_the_asked_average() -> None:
+    rng = np.random.default_rng(0)
+    for average, ratio, share in rng.uniform([2, 0.4, 0], [8, 1.4, 1], size=(20, 3)):
+        first, second = group_budgets(average, ratio, share)
+        assert first == pytest.approx(ratio * second)
+        assert share * first + (1 - share) * second == pytest.approx(average)
+    assert group_budgets(4, 1, 0.6915) == pytest.approx((4, 4))
+    with pytest.raises(ValueError, match="ratio = 0"):
+        group_budgets(4, 0, 0.5)

@@ -11,6 +11,7 @@ from genlight.quantization.convert import (
     formats_of_layers,
     quantizable_layers,
     quantize_layer,
+    quantize_split,
     quantized_layers,
     replace_layers,
     set_execution,
@@ -101,3 +102,48 @@ def test_a_converted_transformer_stays_near_and_gptq_brings_it_nearer() -> None:
     assert sqnr(integer, call(model)) > 60
     with pytest.raises(ValueError, match="quantized already"):
         quantizable_layers(model)
+
+
+def two_maps() -> tuple[nn.Conv2d, Tensor]:
+    torch.manual_seed(3)
+    conv, values = nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 7)
+    with torch.no_grad():
+        conv.weight[:, 4:] *= 50
+    values[:, 4:] *= 0.02
+    return conv, values
+
+
+def halves(conv: nn.Conv2d) -> list[nn.Conv2d]:
+    """Two convolutions of torch, the first with the bias."""
+    parts = [nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(2, 5, 3, padding=1, bias=False)]
+    with torch.no_grad():
+        parts[0].weight.copy_(conv.weight[:, :4])
+        parts[1].weight.copy_(conv.weight[:, 4:])
+        parts[0].bias.copy_(conv.bias)
+    return parts
+
+
+def test_a_split_convolution_is_two_convolutions_and_one_bias() -> None:
+    conv, values = two_maps()
+    form = LayerFormat(WeightFormat(4), ActivationFormat(4, False, "static", "tensor"))
+    maps = [values[:, :4], values[:, 4:]]
+    ranges = torch.stack([torch.stack(one.aminmax()) for one in maps])
+    split = quantize_split(conv, form, 4, ranges)
+    apart = [
+        quantize_layer(part, form, activation_range=bounds[None, None])
+        for part, bounds in zip(halves(conv), ranges, strict=True)
+    ]
+    set_execution(nn.ModuleList([split, *apart]), "fake")
+    expected = sum(part(one) for part, one in zip(apart, maps, strict=True))
+    assert torch.allclose(split(values), expected, rtol=1e-5, atol=1e-5)
+    whole = quantize_layer(conv, form, activation_range=torch.stack(values.aminmax()).reshape(1, 1, 2))
+    errors = [(layer(values) - conv(values)).square().mean() for layer in (split, whole)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_split_in_floating_point_is_the_convolution() -> None:
+    conv, values = two_maps()
+    split = quantize_split(conv, LayerFormat(WeightFormat(16), ActivationFormat(16)), 4)
+    assert torch.allclose(split(values), conv(values), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="channels = 6 must lie between 0 and the 6"):
+        quantize_split(conv, LayerFormat(WeightFormat(8), ActivationFormat(16)), 6)

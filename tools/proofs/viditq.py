@@ -6,7 +6,7 @@ functions unchanged, two inputs of each attention and each feed-forward layer mu
 undo. The real command quantizes it once more with mixed bits, for the table.
 
 Every number is the signal-to-noise ratio in dB of the network's predictions along trajectories of full precision, both
-guidance branches, on noise that calibration has not seen.
+guidance branches, on noise that neither calibration nor the choice of bits has seen.
 
     make proof NAME=viditq
 """
@@ -69,6 +69,8 @@ class Bench:
             contexts = sampling_calls(network, lambda: sample(1))
             with recorded_calls(network) as self.calls:
                 sample(samples)
+            with recorded_calls(network) as self.choosing:
+                sample(max(1, samples // 4))
             inputs = layers_by_input(network, names, lambda: replay(network, self.calls[0]))
             settings = StatisticsSettings(2, contexts[0].num_steps, torch.float32, 512, seed)
             observer = InputObserver(network, [group[0] for group in inputs], settings)
@@ -115,22 +117,22 @@ class Bench:
             made[name] = quantize_layer(plain, layer.form, balance=layer.balance)
         return made
 
-    def noise(self, layers: Mapping[str, Any]) -> float:
-        """Noise-to-signal ratio with these layers in place."""
+    def noise(self, layers: Mapping[str, Any], calls: Sequence[Any]) -> float:
+        """Noise-to-signal ratio with these layers in place, along some calls."""
         from genlight.quantization.convert import replace_layers
         from genlight.quantization.trajectory import noise_to_signal
 
         replace_layers(self.network, layers)
         try:
-            return noise_to_signal(self.network, self.calls)
+            return noise_to_signal(self.network, calls)
         finally:
             replace_layers(self.network, {name: self.calibrated.layers[name] for name in layers})
 
     def sqnr(self, layers: Mapping[str, Any]) -> float:
-        """In dB."""
+        """In dB, along the calls that chose nothing."""
         from genlight.quantization.trajectory import decibels
 
-        return decibels(self.noise(layers))
+        return decibels(self.noise(layers, self.calls))
 
 
 def with_outliers(network: Any, factor: float, seed: int) -> Any:
@@ -164,7 +166,7 @@ def mixed_plans(bench: Bench) -> dict[str, dict[str, float]]:
 
     names = list(bench.calibrated.layers)
     choices = [bench.layers(BOTH, (bits, 8)) for bits in (LOW, HIGH)]
-    noise = np.array([[bench.noise({name: layers[name]}) for layers in choices] for name in names])
+    noise = np.array([[bench.noise({n: layers[n]}, bench.choosing) for layers in choices] for n in names])
     error = np.array([[weight_error(bench.calibrated.layers[n], layers[n]) for layers in choices] for n in names])
     weights = np.array([bench.calibrated.layers[name].weight.numel() for name in names])
     costs = {"bits": weights[:, None] * np.array([LOW, HIGH])}

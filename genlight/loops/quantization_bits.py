@@ -1,0 +1,221 @@
+"""Bits of each layer from what each layer does alone: within one budget, in several ways, and over many budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genlight.errors import in_config
+from genlight.loops.quantization_sensitivity import Sensitivity
+from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.quantization.allocation import (
+    Array,
+    allocate,
+    allocate_greedily,
+    allocate_randomly,
+    group_budgets,
+    pareto_allocations,
+    solve_allocation,
+)
+from genlight.quantization.formats import FLOAT_BITS
+from genlight.quantization.trajectory import decibels
+
+if TYPE_CHECKING:
+    from genlight.loops.quantization_settings import MixedBits
+
+# how bits are chosen: by what each group controls, exactly; and the rivals within the same budget
+WAYS = ("mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy")
+# where bits of inputs are chosen too: one metric for all, the paper's sum of dB, and chance
+ONE_METRIC, SUM_DB, BUDGETS, RANDOM = "mixed, one metric", "mixed by sum of dB", "mixed by group budgets", "random bits"
+_RANDOM_SEEDS = 3
+_FRONT_POINTS = 9
+
+# bits of the weight, and of the input; None: those of the settings
+Choice = tuple[int, int | None]
+
+
+def ways_of(mixed: MixedBits | None) -> tuple[str, ...]:
+    """Names of the ways in which bits are chosen; () without mixed bits."""
+    if mixed is None:
+        return ()
+    if mixed.activation_choices is None:
+        return WAYS
+    budgets = (BUDGETS,) if mixed.ratios else ()
+    return (*WAYS, ONE_METRIC, SUM_DB, *budgets, *(f"{RANDOM} {seed}" for seed in range(_RANDOM_SEEDS)))
+
+
+class BitChoices:
+    """The program of a network: what each choice of each layer costs and does, and what is allowed.
+
+    Attributes:
+        names: of the layers, rows of all tables.
+        choices: columns of all tables, cheapest first.
+        costs: by the name of the limit.
+        limits: of the sums of costs.
+    """
+
+    def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
+        """From the sensitivities of all layers in all bits."""
+        self.work, self.mixed = work, mixed
+        self.names = list(work.forms)
+        self.choices = choices_of(mixed)
+        self._found = {(entry.layer, entry.bits, entry.activation_bits): entry for entry in found}
+        weights = {name: work.calibrated.layers[name].weight.numel() for name in self.names}
+        every = {
+            "average_bits": self._costs(lambda name, choice: weights[name] * choice[0]),
+            "average_activation_bits": self._costs(lambda name, choice: work.inputs[name] * (choice[1] or 0)),
+            "megabytes": self.table(lambda entry: entry.bytes, of_weights=True),
+            "bit_operations": self._costs(
+                lambda name, choice: work.macs[name] * choice[0] * (choice[1] or work.forms[name].activation.bits)
+            ),
+        }
+        totals = {
+            "average_bits": sum(weights.values()),
+            "average_activation_bits": sum(work.inputs[name] for name in self.names),
+            "megabytes": 1e6,
+            "bit_operations": float(every["bit_operations"][:, -1].sum()),
+        }
+        given = {name: getattr(mixed, name) for name in totals}
+        self.limits = {name: float(value * totals[name]) for name, value in given.items() if value is not None}
+        self.costs = {name: every[name] for name in self.limits}
+
+    def _costs(self, cost: Callable[[str, Choice], int]) -> Array:
+        return np.array([[cost(name, choice) for choice in self.choices] for name in self.names], dtype=np.float64)
+
+    def table(self, value: Callable[[Sensitivity], float], *, of_weights: bool = False) -> Array:
+        """A number of each layer and choice: that of its weight, and added to it that of its input."""
+
+        def one(name: str, choice: Choice) -> float:
+            bits, activation = choice
+            if activation is None:
+                return value(self._found[name, bits, None])
+            weight = value(self._found[name, bits, FLOAT_BITS])
+            return weight if of_weights else weight + value(self._found[name, FLOAT_BITS, activation])
+
+        return np.array([[one(name, choice) for choice in self.choices] for name in self.names], dtype=np.float64)
+
+    def bits(self, chosen: Sequence[int]) -> dict[str, Choice]:
+        """The choices of a solver by layer."""
+        return {name: self.choices[j] for name, j in zip(self.names, chosen, strict=True)}
+
+    def groups(self) -> dict[str, list[int]]:
+        """Rows of the layers that are judged by each metric."""
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            found.setdefault(self.work.metrics[name], []).append(row)
+        return found
+
+
+def choices_of(mixed: MixedBits) -> list[Choice]:
+    """Bits that a layer may have, cheapest first."""
+    if mixed.activation_choices is None:
+        return [(bits, None) for bits in sorted(mixed.choices)]
+    pairs = list(product(sorted(mixed.choices), sorted(mixed.activation_choices)))
+    pairs.sort(key=lambda pair: (pair[0] * pair[1], pair))
+    return [*pairs]
+
+
+def allocated_bits(
+    work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]
+) -> tuple[dict[str, dict[str, Choice]], dict[str, Any]]:
+    """Bits of each layer, by the way they were chosen, all within the budget; and facts of the exact program.
+
+    Raises:
+        UserError: the budget is below what the least bits come to.
+    """
+    with in_config("method.mixed"):
+        program = BitChoices(work, mixed, found)
+        noise = program.table(lambda e: e.noise)
+        decibel = program.table(lambda e: -decibels(e.noise))
+        best = solve_allocation(noise, program.costs, program.limits)
+        by_sum = allocate(decibel, program.costs, program.limits) if mixed.objective == "sum_db" else best.chosen
+        ways = {
+            WAYS[0]: _decoupled(program, by_sum),
+            WAYS[1]: allocate_greedily(noise, program.costs, program.limits),
+            # inputs have no error of a weight
+            WAYS[2]: allocate(
+                program.table(lambda e: e.weight_error if e.bits < FLOAT_BITS else e.layer_noise),
+                program.costs,
+                program.limits,
+            ),
+            WAYS[3]: allocate(program.table(lambda e: e.layer_noise), program.costs, program.limits),
+        }
+        if mixed.activation_choices is not None:
+            ways[ONE_METRIC] = best.chosen
+            ways[SUM_DB] = allocate(decibel, program.costs, program.limits)
+            if mixed.ratios:
+                ways[BUDGETS] = _by_budgets(program)
+            for seed in range(_RANDOM_SEEDS):
+                ways[f"{RANDOM} {seed}"] = allocate_randomly(program.costs, program.limits, seed)
+    facts = {
+        "predicted_sqnr": decibels(best.loss),
+        "optimality_gap": best.gap / best.loss if best.loss else 0.0,
+        "front": _front(program, noise),
+    }
+    return {way: program.bits(ways[way]) for way in ways_of(mixed)}, facts
+
+
+def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
+    """Each metric's layers share what errors of the prediction gave them, by their own metric."""
+    chosen = list(exact)
+    for metric, rows in program.groups().items():
+        if metric != "sqnr":
+            losses = program.table(lambda entry, metric=metric: entry.loss(metric))[rows]  # type: ignore[misc]
+            own = {name: cost[rows] for name, cost in program.costs.items()}
+            share = {name: sum(float(cost[i, exact[i]]) for i in rows) for name, cost in program.costs.items()}
+            for i, j in zip(rows, allocate(losses, own, share), strict=True):
+                chosen[i] = j
+    return tuple(chosen)
+
+
+def _by_budgets(program: BitChoices) -> tuple[int, ...]:
+    """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
+
+    Ratios are tried on the images of the select draw. Those whose budgets lie outside the choices are left out.
+    """
+    groups, work = program.groups(), program.work
+    quality = groups.get("sqnr", [])
+    content = [row for rows in groups.values() for row in rows if row not in set(quality)]
+    most = program.costs["average_bits"].max(axis=1)
+    share = float(most[content].sum() / most.sum())
+    average = float(program.mixed.average_bits or 0.0)
+    losses = program.table(lambda e: 1 - e.ssim if e.ssim is not None else -decibels(e.noise))
+    losses[quality] = program.table(lambda e: -decibels(e.noise))[quality]
+    best, best_error = None, np.inf
+    for ratio in program.mixed.ratios:
+        chosen = [0] * len(program.names)
+        try:
+            budgets = group_budgets(average, ratio, share)
+            for rows, budget in zip((content, quality), budgets, strict=True):
+                scale = budget / average
+                costs = {name: cost[rows] for name, cost in program.costs.items()}
+                part = {n: float(program.costs[n][rows].max(1).sum() / program.costs[n].max(1).sum()) for n in costs}
+                limits = {n: program.limits[n] * part[n] * (scale if n == "average_bits" else 1) for n in costs}
+                for i, j in zip(rows, allocate(losses[rows], costs, limits) if rows else (), strict=True):
+                    chosen[i] = j
+        except ValueError:  # a budget below the least bits
+            continue
+        error = work.image_error(Variant.mixed(work.method, BUDGETS, program.bits(chosen)), program.mixed.samples)
+        if error < best_error:
+            best, best_error = tuple(chosen), error
+    if best is None:
+        raise ValueError(f"ratios = {list(program.mixed.ratios)}: none of them gives budgets that can be kept")
+    return best
+
+
+def _front(program: BitChoices, noise: Array) -> list[dict[str, float]]:
+    """What the least noise would be with other averages, all other limits kept."""
+    if "average_bits" not in program.limits:
+        return []
+    weights = program.costs["average_bits"][:, 0].sum() / program.choices[0][0]
+    least, most = (float(program.costs["average_bits"][:, j].sum()) for j in (0, -1))
+    values = np.linspace(least, most, _FRONT_POINTS).tolist()
+    others = {name: limit for name, limit in program.limits.items() if name != "average_bits"}
+    front = pareto_allocations(noise, program.costs, others, "average_bits", values)
+    return [
+        {"average_bits": value / weights, "predicted_sqnr": decibels(found.loss), "gap": found.gap / (found.loss or 1)}
+        for value, found in front
+    ]

@@ -1,0 +1,94 @@
+"""Inputs of two kinds: found in the full network of SDXL, which has no weights here, and in small ones."""
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from genlight.quantization.convert import quantizable_layers
+from genlight.quantization.special_inputs import concatenated_inputs, constant_positions, part_ranges, text_layers
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def run_sdxl(unet: nn.Module) -> None:
+    with torch.device("meta"):
+        conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 2048), added_cond_kwargs=conditions)
+
+
+def test_sdxl_has_the_layers_that_were_counted() -> None:
+    """794 layers, 9 shortcuts with their widths, and keys and values of 70 cross-attentions."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    layers = quantizable_layers(unet)
+    kinds = [type(layer) for layer in layers.values()]
+    assert (len(layers), kinds.count(nn.Linear), kinds.count(nn.Conv2d)) == (794, 743, 51)
+    splits = concatenated_inputs(unet, lambda: run_sdxl(unet))
+    widths = [1280] * 4 + [640] * 3 + [320] * 2
+    names = [f"up_blocks.{i}.resnets.{j}.conv_shortcut" for i in range(3) for j in range(3)]
+    assert splits == dict(zip(names, widths, strict=True))
+    text = text_layers(unet, lambda: run_sdxl(unet))
+    assert set(text) == {name for name in layers if name.endswith(("attn2.to_k", "attn2.to_v"))} and len(text) == 140
+
+
+def test_an_unconditional_unet_has_shortcuts_and_no_text() -> None:
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    image = torch.zeros(1, 1, 8, 8)
+    found = concatenated_inputs(unet, lambda: unet(image, 0))
+    assert found == {f"up_blocks.{i}.resnets.{j}.conv_shortcut": s for i, j, s in [
+        (0, 0, 16), (0, 1, 16), (1, 0, 16), (1, 1, 8)]}  # fmt: skip
+    assert text_layers(unet, lambda: unet(image, 0)) == ()
+
+
+def texts(count: int = 8) -> torch.Tensor:
+    found = torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(0))
+    found[:, 0] = torch.linspace(-1, 1, 16)
+    found[:, 0, 3] = 200
+    return found
+
+
+def test_a_token_is_constant_where_it_is_the_same_and_large() -> None:
+    found = texts()
+    assert constant_positions(found) == (0,)
+    chunked = torch.cat([found, found], dim=1)
+    assert constant_positions(chunked) == (0, 5)
+    # rows without text do not count, and neither does a small constant token
+    assert constant_positions(torch.cat([found, torch.zeros(3, 5, 16)])) == (0,)
+    small = found.clone()
+    small[:, 0] = 1
+    assert constant_positions(small) == ()
+    other = found.clone()
+    other[2, 0, 3] = 190
+    assert constant_positions(other) == ()
+
+
+def test_too_few_prompts_prove_nothing() -> None:
+    for few in (texts(7), texts(1).expand(9, 5, 16)):
+        try:
+            constant_positions(few)
+        except ValueError as error:
+            assert "8 or more different prompts" in str(error)
+        else:
+            raise AssertionError("accepted")
+
+
+def test_ranges_are_of_each_part_over_all_calls() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    calls = [torch.tensor([[1.0, -2.0, 30.0, 4.0]]), torch.tensor([[-1.0, 2.0, 3.0, 40.0]])]
+    parts = [lambda x: x[:, :2], lambda x: x[:, 2:]]
+    found = part_ranges(model, {"0": parts}, lambda: [model(call) for call in calls])
+    assert torch.equal(found["0"], torch.tensor([[-2.0, 2.0], [3.0, 40.0]]))
