@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class StepCheckpoint(ModelCheckpoint):
     """Saves every ``every_n_train_steps`` optimizer steps and after the last one, and keeps the newest ``save_top_k``.
 
-    Lightning's own callback leaves out the end of a training whose length is no multiple of the interval. The end is
-    caught in ``on_train_batch_end``: later, weight averaging has put the average in the place of the trained weights.
+    Lightning's own callback leaves out the end of a training whose length is no multiple of the interval, and puts off
+    a step that ends an epoch until the next validation. Both are saved in ``on_train_batch_end``: later, weight
+    averaging has put the average in the place of the trained weights.
 
     Args:
         dirpath: folder of the checkpoints, ``step-000250.ckpt`` and so on.
@@ -42,14 +43,14 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if _is_last(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        if trainer.fit_loop._should_accumulate():
+            return
+        due = trainer.global_step % self._every_n_train_steps == 0 or _is_last(trainer)
+        if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def _is_last(trainer: Trainer) -> bool:
-    if trainer.fit_loop._should_accumulate():
-        return False
     loop = trainer.fit_loop.epoch_loop
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     last_epoch = epochs > 0 and trainer.current_epoch + 1 >= epochs and loop.batch_progress.is_last_batch

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "search.seconds",
     "method.search.budget",
     "method.search.seconds",
+    "method.drop_failing",
     "callbacks.progress",
 )
 FAILURE = 1

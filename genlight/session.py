@@ -281,6 +281,8 @@ class Session:
         else:
             self._load_weights(module)
         module.class_names = getattr(self.module, "class_names", None)
+        if hasattr(module, "check_data"):
+            module.check_data(self.datamodule)  # a language model takes its tokenizer from there
         return module
 
     def _finish(self, report: Report) -> None:
@@ -368,7 +370,8 @@ def _print_result(folder: Path, report: Report, files: list[Path]) -> None:
         floor = floors.get(name.rsplit("/", 1)[-1])
         console.print(f"{name:<24} {value:.4g}" + ("" if floor is None else f"   (real against real: {floor:.4g})"))
     if report.table:
-        console.print(result_table(report.table))
+        # cells that are three letters wide cannot be read
+        console.print(result_table(report.table, console.width))
     console.print("look at", style="bold")
     for file in [folder / "report.md", *files, *([folder / ARTIFACT] if (folder / ARTIFACT).is_dir() else [])]:
         console.print(f"  {file}", soft_wrap=True)

@@ -54,3 +54,19 @@ def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monk
         assert genlight(tmp_path, "validate", "run.name=one", f"ckpt_path={folder}", "data.num_samples=41") == 0
         one, both = (report_of(tmp_path / label / "validate") for label in ("one", "both"))
         assert both["metrics"]["val/fd_digits"] == pytest.approx(one["metrics"]["val/fd_digits"], rel=1e-4)
+
+
+def test_a_language_model_in_shards_is_saved_with_its_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    small = ("data.tasks=[digits]", "data.batch_size=4", "data.eval_batch_size=4", "module.config.num_hidden_layers=1")
+    small = (*small, "trainer.limit_val_batches=1", "trainer.num_sanity_val_steps=0")
+    run_in_own_process(
+        "fit", "experiment=eep/tiny_moe", *STRATEGIES["zero3"], *small, "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.max_steps=2", f"run.root={tmp_path}", "run.name=moe", timeout=200,
+    )  # fmt: skip
+    folder = tmp_path / "moe" / "fit"
+    model = AutoModelForCausalLM.from_pretrained(folder / "artifact").state_dict()
+    shards = consolidated_state_dict(folder / "checkpoints" / "step-000002.ckpt")
+    assert all(torch.equal(value, shards[f"network.{key}"]) for key, value in model.items())
+    assert len(AutoTokenizer.from_pretrained(folder / "artifact")("cab").input_ids) == 3

@@ -3,6 +3,7 @@ and candidates held out."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -158,6 +159,15 @@ class ArchitectureDataModule(LightningDataModule):
         if not len(held_out):
             raise UserError(f"{self.name}: no candidate with a {self.target} is held out")
         return Prepared(pool, targets, labelled, table.tokens[held_out], target[held_out])
+
+    def relabelled(self, labels: int, label_seed: int) -> ArchitectureDataModule:
+        """A copy whose labelled candidates are others; its table is read again. ValueError for fewer than 2 labels."""
+        if labels < 2:
+            raise ValueError(f"data.labels = {labels} must be at least 2")
+        other = copy.copy(self)
+        other.__dict__.pop("prepared", None)
+        other.labels, other.label_seed = labels, label_seed
+        return other
 
     def _check_leakage(self, pool: Pool, target: Tensor) -> None:
         for name, column in zip(pool.names, pool.low_fidelity.T):

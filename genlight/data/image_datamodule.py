@@ -1,10 +1,8 @@
 """What every image data set shares: batches to train on, fixed noise to evaluate with, real images to compare to."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight.data.cache import fingerprint_of
@@ -12,9 +10,9 @@ from genlight.data.evaluation_noise import EvaluationNoise, check_draw
 from genlight.data.images import ImageFiles, ImagesInMemory
 from genlight.data.loaders import FixedLoader, TrainLoader
 from genlight.data.sampling import BatchOrder, even_batches
+from genlight.data.seeded import SeededDataModule
 from genlight.errors import UserError
 
-log = logging.getLogger(__name__)
 ImageSet = ImagesInMemory | ImageFiles
 
 
@@ -24,7 +22,7 @@ def _check_positive(**values: int) -> None:
             raise ValueError(f"data.{key}={value} must be at least 1")
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(SeededDataModule):
     """Base of the image data sets; a subclass says how a split is loaded and what identifies its content.
 
     Training batches are {"image": float32 [B, C, H, W] in [-1, 1], "label": int64 [B]}, without label if
@@ -169,30 +167,3 @@ class ImageDataModule(LightningDataModule):
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
         return FixedLoader(dataset, batches, self.num_workers)
-
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must share with this one: the data, and the keys that set the order of batches."""
-        order = {"seed": self.seed, "batch_size": self.batch_size, "world_size": self._place()[1]}
-        return {"fingerprint": self.fingerprint, "order": order}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares a checkpoint's data with this one when training goes on from it.
-
-        Raises:
-            UserError: the checkpoint was trained on other data.
-        """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        mine = self.state_dict()
-        theirs = str(state_dict.get("fingerprint"))
-        if theirs != mine["fingerprint"]:
-            raise UserError(
-                f"the checkpoint was trained on other data: fingerprint {theirs[:12]}, "
-                f"{self.name} as configured has {mine['fingerprint'][:12]}; resume with the same data.* keys and files"
-            )
-        for key, value in mine["order"].items():
-            if (saved := state_dict.get("order", {}).get(key)) != value:
-                log.warning("resuming with %s=%s instead of %s: the order of batches changes", key, value, saved)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genlight.data.text_examples import Example, TextTask
 from genlight.errors import UserError
+from genlight.metrics.text_tasks import extracted
 
 IGNORED = -100  # the target that losses of transformers leave out
 
@@ -125,7 +126,8 @@ class EvaluationQuestions:
 
     A batch is that of `scoring_batch` with, for each of B questions, index [B], task [B] (number of the task in
     `task_names`), label [B] and option_length (characters [O]); of generated answers also ``generation``: input_ids and
-    attention_mask [B, T] of the prompts, and the lists references, stop, max_new_tokens and normalise.
+    attention_mask [B, T] of the prompts, and the lists references (what is compared of
+    them), extract, stop, max_new_tokens and normalise.
     """
 
     def __init__(
@@ -160,7 +162,11 @@ class EvaluationQuestions:
         return {
             "input_ids": ids,
             "attention_mask": mask,
-            "references": [list(example.references) for example in examples],
+            "references": [
+                [extracted(text, task.extract) or "" for text in example.references]
+                for example, task in zip(examples, tasks)
+            ],
+            "extract": [task.extract for task in tasks],
             "stop": [list(task.stop) for task in tasks],
             "max_new_tokens": [task.max_new_tokens for task in tasks],
             "normalise": [task.normalise for task in tasks],

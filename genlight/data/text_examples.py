@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from genlight.data.sampling import DRAWS
 from genlight.data.text_sources import Row
 from genlight.errors import UserError
+from genlight.metrics.text_tasks import extracted
 
 SPLITS = ("train", *DRAWS)
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -41,6 +42,8 @@ class TextTask:
         shot_separator: what stands between them.
         max_new_tokens: most tokens of a generated answer.
         stop: texts that end a generated answer.
+        extract: regular expression; its last match (its first group, if it has one) is what is compared of a generated
+            answer and of the right ones, such as the number at the end of a calculation. None: all of them.
         normalise: an answer matches without regard to case, punctuation and articles, as in SQuAD; False: exactly.
         train_on_prompt: learn the prompt too, not the answer alone.
     """
@@ -60,6 +63,7 @@ class TextTask:
     shot_separator: str = "\n\n"
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
+    extract: str | None = None
     normalise: bool = True
     train_on_prompt: bool = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -74,6 +78,8 @@ class TextTask:
                 raise ValueError(f"choices must be two or more different texts, got {self.choices!r}")
         if self.kind == "multiple_choice" and not self.choices:
             raise ValueError("choices must be the name of a field with a list, or one template for each choice")
+        if self.extract is not None:
+            _check_pattern(self.extract, self.kind)
         if self.num_shots < 0 or self.max_new_tokens < 1:
             raise ValueError("num_shots must not be negative, and max_new_tokens at least 1")
 
@@ -145,6 +151,9 @@ def _example(name: str, task: TextTask, row: Row, where: str) -> Example:
         references = tuple(_text_of(item, f"{where}: the answer in {task.answer}") for item in given)
         if not references:
             raise UserError(f"{where}: the field {task.answer} holds no answer")
+        missing = [text for text in references if task.extract is not None and extracted(text, task.extract) is None]
+        if missing:
+            raise UserError(f"{where}: nothing in the answer {missing[0][:60]!r} matches extract = {task.extract!r}")
         options, label = references[:1], 0
     else:
         options = _options(task, row, where)
@@ -215,6 +224,15 @@ def _fields_of(template: str) -> list[tuple[str, str | None]]:
             raise ValueError(f"{template!r}: braces hold the name of a field and nothing else; {{{{ stands for a brace")
         found.append((literal, name))
     return found
+
+
+def _check_pattern(pattern: str, kind: str) -> None:
+    if kind != "generation":
+        raise ValueError("extract is for kind=generation alone")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"extract = {pattern!r} is no regular expression: {error}") from error
 
 
 def _text_of(value: Any, what: str) -> str:

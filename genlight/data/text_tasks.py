@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
-
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight.data.cache import fingerprint_of
 from genlight.data.evaluation_noise import check_draw
 from genlight.data.loaders import FixedLoader, TrainLoader
 from genlight.data.sampling import BatchOrder, Indices, even_batches
+from genlight.data.seeded import SeededDataModule
 from genlight.data.text_batches import Encoded, Encoder, EvaluationQuestions, TrainingSequences
 from genlight.data.text_examples import SPLITS, Example, examples_of, split_examples, task_of
 from genlight.data.text_sources import Row, read_hub_rows, read_rows_file
 from genlight.data.tokenizer import load_tokenizer, tokenizer_digest
 from genlight.errors import UserError
 
-log = logging.getLogger(__name__)
 SHARES: Mapping[str, float] = {"train": 0.4, "search": 0.2, "select": 0.1, "report": 0.3}
 
 
-class TextTaskDataModule(LightningDataModule):
+class TextTaskDataModule(SeededDataModule):
     """Tasks of rows and templates, one or several at a time.
 
     A hash of a question (or of its group) puts it into one of four splits: "train" and the draws "search", "select" and
@@ -253,9 +249,6 @@ class TextTaskDataModule(LightningDataModule):
             )
         return "".join(f"{x.prompt}{task.answer_prefix}{x.options[x.label]}{task.shot_separator}" for x in found)
 
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     @property
     def image_shape(self) -> NoReturn:
         """UserError: there are no images."""
@@ -264,23 +257,3 @@ class TextTaskDataModule(LightningDataModule):
     def reference_loader(self, split: str) -> NoReturn:
         """UserError: there are no real images."""
         raise UserError(f"data={self.name} holds no real images to compare with: use metrics=none")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must share with this one: the data, and the keys that set the order of batches."""
-        order = {"seed": self.seed, "batch_size": self.batch_size, "world_size": self._place()[1]}
-        return {"fingerprint": self.fingerprint, "order": order}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's data with this one when training goes on from it; UserError if they differ."""
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        mine = self.state_dict()
-        theirs = str(state_dict.get("fingerprint"))
-        if theirs != mine["fingerprint"]:
-            raise UserError(
-                f"the checkpoint was trained on other data: fingerprint {theirs[:12]}, {self.name} as configured has "
-                f"{mine['fingerprint'][:12]}; resume with the same data.* keys and files"
-            )
-        for key, value in mine["order"].items():
-            if (saved := state_dict.get("order", {}).get(key)) != value:
-                log.warning("resuming with %s=%s instead of %s: the order of batches changes", key, value, saved)

@@ -47,7 +47,7 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         _pictures(work, best)
     work.space.restore()
     name = work.method.objective.removeprefix("val/")
-    usual = min((row for row in rows if row["weights"] != winner.name), key=lambda row: row["select"])
+    usual = rows[1] if len(rows) > 1 else rows[0]  # in the order of the select draw
     last = next((row for row in rows if row["kind"] == "last"), usual)
     headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
     notes = [
@@ -66,11 +66,16 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
 
 def _row(work: CheckpointWork, variant: Variant, values: Mapping[str, float]) -> dict[str, Any]:
     row: dict[str, Any] = {"weights": variant.name, "kind": variant.kind}
-    row |= {"search": variant.search, "select": variant.select}
+    row |= {"search": _shown(work, variant.search), "select": _shown(work, variant.select)}
     row |= {name.removeprefix("val/"): value for name, value in values.items()}
     if isinstance(variant.weights, Combination):
         row["l1"] = work.space.cost(variant.weights)["l1"]
     return row
+
+
+def _shown(work: CheckpointWork, score: float) -> float:
+    """A score as the objective is logged."""
+    return score if work.method.mode == "min" else -score
 
 
 def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
@@ -82,7 +87,8 @@ def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
     for kind, result in work.results.items():
         points = [(r.index, r.score, r.source, r.fidelity) for r in result.records]
         name = kind.lower().replace(" ", "-")
-        search_curve(points, figures / f"search-{name}.png", ylabel=work.method.objective)
+        label = f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
+        search_curve(points, figures / f"search-{name}.png", ylabel=label)
     samples: dict[str, Tensor] = {}
     for kind in ("last", TRACKED if TRACKED in best else "ema", LCSC):
         if kind in best:

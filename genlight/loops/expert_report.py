@@ -19,6 +19,7 @@ from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
 from genlight.reports.expert_figures import expert_heatmaps
 from genlight.reports.search_figures import pareto_picture, search_curve
+from genlight.search.pareto import pareto_front
 
 if TYPE_CHECKING:
     from genlight.search.spaces.expert_maps import ExpertMaps
@@ -46,17 +47,86 @@ class Reported:
     tokens_per_second: float
 
 
-def expert_result(work: ExpertWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
+@dataclass(frozen=True)
+class Found:
+    """What came of one number of experts.
+
+    Attributes:
+        work: settings and search.
+        best: by kind, on the select draw.
+        winner: of the search, on the select draw.
+        shown: the whole model, what was searched, and the baselines from the best to the worst, by kind.
+        random: the row of random choices; None: there were none.
+        refusal: why the winner cannot be saved as a model; "" if it can.
+        failed: names of what could not be measured.
+    """
+
+    work: ExpertWork
+    best: Mapping[str, Choice]
+    winner: Choice
+    shown: Mapping[str, Reported]
+    random: Mapping[str, Any] | None
+    refusal: str
+    failed: Sequence[str]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the table, the whole model first."""
+        rows = [_row(self.work, each, each.choice is self.winner) for each in self.shown.values()]
+        return [*rows, dict(self.random)] if self.random else rows
+
+
+def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
     """Table, metrics, pictures and artifact.
 
     Args:
-        work: settings and search.
+        works: settings and search, for each number of experts.
         own: what the whole model reaches.
         predicted: what all of it was to cost.
 
     Raises:
         UserError: nothing could be measured.
     """
+    every = [_found(work, own) for work in works]
+    first = works[0]
+    rows, metrics = every[0].rows()[:1], dict(own)
+    for each in every:
+        rows += each.rows()[1:]
+        end = _ending(each, every)
+        metrics |= {f"{name}{end}": value for name, value in _headline(each).items()}
+        if first.runner.main:
+            _pictures(each, end)
+    if first.runner.main:
+        _pareto([reported for each in every for reported in each.shown.values()], first)
+    first.apply(None)
+    notes = [
+        "search and select are the objective on these draws, all else is on the report draw: accuracy and "
+        f"log-likelihood of {', '.join(first.task_data.evaluate)}, and of each task. A saved model of the same shapes "
+        "needs no more time than tokens_per_second says, which is measured before it is saved",
+        *[f"failed, and left out: {', '.join(each.failed)}" for each in every if each.failed],
+        *([f"{RANDOM}: mean of {first.method.random_draws} draws"] if every[0].random else []),
+        *[f"the artifact holds {MAPS} alone: {each.refusal}" for each in every if each.refusal],
+    ]
+    if first.cache is not None and first.cache.layers_seen:
+        share = first.cache.passed_over / first.cache.layers_seen
+        notes.append(f"hidden states that were kept saved {share:.0%} of the layers of candidates")
+
+    def save(folder: Path, module: Any) -> None:
+        for each in every:
+            place = folder / f"{each.work.num_experts}_experts" if len(every) > 1 else folder
+            place.mkdir(exist_ok=True)
+            save_artifact(each, place, module)
+
+    return MethodResult(
+        metrics, method="EEP (efficient expert pruning)", table=rows, notes=notes, predicted=predicted, save=save
+    )
+
+
+def _ending(each: Found, every: Sequence[Found]) -> str:
+    """What tells names apart where several numbers of experts were searched."""
+    return f"_{each.work.num_experts}" if len(every) > 1 else ""
+
+
+def _found(work: ExpertWork, own: Mapping[str, float]) -> Found:
     every = work.choices()
     choices = [choice for choice in every if math.isfinite(choice.search) and math.isfinite(choice.select)]
     failed = [choice.name for choice in every if choice not in choices]
@@ -70,31 +140,7 @@ def expert_result(work: ExpertWork, own: Mapping[str, float], predicted: CostEst
     shown = _reported(work, best, winner, own)
     draws = [choice for choice in choices if choice.kind == RANDOM]
     random = _random_row(work, draws) if draws else None
-    rows = [_row(work, each, each.choice is winner) for each in shown.values()]
-    rows += [random] if random else []
-    if work.runner.main:
-        _pictures(work, best, shown)
-    refusal = _refusal(work, winner)
-    work.apply(None)
-    notes = [
-        "search and select are the objective on these draws, what follows is on the report draw: accuracy and "
-        f"log-likelihood of {', '.join(work.task_data.evaluate)}, then of each task. A saved model of the same shapes "
-        "needs no more time than tokens_per_second says, which is measured before it is saved",
-        *([f"failed, and left out: {', '.join(failed)}"] if failed else []),
-        *([f"{RANDOM}: mean of {len(draws)} draws"] if random else []),
-        *([f"the artifact holds {MAPS} alone: {refusal}"] if refusal else []),
-    ]
-    if work.cache is not None and work.cache.layers_seen:
-        share = work.cache.passed_over / work.cache.layers_seen
-        notes.append(f"hidden states that were kept saved {share:.0%} of the layers of candidates")
-    return MethodResult(
-        {**own, **_headline(work, shown, random)},
-        method="EEP (efficient expert pruning)",
-        table=rows,
-        notes=notes,
-        predicted=predicted,
-        save=lambda folder, module: save_artifact(work, winner, best, rows, not refusal, folder, module),
-    )
+    return Found(work, best, winner, shown, random, _refusal(work, winner), failed)
 
 
 def _reported(
@@ -128,13 +174,13 @@ def _shown(work: ExpertWork, score: float) -> float:
 
 
 def _row(work: ExpertWork, each: Reported, chosen: bool) -> dict[str, Any]:
-    choice, method = each.choice, work.method
+    choice = each.choice
     whole = choice.candidate is None
     row: dict[str, Any] = {"model": choice.name, "kind": choice.kind, "chosen": "yes" if chosen else ""}
-    row["experts"] = work.editor.num_experts if whole else method.num_experts
-    row["per token"] = work.editor.own_routing.num_experts_per_tok if whole else method.experts_per_token(work.editor)
-    row |= {"search": _shown(work, choice.search), "select": _shown(work, choice.select)}
+    row["experts"] = work.editor.num_experts if whole else work.num_experts
     row |= {quantity: _mean(work, each.values, quantity) for quantity in _QUANTITIES}
+    row |= {"search": _shown(work, choice.search), "select": _shown(work, choice.select)}
+    row["per token"] = work.editor.own_routing.num_experts_per_tok if whole else work.per_token
     for task in work.datamodule.evaluate:
         row |= {f"{task}/{quantity}": each.values.get(f"val/{task}/{quantity}") for quantity in _QUANTITIES}
     row["expert parameters"] = row["experts"] * sum(work.space.expert_parameters)
@@ -152,7 +198,8 @@ def _random_row(work: ExpertWork, draws: Sequence[Choice]) -> dict[str, Any]:
         return measured(work.evaluations, work.module, data, "report", data.num_samples)
 
     found = in_turn(work.evaluations, [partial(one, choice) for choice in draws])
-    row: dict[str, Any] = {"model": RANDOM, "kind": RANDOM, "chosen": ""}
+    row: dict[str, Any] = {"model": RANDOM, "kind": RANDOM, "chosen": "", "experts": work.num_experts}
+    row |= {"per token": work.per_token}
     row |= {"search": _shown(work, fmean(choice.search for choice in draws))}
     row |= {"select": _shown(work, fmean(choice.select for choice in draws))}
     for quantity in _QUANTITIES:
@@ -162,24 +209,25 @@ def _random_row(work: ExpertWork, draws: Sequence[Choice]) -> dict[str, Any]:
     return row
 
 
-def _headline(work: ExpertWork, shown: Mapping[str, Reported], random: Mapping[str, Any] | None) -> dict[str, float]:
+def _headline(found: Found) -> dict[str, float]:
     """Accuracy and log-likelihood before and after, and the best of each phase on the search draw."""
+    work, shown = found.work, found.shown
     others = [kind for kind in shown if kind not in (FULL, PRUNED, MERGED)]
     names = {"full": FULL, "eep_prune": PRUNED, "eep_merge": MERGED}
     if others:
         names["best_other"] = others[0]
-    found: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for quantity in _QUANTITIES:
         for word, kind in names.items():
             if kind in shown:
-                found[f"{quantity}_{word}"] = _mean(work, shown[kind].values, quantity)
-        if random is not None:
-            found[f"{quantity}_random"] = random.get(quantity)
+                values[f"{quantity}_{word}"] = _mean(work, shown[kind].values, quantity)
+        if found.random is not None:
+            values[f"{quantity}_random"] = found.random.get(quantity)
     for word, kind in (("prune", PRUNED), ("merge", MERGED)):
         if ranked := work.ranked(kind):
-            found[f"search_best_{word}"] = _shown(work, float(ranked[0].score or 0.0))
-    found["share_of_expert_parameters"] = work.method.num_experts / work.editor.num_experts
-    return {name: float(value) for name, value in found.items() if value is not None}
+            values[f"search_best_{word}"] = _shown(work, float(ranked[0].score or 0.0))
+    values["share_of_expert_parameters"] = work.num_experts / work.editor.num_experts
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _refusal(work: ExpertWork, winner: Choice) -> str:
@@ -192,30 +240,37 @@ def _refusal(work: ExpertWork, winner: Choice) -> str:
     return ""
 
 
-def _pictures(work: ExpertWork, best: Mapping[str, Choice], shown: Mapping[str, Reported]) -> None:
-    figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
+def _figures(work: ExpertWork) -> Path:
+    return Path(work.evaluations.trainer.default_root_dir) / "figures"
+
+
+def _pictures(found: Found, end: str) -> None:
+    work, best, shown, figures = found.work, found.best, found.shown, _figures(found.work)
     kinds = [kind for kind in (PRUNED, MERGED, *shown) if kind in shown and kind != FULL][:3]
     kept = {}
     for kind in dict.fromkeys(kinds):
         maps = work.space.layer_maps(_candidate(best[kind]))
         kept[best[kind].name] = [maps[layer].expert_map.abs().sum(dim=0).tolist() for layer in work.space.layers]
-    expert_heatmaps(kept, figures / "kept_experts.png", label="weight of each expert")
+    expert_heatmaps(kept, figures / f"kept_experts{end}.png", label="weight of each expert")
     searched = best.get(PRUNED) or best[MERGED]
     loads = {"all experts": work.load, searched.name: work.routing(_candidate(searched))}
     shares = {
         name: [(load[layer] / max(1, int(load[layer].sum()))).tolist() for layer in work.space.layers]
         for name, load in loads.items()
     }
-    expert_heatmaps(shares, figures / "routing_load.png", label="share of the routed tokens")
+    expert_heatmaps(shares, figures / f"routing_load{end}.png", label="share of the routed tokens")
     points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
-    search_curve(
-        points, figures / "search.png", ylabel=f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
-    )
-    errors = [(float(each.parameters), _mean(work, each.values, "accuracy")) for each in shown.values()]
+    label = f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
+    search_curve(points, figures / f"search{end}.png", ylabel=label)
+
+
+def _pareto(every: Sequence[Reported], work: ExpertWork) -> None:
+    """Accuracy against parameters, of all models of the table."""
+    errors = [(float(each.parameters), _mean(work, each.values, "accuracy")) for each in every]
     known = [(cost, 1 - accuracy) for cost, accuracy in errors if accuracy is not None]
     if known:
-        front = [p for p in known if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in known)]
-        pareto_picture(known, list(dict.fromkeys(front)), figures / "pareto.png", "parameters", "1 - accuracy")
+        front = list(dict.fromkeys(known[place] for place in pareto_front(known)))
+        pareto_picture(known, front, _figures(work) / "pareto.png", "parameters", "1 - accuracy")
 
 
 def _candidate(choice: Choice) -> ExpertMaps:
@@ -223,22 +278,14 @@ def _candidate(choice: Choice) -> ExpertMaps:
     return choice.candidate
 
 
-def save_artifact(
-    work: ExpertWork,
-    winner: Choice,
-    best: Mapping[str, Choice],
-    rows: Sequence[Mapping[str, Any]],
-    whole: bool,
-    folder: Path,
-    module: Any,
-) -> None:
+def save_artifact(found: Found, folder: Path, module: Any) -> None:
     """The model with fewer experts as a folder of transformers, and beside it which they are.
 
-    Args:
-        whole: whether the model can be saved; else there are the maps alone.
+    There are the maps alone where the winner cannot be saved.
     """
+    work, winner, best = found.work, found.winner, found.best
     work.apply(winner.candidate)
-    if whole:
+    if not found.refusal:
         save_edited(work.editor, folder)
         if module.tokenizer is not None:
             module.tokenizer.save_pretrained(str(folder))
@@ -248,8 +295,8 @@ def save_artifact(
     content = {
         "kind": _KIND,
         "version": _VERSION,
-        "num_experts": [work.editor.num_experts, work.method.num_experts],
-        "num_experts_per_tok": work.method.experts_per_token(work.editor),
+        "num_experts": [work.editor.num_experts, work.num_experts],
+        "num_experts_per_tok": work.per_token,
         "router_mapping": work.method.router_mapping,
         "objective": work.method.objective,
         "tasks": list(work.task_data.evaluate),
@@ -260,7 +307,7 @@ def save_artifact(
             for kind, choice in searched.items()
             if _candidate(choice).prunes
         },
-        "scores": [dict(row) for row in rows],
+        "scores": found.rows(),
     }
     io.atomic_write_json(folder / MAPS, content)
 

@@ -8,22 +8,26 @@ chosen is chosen, and reported, on questions that the search has not seen, besid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
-from genlight.experts.families import check_count
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
 from genlight.loops.expert_report import expert_result
-from genlight.loops.expert_work import ExpertWork
+from genlight.loops.expert_work import ExpertWork, predicted
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.reports.cost import CostEstimate
 from genlight.search.protocols import ReadableExperts, require_capability
 from genlight.search.spaces.expert_maps import ExpertMapSpace
+
+# objectives that are shares of the questions, and how few of these are too few to tell candidates apart
+_SHARES, _FEW = ("accuracy", "accuracy_normalised", "exact_match"), 200
 
 
 class ExpertSearch:
@@ -31,8 +35,11 @@ class ExpertSearch:
 
     Args:
         search: how candidates are chosen and how many are measured.
-        num_experts: experts that each layer keeps.
-        num_experts_per_tok: of them for each token; None: as the model has, at most `num_experts`.
+        num_experts: experts that each layer keeps; several numbers: a search for each; None: the most that `limits`
+            allow.
+        limits: the most "parameters", "bytes" (of all weights) and "ms_per_token" (milliseconds of scoring, measured
+            here) that a model may have; numbers of experts beyond are left out.
+        num_experts_per_tok: of them for each token; None: as the model has, at most those that are left.
         tasks: names of the tasks to search for; None: all that the data measures. The report is on all of these.
         objective: name of a metric that validate logs, such as "val/log_likelihood".
         mode: "max", or "min" for a metric where less is better.
@@ -54,7 +61,7 @@ class ExpertSearch:
     def __init__(
         self,
         search: SearchSettings,
-        num_experts: int,
+        num_experts: int | Sequence[int] | None,
         num_experts_per_tok: int | None = None,
         tasks: Sequence[str] | None = None,
         objective: str = "val/log_likelihood",
@@ -67,6 +74,7 @@ class ExpertSearch:
         max_subsets: int = 2000,
         select: int = 512,
         cache_bytes: int = 0,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         if not isinstance(search, SearchSettings):
             raise ValueError("method=eep searches: choose how by search=eep (or eep_paper, evolution, random)")
@@ -77,8 +85,16 @@ class ExpertSearch:
             )
         if unknown := sorted(set(baselines) - set(BASELINES[1:])):
             raise ValueError(f"method.baselines: {', '.join(unknown)} unknown; known are {', '.join(BASELINES[1:])}")
-        counts = {"num_experts": num_experts, "calibration": calibration, "select": select, "max_subsets": max_subsets}
-        for name, value in counts.items():
+        numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts or ())
+        limits = dict(limits or {})
+        if unknown := sorted(limits.keys() - set(LIMITS)):
+            raise ValueError(f"method.limits: {', '.join(unknown)} unknown; known are {', '.join(LIMITS)}")
+        if (not numbers and not limits) or len(set(numbers)) < len(numbers):
+            raise ValueError(
+                f"method.num_experts = {num_experts!r} must be different numbers, or null with method.limits"
+            )
+        counts = {"calibration": calibration, "select": select, "max_subsets": max_subsets}
+        for name, value in [*(("num_experts", number) for number in numbers), *counts.items()]:
             if value < 1:
                 raise ValueError(f"method.{name} = {value!r} must be 1 or more")
         if min(random_draws, cache_bytes) < 0 or (num_experts_per_tok is not None and num_experts_per_tok < 1):
@@ -87,7 +103,8 @@ class ExpertSearch:
                 f"negative, and method.num_experts_per_tok = {num_experts_per_tok!r} 1 or more"
             )
         self.settings, self.objective, self.mode, self.router_mapping = search, objective, mode, router_mapping
-        self.num_experts, self.num_experts_per_tok, self.groups = num_experts, num_experts_per_tok, groups
+        self.num_experts, self.num_experts_per_tok, self.groups = tuple(numbers), num_experts_per_tok, groups
+        self.limits = limits
         self.tasks, self.baselines, self.random_draws = tasks, tuple(baselines), random_draws
         self.calibration, self.max_subsets, self.select = calibration, max_subsets, select
         self.cache_bytes = cache_bytes
@@ -99,17 +116,17 @@ class ExpertSearch:
             UserError: a model without experts, a task or metric that is not there, a number of experts that cannot
                 route, weights that are sharded.
         """
-        work, own = self._work(trainer, module, datamodule)
-        predicted = work.predicted()
+        works, own = self._works(trainer, module, datamodule)
+        cost = predicted(works)
         if trainer.is_global_zero:
-            print_line(predicted.line())
-        return expert_result(work, own, predicted)
+            print_line(cost.line())
+        return expert_result(works, own, cost)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Calibrate, measure three candidates, and multiply."""
-        return self._work(trainer, module, datamodule)[0].predicted()
+        return predicted(self._works(trainer, module, datamodule)[0])
 
-    def _work(self, trainer: Any, module: Any, datamodule: Any) -> tuple[ExpertWork, dict[str, float]]:
+    def _works(self, trainer: Any, module: Any, datamodule: Any) -> tuple[list[ExpertWork], dict[str, float]]:
         require_capability(module, ReadableExperts, ExpertMapSpace, ("module=causal_lm",))
         evaluations = CandidateTrainer(trainer)
         if evaluations.sharded:
@@ -122,25 +139,31 @@ class ExpertSearch:
         editor.restore()
         editor.router_mapping = self.router_mapping
         with in_config("method"):
-            if self.num_experts > editor.num_experts:
-                raise ValueError(f"num_experts = {self.num_experts} must be at most {editor.num_experts}, the model's")
-            editor.route(num_experts_per_tok=self.experts_per_token(editor))
-            check_count(self.num_experts, editor.routing, editor.family)
-            editor.restore()
+            numbers = numbers_of(editor, self.num_experts, lambda number: self.experts_per_token(editor, number))
             if self.groups is not None and not 1 <= self.groups <= len(editor.layers):
                 raise ValueError(
                     f"groups = {self.groups} must lie in 1 .. {len(editor.layers)}, the layers with experts"
                 )
             cache = PrefixCache(editor, self.cache_bytes) if self.cache_bytes else None
+        begun = time.monotonic()
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        seconds = time.monotonic() - begun
         own = {name: float(value) for name, value in logged[0].items()}
         if self.objective not in own:
             raise UserError(
                 f"method.objective={self.objective}: validate does not log it; choose one of {', '.join(own)}"
             )
-        return ExpertWork(self, evaluations, module, datamodule, datamodule.measuring(names), cache), own
+        data = datamodule.measuring(names)
+        asked = min(self.settings.fidelity, len(data.examples("search")))
+        if asked < _FEW and self.objective.rsplit("/", 1)[-1] in _SHARES and trainer.is_global_zero:
+            print_line(
+                f"warning: {self.objective} of {asked} questions comes in steps of {100 / asked:.2g} points, so that "
+                "candidates tie: ask more (search.fidelity), or search by val/log_likelihood"
+            )
+        works = [ExpertWork(self, n, evaluations, module, datamodule, data, seconds, cache) for n in numbers]
+        return within_limits(works, self.limits, most_only=not self.num_experts), own
 
-    def experts_per_token(self, editor: Any) -> int:
+    def experts_per_token(self, editor: Any, num_experts: int) -> int:
         """k of candidates: what was asked for, else the model's own, at most the experts that are left."""
         own = int(editor.own_routing.num_experts_per_tok)
-        return self.num_experts_per_tok or min(own, self.num_experts)
+        return self.num_experts_per_tok or min(own, num_experts)

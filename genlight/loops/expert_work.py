@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from genlight.errors import in_config
 from genlight.experts.baselines import baseline
-from genlight.experts.maps import LayerMaps
+from genlight.experts.maps import LayerMaps, selection_maps
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.experts.statistics import RoutingStatistics, routing_load
 from genlight.loops.draw_metrics import DrawMetrics
@@ -25,6 +26,7 @@ from genlight.search.engine import SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.protocols import Evaluation
 from genlight.search.records import Problem, Record
+from genlight.search.spaces.expert_map_edits import random_kept
 from genlight.search.spaces.expert_maps import ExpertMaps, ExpertMapSpace
 
 if TYPE_CHECKING:
@@ -88,17 +90,21 @@ class ExpertWork:
 
     Attributes:
         method: the settings.
+        num_experts: that are left in each layer, E'.
         evaluations, module, datamodule: of the run.
         task_data: the same data with the tasks of the search alone.
+        report_seconds: that measuring the whole model on the report draw took.
         cache: of hidden states.
         load: tokens that the whole model routes to each expert in calibration, int64 [E] by layer.
     """
 
     method: ExpertSearch
+    num_experts: int
     evaluations: CandidateTrainer
     module: Any
     datamodule: Any
     task_data: Any
+    report_seconds: float
     cache: PrefixCache | None = None
     load: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -106,6 +112,21 @@ class ExpertWork:
     def editor(self) -> Any:
         """Of the module's experts."""
         return self.module.expert_editor()
+
+    @property
+    def per_token(self) -> int:
+        """k of candidates."""
+        return self.method.experts_per_token(self.editor, self.num_experts)
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of the weights as they are held."""
+        return int(next(iter(self.module.network.parameters())).element_size())
+
+    @property
+    def name(self) -> str:
+        """Of the search and its folder."""
+        return f"experts{self.num_experts}"
 
     @cached_property
     def runner(self) -> SearchRunner:
@@ -125,8 +146,8 @@ class ExpertWork:
         with RoutingStatistics(editor, seed=seed) as collecting:
             self.run_batches("search", method.calibration)
         statistics = collecting.results()
-        editor.route(num_experts_per_tok=method.experts_per_token(editor))
-        make = partial(baseline, editor=editor, statistics=statistics, num_experts=method.num_experts)
+        editor.route(num_experts_per_tok=self.per_token)
+        make = partial(baseline, editor=editor, statistics=statistics, num_experts=self.num_experts)
         found = {name: make(name, seed=seed, max_subsets=method.max_subsets) for name in method.baselines}
         for number in range(method.random_draws):
             found[f"{RANDOM} {number}"] = make(RANDOM, seed=seed + number)
@@ -160,12 +181,12 @@ class ExpertWork:
             return ExpertMapSpace(
                 tuple(editor.layers),
                 editor.num_experts,
-                method.num_experts,
+                self.num_experts,
                 method.groups,
-                method.experts_per_token(editor),
+                self.per_token,
                 editor.own_routing.n_group,
                 sizes,
-                next(iter(self.module.network.parameters())).element_size(),
+                self.bytes_per_parameter,
                 neuron_orders={name: each for name, each in orders.items() if each},
                 router_mapping=method.router_mapping,
             )
@@ -208,12 +229,18 @@ class ExpertWork:
             "tasks": ", ".join(self.task_data.evaluate),
             "weights": self.evaluations.fingerprint(self.module),
         }
-        return SearchTask("experts", problem, plan, evaluator, depends)
+        return SearchTask(self.name, problem, plan, evaluator, depends)
 
     @cached_property
     def result(self) -> SearchResult[ExpertMaps]:
         """The search, from where it stopped."""
         return self.runner.run(self.task)
+
+    @property
+    def fidelity(self) -> int:
+        """Questions behind the scores that are compared: the most that candidates were measured on."""
+        scored = [record.fidelity for record in self.result.records if record.score is not None]
+        return max(scored, default=self.method.settings.fidelity)
 
     def choices(self) -> list[Choice]:
         """The whole model, every baseline and the finalists of both phases, with scores on both draws."""
@@ -221,11 +248,10 @@ class ExpertWork:
         for name, candidate in self.baselines.items():
             found.append(Choice(name, RANDOM if name.startswith(RANDOM) else name, candidate, float("nan")))
         found += [*self.finalists(PRUNED), *self.finalists(MERGED)]
-        records = {record.key: record.score for record in self.result.records if record.score is not None}
-        known = {key: float(score) for key, score in records.items()}
-        settings = self.method.settings
+        records = [record for record in self.result.records if record.fidelity == self.fidelity]
+        known = {record.key: float(record.score) for record in records if record.score is not None}
         missing = {self._key(c): c.candidate for c in found if self._key(c) not in known}
-        known |= dict(zip(missing, self.judge(list(missing.values()), "search", settings.fidelity), strict=True))
+        known |= dict(zip(missing, self.judge(list(missing.values()), "search", self.fidelity), strict=True))
         distinct = {self._key(c): c.candidate for c in found}
         select = dict(zip(distinct, self.judge(list(distinct.values()), "select", self.method.select), strict=True))
         return [Choice(c.name, c.kind, c.candidate, known[self._key(c)], select[self._key(c)]) for c in found]
@@ -235,7 +261,7 @@ class ExpertWork:
 
     def ranked(self, kind: str) -> list[Record[ExpertMaps]]:
         """What the search measured of one phase, best first, the baselines that it began with among it."""
-        own = [r for r in self.result.records if r.score is not None and r.fidelity == self.method.settings.fidelity]
+        own = [r for r in self.result.records if r.score is not None and r.fidelity == self.fidelity]
         kept = [record for record in own if record.candidate.prunes is (kind == PRUNED)]
         return sorted(kept, key=lambda record: record.rank)
 
@@ -279,7 +305,10 @@ class ExpertWork:
 
     def tokens_per_second(self, candidate: ExpertMaps | None) -> float:
         """Tokens that scoring goes through in a second, the best of a few times; of the edited model, not the saved."""
+        self.apply(candidate)
+        return self._tokens_per_second()
 
+    def _tokens_per_second(self) -> float:
         def timed() -> float:
             seconds, tokens = [], 0
             for _ in range(_REPEATS + 1):
@@ -290,8 +319,20 @@ class ExpertWork:
                 seconds.append(time.perf_counter() - begun)
             return tokens / min(seconds[1:])
 
-        self.apply(candidate)
         return self.evaluations.inside(self.module, timed)
+
+    def size(self, timed: bool) -> dict[str, float]:
+        """What `method.limits` may limit, of any model with so many experts: the time only if asked for."""
+        editor, rng = self.editor, np.random.default_rng(0)
+        kept = random_kept(editor.num_experts, self.num_experts, editor.own_routing.n_group, rng)
+        maps = selection_maps(kept, editor.num_experts)
+        editor.apply(dict.fromkeys(editor.layers, maps), num_experts_per_tok=self.per_token)
+        parameters = int(editor.num_parameters())
+        found = {"parameters": float(parameters), "bytes": float(parameters * self.bytes_per_parameter)}
+        if timed:
+            found["ms_per_token"] = 1000 / float(self.evaluations.agreed(self._tokens_per_second()))
+        editor.restore()
+        return found
 
     def routing(self, candidate: ExpertMaps) -> dict[str, torch.Tensor]:
         """Tokens that each expert gets in the edited model, on the calibration questions, int64 [E] by layer."""
@@ -299,8 +340,8 @@ class ExpertWork:
         run = partial(self.run_batches, "search", self.method.calibration)
         return self.evaluations.inside(self.module, partial(routing_load, self.editor, run))
 
-    def predicted(self) -> CostEstimate:
-        """Time of the whole method from a few candidates that are measured."""
+    def phases(self) -> list[Phase]:
+        """What is to be done, with times from a few candidates that are measured."""
         method, settings = self.method, self.method.settings
         objective, seconds = self.objective("search"), []
         for candidate in [None, *self.baselines.values()][: _MEASURED + 1]:
@@ -310,12 +351,20 @@ class ExpertWork:
         per_candidate = tuple(seconds[1:] or seconds)
         share = method.select / settings.fidelity
         chosen = len(self.baselines) + 2 * settings.finalists + 1
-        phases = [
-            Phase("candidates", per_candidate, self.task.plan.budget.evaluations),
+        return [
+            Phase(f"candidates, {self.num_experts} experts", per_candidate, self.task.plan.budget.evaluations),
             Phase("choice", tuple(value * share for value in per_candidate), chosen),
+            Phase("report", (self.report_seconds,), 2 + len(method.baselines)),
         ]
-        size = self.parameters(None) * self.space.bytes_per_parameter
-        return estimate(phases, [PlannedFile("artifact", size)], self.evaluations.trainer.default_root_dir)
+
+
+def predicted(works: Sequence[ExpertWork]) -> CostEstimate:
+    """Time and disk of the whole method."""
+    phases = [phase for work in works for phase in work.phases()]
+    first = works[0]
+    size = first.parameters(None) * first.bytes_per_parameter
+    file = PlannedFile("artifact", size, len(works))
+    return estimate(phases, [file], first.evaluations.trainer.default_root_dir)
 
 
 @contextmanager

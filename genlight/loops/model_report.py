@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from genlight.errors import UserError
+from genlight.io import atomic_write_text
 from genlight.loops.evaluation import in_turn
 from genlight.loops.model_work import COSTS, Choice, ModelWork, file_of
 from genlight.loops.result import MethodResult
 from genlight.modules.model_schedule_file import write_model_schedule
+from genlight.modules.pipeline import PipelineModule
 from genlight.predictors.losses import kendall_tau
 from genlight.predictors.ranking import RankingPredictor
 from genlight.reports.cost import CostEstimate
@@ -24,6 +27,21 @@ if TYPE_CHECKING:
     from genlight.search.records import Record
 
 _CHOSEN = "chosen"
+_USE = """\
+A schedule and the members that it names, by turns in the pipeline:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from genlight.modules.model_schedule_file import attach_model_schedule
+
+pipe = DiffusionPipeline.from_pretrained({source}, {options})
+scheduled = attach_model_schedule(pipe, "{file}")
+result = pipe("a prompt", num_inference_steps=len(scheduled.schedule), {call})
+```
+
+Move the pipeline to its device before the schedule is attached. Files: {files}
+"""
 
 
 def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
@@ -40,7 +58,10 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
         best.setdefault((choice.budget, choice.rule), choice)
     distinct = {work.space.key(choice.schedule): choice.schedule for choice in best.values()}
     found = in_turn(work.evaluations, [partial(work.report, schedule) for schedule in distinct.values()])
-    values = dict(zip(distinct, found, strict=True))
+    values = {key: each for key, each in zip(distinct, found, strict=True) if each is not None}
+    best = {at: choice for at, choice in best.items() if work.space.key(choice.schedule) in values}
+    if failed := work.limits.keys() - {budget for budget, _ in best}:
+        raise UserError(f"no schedule of budget {min(failed):g} works any more: {'; '.join(work.notes())}")
     winners = {budget: min(of(best, budget), key=lambda choice: choice.select) for budget in work.limits}
     rows = [
         _row(work, choice, values[work.space.key(choice.schedule)], winners[choice.budget] is choice)
@@ -60,7 +81,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
     notes = [
         f"budgets are in calls of the dearest member; cost in {unit} for a batch. Search and select scores are against "
         f"halves of the other split of real images; {name} and what follows is on the report draw",
-        *work.costs.notes,
+        *work.notes(),
     ]
     return MethodResult(
         {**own, **headline},
@@ -136,9 +157,15 @@ def _save(
     folder: Path,
     module: Any,
 ) -> None:
-    """The zoo, its costs, and a file with the schedule of each budget."""
+    """The zoo, its costs, and a file with the schedule of each budget.
+
+    A pipeline and its members stay where they are: the files say where that is.
+    """
     work.restore()
-    module.save_pretrained(folder)
+    if isinstance(module, PipelineModule):
+        _write_use(folder, module, [file_of(folder, budget).name for budget in winners])
+    else:
+        module.save_pretrained(folder)
     write_costs(folder / COSTS, work.costs)
     for budget, choice in winners.items():
         scores = {"search": choice.search, "select": choice.select}
@@ -148,8 +175,24 @@ def _save(
             choice.schedule,
             module.zoo.members,
             module.zoo.predictions,
+            primary=module.scheduled.primary,
             slots=work.space.slots if choice.schedule.kind == "ddim" else None,
             budget=work.limits[budget],
             predicted_cost=choice.cost,
             scores=scores,
         )
+
+
+def _write_use(folder: Path, module: PipelineModule, files: Sequence[str]) -> None:
+    """The lines that attach a schedule to its pipeline; the last file is the example."""
+    assert module.scheduled is not None
+    settings = {key: getattr(module, key) for key in ("guidance_scale", "height", "width", "num_frames")}
+    given = {key: value for key, value in {**settings, **module.call}.items() if value is not None}
+    text = _USE.format(
+        source=repr(module.pretrained),
+        options=f"dtype={module.scheduled.dtype}" + (f", variant={module.variant!r}" if module.variant else ""),
+        file=files[-1],
+        call=", ".join(f"{key}={value!r}" for key, value in given.items()),
+        files=", ".join(files),
+    )
+    atomic_write_text(folder / "README.md", text)

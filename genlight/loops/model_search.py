@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from genlight.callbacks.timing import print_line
+from genlight.data.prompts import PromptsDataModule
 from genlight.diffusion.model_schedule import Kind
 from genlight.errors import UserError
 from genlight.loops.evaluation import CandidateTrainer
@@ -46,6 +47,7 @@ class ModelSearch:
         batch_size: rows of one call whose cost is measured. None: the batches of the evaluation.
         costs: file of costs that were measured before, see `genlight.reports.latency`. None: measure.
         curve_images: training images on which the members' errors are measured, for "analytic".
+        drop_failing: go on without a member that raises or runs out of memory while it is measured. False: stop there.
 
     Raises:
         ValueError: a value out of range.
@@ -71,6 +73,7 @@ class ModelSearch:
         batch_size: int | None = None,
         costs: str | None = None,
         curve_images: int = 512,
+        drop_failing: bool = False,
     ) -> None:
         if not isinstance(search, SearchSettings) or not hasattr(search.strategy, "plan_budgets"):
             raise ValueError("method=oms searches for several budgets: choose how by search=oms (or oms_direct)")
@@ -94,13 +97,14 @@ class ModelSearch:
         }
         self.rules, self.per_rule, self.singles, self.select = tuple(rules), per_rule, singles, select
         self.batch_size, self.costs, self.curve_images = batch_size, costs, curve_images
+        self.drop_failing = drop_failing
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
         """Measure costs, search, choose for each budget, and report.
 
         Raises:
-            UserError: a module without members, a metric that is not logged, costs of another machine, a budget below
-                the cheapest schedule.
+            UserError: a module without members, a metric that is not logged, a budget below the cheapest schedule,
+                the rule "analytic" without real images, a member that fails (see `drop_failing`).
         """
         work, own = self._work(trainer, module, datamodule)
         predicted = work.predicted()
@@ -114,6 +118,13 @@ class ModelSearch:
 
     def _work(self, trainer: Any, module: Any, datamodule: Any) -> tuple[ModelWork, dict[str, float]]:
         require_capability(module, ScheduledMembers, ModelScheduleSpace, ("ZooModule", "PipelineModule with members"))
+        if not module.members:
+            raise UserError("module.members is empty: name the denoisers that are to take turns")
+        if "analytic" in self.rules and isinstance(datamodule, PromptsDataModule):
+            raise UserError(
+                "method.rules: analytic needs real images, which prompts are not; set it to "
+                f"[{','.join(rule for rule in self.rules if rule != 'analytic')}]"
+            )
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
         own = {name: float(value) for name, value in logged[0].items()}
         if self.objective not in own:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from genlight.diffusion.error_curves import error_curve
-from genlight.diffusion.model_schedule import ModelSchedule, half_log_snr_range
-from genlight.diffusion.prediction import Prediction
+from genlight.callbacks.timing import print_line
+from genlight.diffusion.error_curves import ErrorCurve
+from genlight.diffusion.model_schedule import ModelSchedule
 from genlight.errors import UserError, in_config
 from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
+from genlight.loops.model_costs import member_costs, reason_of, sampled
+from genlight.loops.model_curves import member_curves
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.modules.exported_pipeline import network_style, predict
 from genlight.reports.cost import CostEstimate, Phase, estimate
-from genlight.reports.latency import MemberCosts, profile_members, read_costs, write_costs
-from genlight.search.engine import SearchResult
+from genlight.reports.latency import MemberCosts, read_costs, write_costs
+from genlight.search.engine import Budget, SearchResult
 from genlight.search.evaluation import one_by_one
+from genlight.search.member_failures import WithoutFailed, failed_member, failed_members, naming_members
 from genlight.search.proposing import RANDOM
+from genlight.search.protocols import Evaluation
 from genlight.search.records import Problem, Record
 from genlight.search.spaces.model_allocation import analytic_allocation
 from genlight.search.spaces.model_rules import evenly, large_first, sandwich, single_models, small_first
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 COSTS = "latency.json"
 SEARCHED = "searched"
-# λ at which the members' errors are measured
-_CURVE_POINTS = 16
 _MEASURED = 3
 
 
@@ -75,6 +75,7 @@ class ModelWork:
     evaluations: CandidateTrainer
     module: Any
     datamodule: Any
+    _told: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def runner(self) -> SearchRunner:
@@ -91,33 +92,49 @@ class ModelWork:
 
     @cached_property
     def costs(self) -> MemberCosts:
-        """Of one call of each member: read from `method.costs`, or from an earlier start of this run, or measured."""
-        file = self.runner.folder / COSTS
-        if self.method.costs is not None:
-            found = read_costs(self.method.costs)
-            if missing := sorted(set(self.module.members) - set(found.members)):
-                raise UserError(f"method.costs={self.method.costs} has no costs of {', '.join(missing)}")
-        elif file.is_file():
-            found = read_costs(file)
-        else:
-            found = self.evaluations.inside(self.module, self._measured_costs)
-        found = self.evaluations.agreed(found)
+        """Of one evaluation by each member: read from `method.costs` or an earlier start of this run, or measured.
+
+        Raises:
+            UserError: a member without costs, or one that fails; not where the user agreed to leave it out.
+        """
+        method, file = self.method, self.runner.folder / COSTS
+        given = method.costs or (str(file) if file.is_file() else None)
+        found = self.evaluations.agreed(read_costs(given) if given else None)
+        if found is None:
+            measure = partial(member_costs, self.module, self.rows, method.unit)
+            found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+            for name, reason in failed.items():
+                self.leave_out(name, reason)
+            found = replace(found, notes=(*found.notes, *(_note(*each) for each in failed.items())))
+        missing = sorted(set(self.module.members) - set(found.members))
+        if missing and (method.costs or not method.drop_failing):
+            raise UserError(f"{given} has no costs of {', '.join(missing)}")
         if self.runner.main:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_costs(file, found)
         return found  # type: ignore[no-any-return]
 
-    def _measured_costs(self) -> MemberCosts:
-        rows = self.method.batch_size or self.datamodule.eval_batch_size
-        module = self.module
+    @property
+    def rows(self) -> int:
+        """Samples of one call whose time is measured."""
+        most = getattr(self.module, "batch_size", None) or self.datamodule.eval_batch_size
+        return self.method.batch_size or min(most, self.datamodule.eval_batch_size)
 
-        def inputs(network: nn.Module, count: int) -> Mapping[str, Any]:
-            x = torch.zeros(count, *module.sample_shape, device=module.device)
-            labels = torch.zeros(count, dtype=torch.long, device=module.device) if module.class_conditional else None
-            return {"x": x, "timestep": torch.full((count,), 500.0, device=module.device), "label": labels}
+    def leave_out(self, name: str, reason: str) -> None:
+        """Say, once, that a member fails and is left out; UserError where the user has not agreed to that."""
+        if not self.method.drop_failing:
+            raise UserError(
+                f"the member {name} fails: {reason}; mend it, or take it out of module.members, or let resume=true "
+                "method.drop_failing=true go on without members that fail"
+            )
+        if self.runner.main and name not in self._told:
+            print_line(_note(name, reason))
+        self._told.setdefault(name, reason)
 
-        members = {name: _Member(network) for name, network in module.members.items()}
-        return profile_members(members, inputs, rows, module.device, unit=self.method.unit)
+    def notes(self) -> list[str]:
+        """What makes the costs doubtful, and which members were left out."""
+        # costs that were read again say it too
+        return list(dict.fromkeys([*self.costs.notes, *(_note(*each) for each in self._told.items())]))
 
     @cached_property
     def space(self) -> ModelScheduleSpace:
@@ -169,38 +186,18 @@ class ModelWork:
         return found
 
     def _allocated(self, space: ModelScheduleSpace, count: int) -> list[Any]:
-        return list(analytic_allocation(space, self.curves, count=count))
+        missing = self.space.costs.keys() - self.curves.keys()
+        return list(analytic_allocation(space.without(missing), self.curves, count=count))
 
     @cached_property
-    def curves(self) -> dict[str, Any]:
-        """Errors of the members over λ on training images; the same on all processes."""
-        curves = self.evaluations.inside(self.module, self._curves)
-        return self.evaluations.agreed(curves)  # type: ignore[no-any-return]
-
-    def _curves(self) -> dict[str, Any]:
-        module = self.module
-        images, labels = self._images()
-        lowest, highest = half_log_snr_range(module.prediction.schedule)
-        grid = torch.linspace(lowest, highest, _CURVE_POINTS, dtype=torch.float64).tolist()
-        found = {}
-        for name, network in module.members.items():
-            own = Prediction(module.zoo.predictions[name].prediction_type, module.prediction.schedule)
-            conditions = {"label": labels} if module.class_conditional else None
-            found[name] = error_curve(_Member(network).eval(), images, own, grid, conditions=conditions)
-        return found
-
-    def _images(self) -> tuple[Tensor, Tensor]:
-        images, labels, count = [], [], 0
-        for batch in self.datamodule.reference_loader("train"):
-            images.append(batch["image"])
-            labels.append(batch.get("label", torch.zeros(len(batch["image"]), dtype=torch.long)))
-            count += len(batch["image"])
-            if count >= self.method.curve_images:
-                break
-        device, most = self.module.device, self.method.curve_images
-        x = torch.cat(images)[:most].to(device).float()
-        x = x if self.module.vae is None else self.module.vae.encode(x)
-        return x, torch.cat(labels)[:most].to(device)
+    def curves(self) -> dict[str, ErrorCurve]:
+        """Errors of the members that work over λ on training images; the same on all processes."""
+        count = self.method.curve_images
+        measure = partial(member_curves, self.module, self.datamodule, self.space.names, count)
+        found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+        for name, reason in failed.items():
+            self.leave_out(name, reason)
+        return found  # type: ignore[no-any-return]
 
     @cached_property
     def task(self) -> SearchTask:
@@ -210,15 +207,37 @@ class ModelWork:
         schedules = [schedule for _, schedule in self.initial.values()]
         with in_config("search"):
             plan = planner.plan_budgets(self.space, settings.budget, schedules, tuple(self.limits.values()))
-        problem = Problem(self.space, settings.seed, settings.fidelity)
-        evaluator = one_by_one(self.draws.objective(self.space, "search"), settings.time_limit_s)
+        plan = replace(plan, strategy=WithoutFailed(plan.strategy, min(self.limits.values())))
+        space = self.space
+        if (
+            settings.predictor == "dele"
+            and "analytic" in self.method.rules
+            and not space.costs.keys() - self.curves.keys()
+        ):
+            space = replace(space, curves=self.curves)
+        problem = Problem(space, settings.seed, settings.fidelity)
+        measure = one_by_one(self.draws.objective(self.space, "search"), settings.time_limit_s)
+        evaluator = naming_members(measure, self.module.scheduled)
         depends = {**self.draws.describe(), "weights": self.evaluations.fingerprint(self.module)}
-        return SearchTask("schedules", problem, plan, evaluator, depends)
+        return SearchTask("schedules", problem, plan, evaluator, depends, self._check)
+
+    def _check(self, record: Record[ModelSchedule]) -> None:
+        """Leave out the member for which a candidate failed, if one did."""
+        if found := failed_member(record):
+            self.leave_out(*found)
 
     @cached_property
     def result(self) -> SearchResult[ModelSchedule]:
-        """The search, from where it stopped."""
-        return self.runner.run(self.task)
+        """The search, from where it stopped; as many others are measured as there are schedules of failed members."""
+        task = self.task
+        while True:
+            found = self.runner.run(task)
+            for record in found.records:
+                self._check(record)
+            count = self.task.plan.budget.evaluations + len(found.records) - len(_working(found.records))
+            if count == task.plan.budget.evaluations or found.stopped != "budget":
+                return found
+            task = replace(task, plan=replace(task.plan, budget=Budget(count)))
 
     def choices(self) -> list[Choice]:
         """For each budget the best of the search and of every rule by the search draw, all with their select scores.
@@ -229,12 +248,15 @@ class ModelWork:
         found = [choice for budget in self.limits for choice in self._finalists(budget)]
         distinct = {self.space.key(choice.schedule): choice.schedule for choice in found}
         scores = dict(zip(distinct, self.judge(list(distinct.values())), strict=True))
-        return [Choice(**{**vars(c), "select": scores[self.space.key(c.schedule)]}) for c in found]
+        found = [replace(choice, select=scores[self.space.key(choice.schedule)]) for choice in found]
+        # one that fails now is nobody's choice, unless all do
+        working = {choice.budget for choice in found if choice.select < float("inf")}
+        return [choice for choice in found if choice.select < float("inf") or choice.budget not in working]
 
     def _finalists(self, budget: float) -> list[Choice]:
         rules = {self.space.key(schedule): (rule, name) for name, (rule, schedule) in reversed(self.initial.items())}
         limit = self.limits[budget] * (1 + 1e-9)
-        within = [r for r in self.result.records if r.score is not None and r.cost["cost"] <= limit]
+        within = [r for r in _working(self.result.records) if r.score is not None and r.cost["cost"] <= limit]
         if not within:
             raise UserError(f"no schedule could be measured within {budget:g}: see {self.runner.folder}")
         ranked: Sequence[Record[ModelSchedule]] = sorted(within, key=lambda record: record.rank)
@@ -254,32 +276,47 @@ class ModelWork:
 
         def one(schedule: ModelSchedule) -> float:
             try:
-                return objective.evaluate(schedule, self.method.select).score
+                found = self._evaluated(objective, schedule, self.method.select)
             except (ValueError, FloatingPointError):
-                return float("inf")
+                found = None
+            return float("inf") if found is None else found.score
 
         pieces: list[Callable[[], float]] = [partial(one, each) for each in schedules]
         return in_turn(self.evaluations, pieces)
 
-    def report(self, schedule: ModelSchedule) -> dict[str, float]:
-        """Every metric on the report draw, and the seconds that one batch takes."""
-        objective: MetricObjective = self.draws.objective(self.space, "report")
-        facts = objective.evaluate(schedule, self.datamodule.num_samples).facts
-        found = {name: float(value) for name, value in facts.items()}
+    def _evaluated(self, objective: MetricObjective, schedule: ModelSchedule, samples: int) -> Evaluation | None:
+        """None where a member fails that may be left out."""
+        scheduled = self.module.scheduled
+        scheduled.failed = None
+        try:
+            return objective.evaluate(schedule, samples)
+        except Exception as error:
+            if scheduled.failed is None:
+                raise
+            self.leave_out(scheduled.failed, reason_of(error))
+            return None
+
+    def report(self, schedule: ModelSchedule) -> dict[str, float] | None:
+        """Every metric on the report draw, and the milliseconds of one batch; None where a member fails."""
+        objective = self.draws.objective(self.space, "report")
+        evaluation = self._evaluated(objective, schedule, self.datamodule.num_samples)
+        if evaluation is None:
+            raise UserError(
+                f"{schedule} was chosen, and a member of it fails on the report draw; resume with it mended"
+            )
+        found = {name: float(value) for name, value in evaluation.facts.items()}
         return {**found, "measured_ms": self.evaluations.inside(self.module, partial(self._batch_ms, schedule))}
 
     def _batch_ms(self, schedule: ModelSchedule) -> float:
         """Milliseconds of all network calls of one batch and what lies between them."""
-        module, rows = self.module, self.method.batch_size or self.datamodule.eval_batch_size
+        module = self.module
         self.space.apply(module, schedule)
-        noise = torch.zeros(rows, *module.sample_shape, device=module.device)
-        label = torch.zeros(rows, dtype=torch.long, device=module.device) if module.class_conditional else None
         found = []
         for _ in range(_MEASURED + 1):
-            _wait(noise.device)
+            _wait(module.device)
             begun = time.perf_counter()
-            module.sample_latents(noise, label)
-            _wait(noise.device)
+            sampled(module, self.rows)
+            _wait(module.device)
             found.append(1e3 * (time.perf_counter() - begun))
         return min(found[1:])
 
@@ -293,8 +330,8 @@ class ModelWork:
         seconds = []
         for schedule in schedules:
             begun = time.monotonic()
-            objective.evaluate(schedule, settings.fidelity)
-            seconds.append((time.monotonic() - begun) / self.evaluations.shares)
+            if self._evaluated(objective, schedule, settings.fidelity) is not None:
+                seconds.append((time.monotonic() - begun) / self.evaluations.shares)
         per_candidate = tuple(seconds[1:] or seconds)
         share = method.select / settings.fidelity
         chosen = len(self.limits) * (settings.finalists + 2 * len(method.rules) + 2)
@@ -310,21 +347,19 @@ class ModelWork:
         self.module.set_members((), ())
 
 
-class _Member(nn.Module):
-    """A network of a zoo as model(x, timestep, label)."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network, self.style = network, network_style(network)
-
-    def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        """Its prediction, float32 [B, C, H, W]."""
-        return predict(self.network, self.style, x, timestep, label)
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _working(records: Sequence[Record[ModelSchedule]]) -> list[Record[ModelSchedule]]:
+    """Those without a member that failed, for whatever candidate."""
+    failed = failed_members(records).keys()
+    return [record for record in records if not failed & set(record.candidate.members)]
+
+
+def _note(name: str, reason: str) -> str:
+    return f"the member {name} fails and is left out: {reason}"
 
 
 def file_of(folder: Path, budget: float) -> Path:

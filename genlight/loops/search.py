@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.predictors.gaussian_process import GaussianProcessPredictor
+from genlight.predictors.ranking import RankingPredictor
 from genlight.reports.progress import ProgressDisplay
+from genlight.search.dele import DelePredictor, require_indicators
 from genlight.search.engine import Budget, FailureLimits, Progress, Search, SearchResult, open_archive
 from genlight.search.evaluation import Evaluator
-from genlight.search.plan import SearchPlan
-from genlight.search.records import Problem
+from genlight.search.plan import SearchPlan, with_predictor
+from genlight.search.records import Problem, Record
+
+PREDICTORS: Mapping[str, Callable[[], Any]] = {
+    "dele": DelePredictor,
+    "gp": GaussianProcessPredictor,
+    "ranking": RankingPredictor,
+}
 
 
 class Planner(Protocol):
@@ -32,6 +41,8 @@ class SearchSettings:
 
     Attributes:
         strategy: chooses the candidates.
+        predictor: takes the place of the predictor that guides the strategy: "dele" (`DelePredictor`), "gp"
+            (`GaussianProcessPredictor`) or "ranking" (`RankingPredictor`); None: the strategy's own.
         budget: candidates measured beside the initial ones. A larger one extends a finished search.
         fidelity: samples per candidate.
         seed: of the search, apart from that of the data.
@@ -43,6 +54,7 @@ class SearchSettings:
     """
 
     strategy: Planner
+    predictor: Literal["dele", "gp", "ranking"] | None = None
     budget: int = 300
     fidelity: int = 256
     seed: int = 0
@@ -56,6 +68,10 @@ class SearchSettings:
         for name in ("budget", "fidelity", "finalists", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"search.{name} = {getattr(self, name)!r} must be 1 or more")
+        if self.predictor is not None:
+            if self.predictor not in PREDICTORS:
+                raise ValueError(f"search.predictor = {self.predictor!r} must be {', '.join(PREDICTORS)}, or null")
+            object.__setattr__(self, "strategy", with_predictor(self.strategy, PREDICTORS[self.predictor]()))
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class SearchTask:
         plan: strategy, initial candidates, budget.
         evaluator: measures candidates in this process.
         fingerprint: what the scores depend on beside the search itself.
+        check: is given each new record, on all processes; what it raises ends the search, the record is kept.
     """
 
     name: str
@@ -75,6 +92,7 @@ class SearchTask:
     plan: SearchPlan
     evaluator: Evaluator[Any]
     fingerprint: Mapping[str, str]
+    check: Callable[[Record[Any]], None] | None = None
 
 
 class SearchRunner:
@@ -103,6 +121,8 @@ class SearchRunner:
             SearchFailedError, UserError: as `Search.run`.
         """
         plan, evaluations, trainer = task.plan, self.evaluations, self.evaluations.trainer
+        if self.settings.predictor == "dele":
+            require_indicators(task.problem.space)
         archive = open_archive(
             self.folder / task.name,
             task.problem,
@@ -120,7 +140,7 @@ class SearchRunner:
             plan.initial,
             workers=self.settings.workers * evaluations.shares,
             limits=self.settings.failure_limits,
-            on_progress=lambda progress: self._show(task.name, progress),
+            on_progress=lambda progress: self._progress(task, progress),
             should_stop=lambda: self.guard.requested(trainer) is not None,
             clock=evaluations.clock,
         )
@@ -140,6 +160,11 @@ class SearchRunner:
         finally:
             self.display.stop(task.name)
         return result
+
+    def _progress(self, task: SearchTask, progress: Progress[Any]) -> None:
+        self._show(task.name, progress)
+        if task.check is not None:
+            task.check(progress.record)
 
     def _show(self, name: str, progress: Progress[Any]) -> None:
         best = progress.best

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from genlight.diffusion.solver.compile import SolverTable
+from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.spacings import End
 from genlight.diffusion.solver.teacher import NetworkSampling, Sampling, TeacherBank
+from genlight.diffusion.solver.trajectory import TeacherTrajectories
 from genlight.errors import UserError
 from genlight.loops.evaluation import CandidateTrainer, noise_of
 from genlight.search.protocols import Evaluation
@@ -134,6 +135,22 @@ class Banks:
         if self.evaluations.trainer.is_global_zero:
             bank.save(file)
         return bank
+
+    def trajectories(self) -> TeacherTrajectories | None:
+        """Of the teacher on the search draw, read from the folder where they were made before.
+
+        None for a pipeline, which does not say what its network answers.
+        """
+        if not isinstance(self.sampling, NetworkSampling):
+            return None
+        sampling, bank, schedule = self.sampling, self.bank("search"), self.sampling.prediction.schedule
+        table, file = compile_schedule(self.schedule, schedule), self.folder / "trajectories.safetensors"
+        if not self.evaluations.agreed(file.is_file()):
+            made = self.evaluations.inside(self.module, lambda: TeacherTrajectories.of(sampling, bank, table))
+            if self.evaluations.trainer.is_global_zero:
+                made.save(file)
+            self.evaluations.agreed(None)  # it is written before any other process reads it
+        return TeacherTrajectories.load(file, schedule, table, bank.fingerprint)
 
     def fingerprint(self, draw: str, noise: Tensor, conditions: dict[str, Tensor]) -> str:
         """What the bank of a draw depends on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from genlight.diffusion.solver.finetune import finetune
 from genlight.diffusion.solver.refine import refine
 from genlight.diffusion.solver.serialization import TableRecord
 from genlight.diffusion.solver.teacher import TuningProblem
+from genlight.diffusion.solver.trajectory import TeacherTrajectories
 from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
@@ -82,6 +83,11 @@ class SolverWork:
         with in_config("method"):
             return SolverScheduleSpace(schedule, nfe, start_slack=slack, **self.method.space)
 
+    @cached_property
+    def trajectories(self) -> TeacherTrajectories | None:
+        """What the predictor DELE reads of a teacher that candidates are measured by."""
+        return self.banks.trajectories() if self.by_teacher and self.method.settings.predictor == "dele" else None
+
     def hand_made(self, nfe: int) -> list[tuple[str, SolverSchedule]]:
         """Every hand-made schedule of the settings, by name; made once, since all of them are compiled."""
         if nfe not in self._hand_made:
@@ -97,14 +103,14 @@ class SolverWork:
 
     def task(self, nfe: int) -> SearchTask:
         """The search of one number of evaluations."""
-        settings, space = self.method.settings, self.space(nfe)
+        settings, space = self.method.settings, replace(self.space(nfe), trajectories=self.trajectories)
         problem = Problem(space, settings.seed, settings.fidelity)
-        return SearchTask(f"nfe{nfe}", problem, self.plan(nfe), self._evaluator(space), self._depends_on())
+        return SearchTask(f"nfe{nfe}", problem, self.plan(nfe, space), self._evaluator(space), self._depends_on())
 
-    def plan(self, nfe: int) -> SearchPlan:
-        """Strategy and initial candidates: every hand-made schedule."""
+    def plan(self, nfe: int, space: SolverScheduleSpace | None = None) -> SearchPlan:
+        """Strategy and initial candidates: every hand-made schedule; on the plain space if none is given."""
         settings, made = self.method.settings, [schedule for _, schedule in self.hand_made(nfe)]
-        return settings.strategy.plan(self.space(nfe), settings.budget, made)
+        return settings.strategy.plan(space or self.space(nfe), settings.budget, made)
 
     def outcome(self, nfe: int) -> SolverOutcome:
         """What was found for `nfe` evaluations; read from the run folder where it was found before.

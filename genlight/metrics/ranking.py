@@ -51,12 +51,15 @@ def _best(values: Tensor, k: int) -> list[int]:
     return torch.argsort(values, descending=True, stable=True)[:k].tolist()
 
 
-class RankingScores(Metric):
-    """All of these over the candidates of a validation, from whatever batches and processes they come.
+def ranking_scores(scores: Tensor, targets: Tensor) -> dict[str, float]:
+    """kendall_tau, spearman, p_at_1 and p_at_5 (of the best 1 % and 5 %; without those for which there are too few)."""
+    found = {"kendall_tau": kendall_tau(scores, targets), "spearman": spearman(scores, targets)}
+    enough = {name: share for name, share in SHARES.items() if share * len(targets) >= 1}
+    return found | {name: precision_at_k(scores, targets, share) for name, share in enough.items()}
 
-    ``compute`` gives kendall_tau, spearman, p_at_1 and p_at_5 (of the best 1 % and 5 %; without those for which there
-    are too few candidates).
-    """
+
+class RankingScores(Metric):
+    """`ranking_scores` over the candidates of a validation, from whatever batches and processes they come."""
 
     full_state_update = False
     scores: list[Tensor]
@@ -74,7 +77,4 @@ class RankingScores(Metric):
 
     def compute(self) -> dict[str, float]:
         """The values by name."""
-        scores, targets = (dim_zero_cat(part).cpu() for part in (self.scores, self.targets))
-        found = {"kendall_tau": kendall_tau(scores, targets), "spearman": spearman(scores, targets)}
-        enough = {name: share for name, share in SHARES.items() if share * len(targets) >= 1}
-        return found | {name: precision_at_k(scores, targets, share) for name, share in enough.items()}
+        return ranking_scores(dim_zero_cat(self.scores).cpu(), dim_zero_cat(self.targets).cpu())

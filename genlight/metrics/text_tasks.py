@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,20 @@ class _Sums(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Sums and counts [tasks, quantities]."""
         return self.sums, self.counts
+
+
+def extracted(text: str, pattern: str | None) -> str | None:
+    """The last match of a regular expression, its first group if it has one; all of the text without a pattern.
+
+    Returns:
+        None where nothing matches.
+    """
+    if pattern is None:
+        return text
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return None
+    return found[-1].group(1 if found[-1].re.groups else 0) or ""
 
 
 def exact_match(answer: str, references: Sequence[str], normalise: bool) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genlight.errors import UserError, in_config
 from genlight.experts.editor import ExpertEditor
-from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match
+from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match, extracted
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.pretrained import first_line
@@ -135,6 +135,10 @@ class CausalLMModule(Optimization, LightningModule):
                 self._editor = ExpertEditor(self.network)
         return self._editor
 
+    def live_weights(self) -> dict[str, Tensor]:
+        """The parameters that the next forward pass reads, by name; not copies."""
+        return dict(self.named_parameters())
+
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
         # dense models do not know the word
         router = {"output_router_logits": True} if hasattr(self.network.config, "router_aux_loss_coef") else {}
@@ -198,6 +202,7 @@ class CausalLMModule(Optimization, LightningModule):
             self._add(task, "accuracy_normalised", _is_best(scores / lengths, batch))
         elif self.generate:
             given, answers = batch["generation"], self.generate_answers(batch["generation"])
+            answers = [extracted(answer, pattern) or "" for answer, pattern in zip(answers, given["extract"])]
             pairs = list(zip(answers, given["references"], given["normalise"]))
             matches = torch.tensor([exact_match(*pair) for pair in pairs], device=task.device)
             self._add(task, "accuracy", matches)

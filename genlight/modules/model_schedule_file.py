@@ -31,8 +31,8 @@ from genlight.errors import UserError
 from genlight.io import atomic_write_bytes, atomic_write_json, read_json
 from genlight.modules.pipeline_calls import weights_digest
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser, largest
-from genlight.modules.zoo import Member
-from genlight.modules.zoo_pipelines import denoiser_key, timestep_reader
+from genlight.modules.zoo import Member, ZooEntry, load_zoo
+from genlight.modules.zoo_pipelines import OWN, denoiser_key, timestep_reader
 
 MODEL_SCHEDULE = "model_schedule.json"
 KIND: Literal["genlight.model_schedule"] = "genlight.model_schedule"
@@ -265,6 +265,31 @@ def apply_to_pipeline(
     setattr(pipe, denoiser_key(pipe), scheduled.eval())
     pipe.scheduler = scheduler
     return scheduled
+
+
+def attach_model_schedule(pipe: Any, path: str | Path, *, resident: int | None = None) -> ScheduledDenoiser:
+    """Put a schedule into the diffusers pipeline that it was searched for, its members read from where they are.
+
+    Call the pipeline with ``num_inference_steps=len(scheduled.schedule)``.
+
+    Args:
+        pipe: the pipeline, whose own network the file calls "own".
+        path: of a file that `method=oms` wrote for ``module=pipeline``.
+        resident: as in `ScheduledDenoiser`.
+
+    Raises:
+        UserError: as `load_model_schedule`, `load_zoo` and `apply_to_pipeline`.
+    """
+    file = load_model_schedule(path)
+    own = getattr(pipe, denoiser_key(pipe))
+    entries = {
+        record.name: ZooEntry(record.source or record.name, record.subfolder, record.dtype, record.variant)
+        for record in file.members
+        if record.name != OWN
+    }
+    found = load_zoo(entries).networks if entries else {}
+    members = {OWN: own, **{name: network.to(own.device) for name, network in found.items()}}
+    return apply_to_pipeline(pipe, file, members, resident=resident)
 
 
 def boundary_ratio(file: ModelScheduleFile) -> float | None:

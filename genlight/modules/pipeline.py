@@ -35,6 +35,8 @@ from genlight.modules.pipeline_calls import (
     weights_digest,
     wrapped_prompts,
 )
+from genlight.modules.scheduled_denoiser import ScheduledDenoiser
+from genlight.modules.zoo import Zoo
 from genlight.modules.zoo_pipelines import add_members, by_turns, own_network, schedule_members, scheduled_of
 
 
@@ -61,6 +63,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
 
     Attributes:
         prompts: texts by label; set by ``check_data``.
+        zoo: the members and where they are from; None without members.
         sampler: None, or the searched sampler; set by ``set_sampler``.
 
     Raises:
@@ -101,6 +104,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         self._guidance_scale, self.height, self.width, self.num_frames = guidance_scale, height, width, num_frames
         self.scheduler, self.call = scheduler, dict(call or {})
         self.prompts: list[str] | None = None
+        self.zoo: Zoo | None = None
         self.networks = nn.ModuleDict()
         self._pipe: Any = None
         self._latents: tuple[tuple[int, ...], torch.dtype] | None = None
@@ -118,8 +122,9 @@ class PipelineModule(GeneratorValidation, LightningModule):
             UserError: not a pipeline folder, unreachable, damaged, not one that makes images or videos of prompts, or
                 one that does not take what the module is configured with.
         """
-        self.adopt(load_pipeline(str(source), self.weights_dtype, self.variant, self.trust_remote_code))
+        pipe = load_pipeline(str(source), self.weights_dtype, self.variant, self.trust_remote_code)
         self.pretrained = str(source)
+        self.adopt(pipe)
 
     def adopt(self, pipe: Any) -> None:
         """Take a pipeline that is there already; UserError as in `load_pretrained`."""
@@ -133,8 +138,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
                 f"module.num_inference_steps = {self.num_inference_steps}, but the searched schedules of the pipeline "
                 f"are for {', '.join(map(str, available))}: set it to one of these, or module.scheduler to another"
             )
-        if self.entries:
-            add_members(pipe, self.entries)
+        self.zoo = add_members(pipe, self.entries, self.pretrained, self.variant) if self.entries else None
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(parts)
         self.networks.requires_grad_(False).eval()
@@ -149,8 +153,12 @@ class PipelineModule(GeneratorValidation, LightningModule):
     @property
     def members(self) -> dict[str, nn.Module]:
         """The denoisers that take turns, by name, the pipeline's own among them; empty where it has one alone."""
-        scheduled = scheduled_of(self.pipe)
-        return {} if scheduled is None else scheduled.members
+        return {} if self.scheduled is None else self.scheduled.members
+
+    @property
+    def scheduled(self) -> ScheduledDenoiser | None:
+        """What lets the members take turns; None where the pipeline has one network alone."""
+        return scheduled_of(self.pipe)
 
     @property
     def guidance_scale(self) -> float:

@@ -99,6 +99,11 @@ class PredictorModule(Optimization, LightningModule):
             raise UserError("the vocabulary is not known: call check_data with the datamodule first")
         return self.network
 
+    @property
+    def finetuned(self) -> bool:
+        """Whether labels have touched the experts: the second step has begun."""
+        return self._finetuning
+
     def on_fit_start(self) -> None:
         steps = self.trainer.max_steps
         if self.head != FUSION and steps != self._pretrain_steps:

@@ -46,6 +46,7 @@ class ScheduledDenoiser(nn.Module):
         calls: calls of the networks, by name.
         switches: times that another member than that of the call before was called.
         moves: times that a member was brought to the device for a call.
+        failed: the member whose call raised, since this was last set to None.
 
     Raises:
         ValueError: no members, an empty name, a primary or prediction of no member, members of several prediction
@@ -76,6 +77,7 @@ class ScheduledDenoiser(nn.Module):
         self.networks = nn.ModuleDict({_key(name): members[name] for name in order})
         self.calls: Counter[str] = Counter()
         self.switches = self.moves = 0
+        self.failed: str | None = None
         self._latest: str | None = None
         self._paused = False
         self._schedule: tuple[tuple[float, str], ...] = ()
@@ -146,10 +148,17 @@ class ScheduledDenoiser(nn.Module):
         """
         timestep = _one_timestep(self._timestep(arguments, options))
         name = self.member_at(timestep)
-        network = self._brought(name)
         self.calls[name] += 1
         self.switches += self._latest is not None and self._latest != name
         self._latest = name
+        try:
+            return self._answer(name, timestep, arguments, options)
+        except Exception:
+            self.failed = name
+            raise
+
+    def _answer(self, name: str, timestep: float, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        network = self._brought(name)
         x = next((options[key] for key in _INPUTS if options.get(key) is not None), arguments[0] if arguments else None)
         own, wanted = _dtype_of(network), self.dtype
         if own == wanted:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.schedulers import read_scheduler
 from genlight.errors import UserError
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
-from genlight.modules.zoo import COMPONENTS, Member, class_rows, load_zoo
+from genlight.modules.zoo import COMPONENTS, Member, Zoo, ZooEntry, class_rows, load_zoo
 
 # the name of the pipeline's own network among the members
 OWN = "own"
@@ -47,10 +48,14 @@ def timestep_reader(pipe: Any) -> Callable[[float], float] | None:
     return None
 
 
-def add_members(pipe: Any, entries: Mapping[str, Any]) -> ScheduledDenoiser:
+def add_members(pipe: Any, entries: Mapping[str, Any], source: str, variant: str | None = None) -> Zoo:
     """Read members (see `load_zoo`) and put them and the pipeline's own network, called "own", in its place by turns.
 
     "own" is the primary. Members of dtype "auto" take its precision.
+
+    Args:
+        entries: the members, by name.
+        source, variant: folder or hub id of the pipeline, and ending of its files: where "own" is from.
 
     Raises:
         UserError: as `load_zoo`, and for a pipeline whose scheduler is of a kind that is not known.
@@ -67,6 +72,9 @@ def add_members(pipe: Any, entries: Mapping[str, Any]) -> ScheduledDenoiser:
     own = Member(
         OWN,
         network,
+        ZooEntry(source, variant=variant),
+        Path(source) / key,
+        Path(source),
         prediction=Prediction(kind, schedule),
         vae=None if vae is None else dict(vae.config),
         num_classes=class_rows(network),
@@ -76,7 +84,7 @@ def add_members(pipe: Any, entries: Mapping[str, Any]) -> ScheduledDenoiser:
         member.network.to(network.device)
     scheduled = ScheduledDenoiser(zoo.networks, OWN, zoo.predictions, timestep_of=timestep_reader(pipe))
     setattr(pipe, key, scheduled.eval())
-    return scheduled
+    return zoo
 
 
 def scheduled_of(pipe: Any) -> ScheduledDenoiser | None:

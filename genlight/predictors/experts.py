@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from genlight.predictors.gates import GATES
 from genlight.predictors.losses import sample_pairs, sampled_hinge
+from genlight.predictors.pool import REAL
 from genlight.predictors.stacked import Stacked
 from genlight.predictors.token_encoders import OneHotMLP, TokenLSTM, TokenTransformer
 
@@ -84,8 +85,11 @@ class ExpertEnsemble(nn.Module):
 
     def __init__(self, settings: ExpertSettings, vocabulary: Sequence[int], experts: int) -> None:
         super().__init__()
-        if experts < 1 or not vocabulary or min(vocabulary) < 1:
-            raise ValueError(f"experts = {experts} and the entries of vocabulary = {list(vocabulary)} must be positive")
+        if experts < 1 or not vocabulary or min(vocabulary) < (REAL if settings.encoder == "mlp" else 1):
+            raise ValueError(
+                f"experts = {experts} and the entries of vocabulary = {list(vocabulary)} must be positive; real "
+                "numbers, with the entry 0, are read by the encoder mlp only"
+            )
         self.settings, self.vocabulary = settings, tuple(int(size) for size in vocabulary)
         self.num_experts = experts
         self.experts = Stacked([scorer(settings, self.vocabulary, 1) for _ in range(experts)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+REAL = 0  # in the place of a vocabulary: the token is a real number
 _FAILED = 1e8  # ± this stands for "failed" in published tables
 
 
@@ -16,8 +17,8 @@ class Pool:
     """Candidates and their low-fidelity scores.
 
     Attributes:
-        tokens: int64 [N, T].
-        vocabulary: number of values of each token.
+        tokens: int64 [N, T]; floating point where some are real numbers.
+        vocabulary: number of values of each token, 0 (`REAL`) for a real number.
         low_fidelity: float32 [N, E], NaN where a score is missing; E may be 0.
         names: of the E scores.
 
@@ -45,7 +46,8 @@ def check_tokens(tokens: Tensor, vocabulary: Sequence[int]) -> None:
     """ValueError if tokens [N, T] have another T than the vocabulary, or one lies outside its values."""
     if tokens.ndim != 2 or tokens.shape[1] != len(vocabulary):
         raise ValueError(f"tokens have the shape {list(tokens.shape)}; the vocabulary is of {len(vocabulary)} places")
-    outside = (tokens < 0) | (tokens >= torch.tensor(vocabulary, device=tokens.device))
+    sizes = torch.tensor(vocabulary, device=tokens.device)
+    outside = torch.where(sizes == REAL, ~tokens.isfinite(), (tokens < 0) | (tokens >= sizes))
     if bool(outside.any()):
         row, place = (int(number) for number in outside.nonzero()[0])
         raise ValueError(

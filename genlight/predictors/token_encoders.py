@@ -18,10 +18,10 @@ from genlight.predictors.encoders import TransformerEncoder
 
 
 class OneHotMLP(nn.Module):
-    """Tokens as one-hot vectors side by side, then layers of the same width with ReLU.
+    """Tokens as one-hot vectors, and real numbers as they are, side by side, then layers of the same width with ReLU.
 
     Args:
-        vocabulary: number of values of each token.
+        vocabulary: number of values of each token, 0 for a real number.
         width: of each layer.
         depth: number of layers.
     """
@@ -29,12 +29,18 @@ class OneHotMLP(nn.Module):
     def __init__(self, vocabulary: Sequence[int], width: int, depth: int) -> None:
         super().__init__()
         self.vocabulary = tuple(vocabulary)
-        sizes = [sum(self.vocabulary)] + [width] * depth
+        sizes = [sum(size or 1 for size in self.vocabulary)] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        columns = zip(tokens.unbind(1), self.vocabulary)
-        hidden = torch.cat([functional.one_hot(column, size) for column, size in columns], dim=1).float()
+        if not any(self.vocabulary):
+            hidden = tokens.float()
+        else:
+            columns = zip(tokens.unbind(1), self.vocabulary)
+            parts = [
+                functional.one_hot(column.long(), size) if size else column.unsqueeze(1) for column, size in columns
+            ]
+            hidden = torch.cat([part.float() for part in parts], dim=1)
         for layer in self.layers:
             hidden = torch.relu(layer(hidden))
         return hidden

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -232,11 +233,15 @@ def _before_and_after(report: Report) -> str:
     return "## Before and after\n\n" + "\n".join(table_lines(report.table)) if report.table else ""
 
 
-def result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows for the terminal, without the ends of intervals."""
+def result_table(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
+    """Rows for the terminal, without the ends of intervals, and of `width` characters only the first that fit."""
     from rich.table import Table
 
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _INTERVAL]
+    if width is not None:
+        widths = [max(len(text) for text in (key, *(cell(row.get(key)) for row in rows))) for key in columns]
+        ends = accumulate(size + 2 for size in widths)
+        columns = [key for key, end in zip(columns, ends, strict=True) if end - 2 <= width]
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if any(isinstance(row.get(column), str) for row in rows) else "right")

@@ -5,15 +5,16 @@ budget on predicted scores alone and measure the best of that. Beside it the sam
 measured scores, which has to share them among the budgets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from genlight.predictors.ranking import RankingPredictor
 from genlight.search.evolution import Evolution
-from genlight.search.guided import Fitted, Predictor
+from genlight.search.guided import Fitted, OfProblem, Predictor, described
 from genlight.search.proposing import RANDOM, propose
 from genlight.search.protocols import Candidate, SearchSpace
 from genlight.search.records import History, Problem, Proposal, Record
@@ -73,7 +74,7 @@ class BudgetedSearch:
     per_budget: int = 10
     evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
     generations: int = 200
-    predictor: Predictor = field(default_factory=RankingPredictor)
+    predictor: Predictor | OfProblem = field(default_factory=RankingPredictor)
     kappa: float = 0.0
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class BudgetedSearch:
     def _round(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
         """The `per_budget` best new candidates by prediction for each budget."""
         rng = problem.rng(history.next_index, _PURPOSE)
-        scorer = _Scorer(problem.space, self._fitted(problem, history, int(rng.integers(2**31))), self.kappa)
+        scorer = self._scorer(problem, history, int(rng.integers(2**31)))
         taken, proposals = history.keys(), list[Proposal[Candidate]]()
         for number, budget in enumerate(self.budgets):
             limited = within_budget(problem, budget, self.cost)
@@ -124,12 +125,14 @@ class BudgetedSearch:
             proposals += [Proposal(each.candidate, problem.fidelity, source) for each in chosen]
         return proposals
 
-    def _fitted(self, problem: Problem[Candidate], history: History[Candidate], seed: int) -> Fitted | None:
-        """The predictor of a round; None where nothing was measured that it could tell apart."""
+    def _scorer(self, problem: Problem[Candidate], history: History[Candidate], seed: int) -> "_Scorer[Candidate]":
+        """The predictor of a round; none where nothing was measured that it could tell apart."""
+        known = described(self.predictor, problem, history)
         targets = [record.rank[0] for record in history]
         if len(set(targets)) < 2:
-            return None
-        return self.predictor.fit([problem.space.encode(record.candidate) for record in history], targets, seed)
+            return _Scorer(known.encode, None, self.kappa)
+        features = [known.encode(record.candidate) for record in history]
+        return _Scorer(known.encode, known.predictor.fit(features, targets, seed), self.kappa)
 
     def _evolved(
         self,
@@ -231,7 +234,7 @@ def _worth(scored: _Scored[Candidate]) -> tuple[float, str]:
 class _Scorer(Generic[Candidate]):
     """Predicts many candidates in one call."""
 
-    space: SearchSpace[Candidate]
+    encode: Callable[[Candidate], Tensor]
     fitted: Fitted | None
     kappa: float
 
@@ -240,7 +243,7 @@ class _Scorer(Generic[Candidate]):
         if self.fitted is None:
             worths = [0.0] * len(candidates)
         else:
-            mean, deviation = self.fitted.predict([self.space.encode(each) for each in candidates.values()])
+            mean, deviation = self.fitted.predict([self.encode(each) for each in candidates.values()])
             worths = (mean - self.kappa * deviation).tolist()
         return [_Scored(worth, key, each) for worth, (key, each) in zip(worths, candidates.items(), strict=True)]
 

@@ -18,7 +18,7 @@ from genlight.search.archive import FAILURES_FOLDER, Archive
 from genlight.search.codec import CandidateCodec, canonical_json, canonical_key
 from genlight.search.evaluation import Evaluator
 from genlight.search.protocols import Candidate, Strategy
-from genlight.search.records import Failure, History, Problem, Proposal, Record, Trial, best_record
+from genlight.search.records import PART, Failure, History, Problem, Proposal, Record, Trial, best_record
 
 INITIAL = "initial"
 
@@ -73,6 +73,8 @@ class Budget:
 @dataclass(frozen=True)
 class FailureLimits:
     """When a search gives up: the first `first` candidates all failed, or more than `share` of the last `window`.
+
+    Candidates that failed for a part that is left out from then on (`records.PART`) do not count.
 
     Attributes:
         attempts: how often a candidate may take the process down before it is failed as poison.
@@ -284,7 +286,7 @@ class Search(Generic[Candidate]):
     def _give_up_if_hopeless(self, count: int) -> None:
         """Look at the first `count` records only, so that a search that gave up gives up again at the same place."""
         recent = self.archive.records[max(0, count - self.limits.window) : count]
-        failures = [record.failure for record in recent if record.failure]
+        failures = [record.failure for record in recent if record.failure and record.failure.kind != PART]
         early = count == self.limits.first and len(failures) == count
         often = count >= self.limits.window and len(failures) > self.limits.share * self.limits.window
         if not early and not often:

@@ -4,9 +4,9 @@ S³ (Liu et al. 2024, arXiv 2312.07243, section on multi-stage search): measure,
 measured, let it guide the next stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,30 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
+class Described(Generic[Candidate]):
+    """A predictor with the description of candidates that it reads."""
+
+    encode: Callable[[Candidate], Tensor]
+    predictor: Predictor
+
+
+@runtime_checkable
+class OfProblem(Protocol):
+    """A predictor that describes candidates itself, by what can be known of them in one problem."""
+
+    def described(self, problem: Problem[Any], history: History[Any]) -> Described[Any]:
+        """A function of its arguments; what costs time may be kept."""
+        ...
+
+
+def described(predictor: Predictor | OfProblem, problem: Problem[Any], history: History[Any]) -> Described[Any]:
+    """The predictor on a problem: on the features of the space, unless it has others."""
+    if isinstance(predictor, OfProblem):
+        return predictor.described(problem, history)
+    return Described(problem.space.encode, predictor)
+
+
+@dataclass(frozen=True)
 class PredictorGuided:
     """Each stage measures the best of many children by prediction, and some that were not looked at.
 
@@ -66,7 +90,7 @@ class PredictorGuided:
     """
 
     evolution: Evolution = field(default_factory=Evolution)
-    predictor: Predictor = field(default_factory=GaussianProcessPredictor)
+    predictor: Predictor | OfProblem = field(default_factory=GaussianProcessPredictor)
     stage_size: int = 40
     guided_fraction: float = 0.7
     min_measured: int = 40
@@ -99,18 +123,18 @@ class PredictorGuided:
     ) -> dict[str, Proposal[Candidate]]:
         """The best `count` new candidates by predicted score, out of all that were bred, by key."""
         rng = problem.rng(history.next_index, _PURPOSE)
-        space = problem.space
+        known = described(self.predictor, problem, history)
         targets = [record.rank[0] for record in history]
-        features = [space.encode(record.candidate) for record in history]
-        fitted = self.predictor.fit(features, targets, int(rng.integers(2**31)))
+        features = [known.encode(record.candidate) for record in history]
+        fitted = known.predictor.fit(features, targets, int(rng.integers(2**31)))
         elite = {record.key: record.candidate for record in history.best(self.evolution.population)}
         bred: dict[str, Candidate] = {}
-        seen = {key: space.encode(candidate) for key, candidate in elite.items()}
+        seen = {key: known.encode(candidate) for key, candidate in elite.items()}
         for _ in range(self.generations):
             parents = self._best_of({**elite, **bred}, seen, fitted, self.evolution.population)
             new = self._breed(problem, parents, history, bred, rng, count)
             bred.update(new)
-            seen.update({key: space.encode(candidate) for key, candidate in new.items()})
+            seen.update({key: known.encode(candidate) for key, candidate in new.items()})
         keys = sorted(bred)
         chosen = choose(fitted, [seen[key] for key in keys], count, self.kappa) if bred else []
         return {keys[i]: Proposal(bred[keys[i]], problem.fidelity, GUIDED) for i in chosen}

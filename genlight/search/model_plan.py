@@ -10,7 +10,7 @@ from genlight.predictors.ranking import RankingPredictor
 from genlight.search.budgets import BudgetedSearch, DirectEvolution
 from genlight.search.engine import Budget
 from genlight.search.evolution import Evolution
-from genlight.search.guided import Predictor
+from genlight.search.guided import OfProblem, Predictor
 from genlight.search.plan import SearchPlan, without_duplicates
 
 
@@ -28,7 +28,7 @@ class BudgetedPlan:
     per_budget: int = 10
     evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
     generations: int = 100
-    predictor: Predictor = field(default_factory=RankingPredictor)
+    predictor: Predictor | OfProblem = field(default_factory=RankingPredictor)
     kappa: float = 0.0
 
     def plan_budgets(

@@ -1,7 +1,7 @@
 """What a search is given beside its problem: a strategy, the candidates to begin with, and a budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from genlight.search.engine import Budget
@@ -59,6 +59,21 @@ class PlainPlan:
         return with_screening(
             self.strategy, without_duplicates(space, initial or ()), evaluations, self.screening_fidelity, self.promoted
         )
+
+
+def with_predictor(strategy: Any, predictor: Any) -> Any:
+    """A copy of a strategy, or of the plan around one, that `predictor` guides.
+
+    Raises:
+        ValueError: it is guided by none.
+    """
+    if hasattr(strategy, "predictor"):
+        return replace(strategy, predictor=predictor)
+    if hasattr(strategy, "strategy"):
+        return replace(strategy, strategy=with_predictor(strategy.strategy, predictor))
+    raise ValueError(
+        f"search.predictor: no predictor guides {type(strategy).__name__}; choose search=s3, guided or oms, or null"
+    )
 
 
 def without_duplicates(space: SearchSpace[Any], candidates: Sequence[Any]) -> tuple[Any, ...]:

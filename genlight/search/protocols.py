@@ -86,6 +86,23 @@ class VectorView(Protocol[Candidate]):
 
 
 @runtime_checkable
+class CheapIndicators(Protocol[CandidateIn]):
+    """A space that knows something of how good a candidate is before it is measured."""
+
+    @property
+    def indicator_names(self) -> tuple[str, ...]:
+        """What the indicators are, one name each."""
+        ...
+
+    def indicators(self, candidate: CandidateIn) -> Vector:
+        """Float64 [names], lower where a candidate promises to be better, NaN where there is no value.
+
+        A function of the space and the candidate: nothing is drawn, and no network is called.
+        """
+        ...
+
+
+@runtime_checkable
 class LiveWeights(Protocol):
     """A target whose weights a space writes in place."""
 

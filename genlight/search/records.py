@@ -10,7 +10,9 @@ import numpy as np
 
 from genlight.search.protocols import Candidate, SearchSpace
 
-FAILURE_KINDS = ("exception", "out_of_memory", "not_finite", "timeout", "poison")
+# a part that the candidate shares with others failed, and is left out of what is proposed from then on
+PART = "part"
+FAILURE_KINDS = ("exception", "out_of_memory", "not_finite", "timeout", "poison", PART)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ def test_empty_answers_and_short_lists_are_named() -> None:
     for value, message in ((" ", "the answer in a is empty"), ([], "the field a holds no answer")):
         with pytest.raises(UserError, match=message):
             examples(generation, [{"q": "?", "a": value}])
+    number = {**generation, "extract": r"####\s*(\S+)"}
+    with pytest.raises(UserError, match=r"row 2: nothing in the answer 'two' matches extract"):
+        examples(number, [{"q": "?", "a": "1 + 1\n#### 2"}, {"q": "!", "a": "two"}])
     choice = {"kind": "multiple_choice", "prompt": "{q}", "choices": "c", "answer": "a"}
     with pytest.raises(UserError, match="holds no list of two or more choices: 'xy'"):
         examples(choice, [{"q": "?", "a": 0, "c": "xy"}])
@@ -99,6 +102,8 @@ def test_empty_answers_and_short_lists_are_named() -> None:
         ({"choices": ["a", " "]}, "choices must be two or more different texts"),
         ({"kind": "generation"}, "choices must be null for kind=generation"),
         ({"kind": "multiple_choice", "choices": None}, "choices must be the name of a field with a list"),
+        ({"extract": "x"}, "extract is for kind=generation alone"),
+        ({"kind": "generation", "choices": None, "extract": "("}, r"extract = '\(' is no regular expression"),
         ({"num_shots": -1}, "num_shots must not be negative"),
         ({"max_new_tokens": 0}, "max_new_tokens at least 1"),
         ({"prompt": "{question.__class__!r}"}, "braces hold the name of a field and nothing else"),

@@ -14,6 +14,7 @@ from command_line import histories, report_of, run_in_own_process, the_error
 
 from genlight import io
 from genlight.cli import main
+from genlight.data.text_examples import split_of
 from genlight.data.tokenizer import character_tokenizer
 
 BASELINES = {"frequency", "soft_activation", "ean", "reap", "naee", "m_smoe", "hc_smoe"}
@@ -100,7 +101,7 @@ def test_every_baseline_stands_beside_what_was_found(root: Path) -> None:
 
 
 def test_no_candidate_is_measured_twice_and_pruning_comes_first(root: Path) -> None:
-    lines = histories(root / "run" / "validate")["experts"].splitlines()[1:]
+    lines = histories(root / "run" / "validate")["experts3"].splitlines()[1:]
     records = [json.loads(line) for line in lines]
     assert len({record["key"] for record in records}) == len(records)
     prunes = [bool(record["candidate"]["kept"]) for record in records if record["source"] != "initial"]
@@ -141,7 +142,7 @@ def test_states_that_are_kept_change_no_score(root: Path) -> None:
 def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
     driver = Path(__file__).with_name("kill_search.py")
     words = [*words_of(root), *SEARCH, "run.name=killed"]
-    done = subprocess.run([sys.executable, driver, "experts", "18", *words], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, driver, "experts3", "18", *words], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert validate(root, "killed", "resume=true") == 0
     assert histories(root / "killed" / "validate") == histories(root / "run" / "validate")
@@ -161,12 +162,91 @@ def test_the_search_of_the_paper(root: Path) -> None:
     words += ["search.fidelity=24", "method.objective=val/accuracy", "method.router_mapping=post_softmax"]
     assert main([*words_of(root), *words, "method.groups=2", "run.name=paper"]) == 0
     folder = root / "paper" / "validate"
-    lines = histories(folder)["experts"].splitlines()[1:]
+    lines = histories(folder)["experts3"].splitlines()[1:]
     sources = [json.loads(line)["source"] for line in lines]
     assert sources[:5] == ["random"] * 5 and set(sources[5:]) <= {"mutation", "crossover"} and len(sources) == 12
     assert {"full", "EEP prune", *BASELINES} <= rows_of(folder).keys()
     merged = rows_of(folder)["EEP merge"]["chosen"] == "yes"
     assert (folder / "artifact" / "config.json").is_file() is not merged
+
+
+def test_several_numbers_of_experts_within_limits(root: Path) -> None:
+    """One search and one folder for each number that keeps the limits; the picture and the table hold them all."""
+    four = 1 - 2 / 6  # of the experts of a layer; what is not expert is left whole
+    whole = rows_of(root / "run" / "validate")["full"]
+    limit = whole["parameters"] - (1 - four) * whole["expert parameters"] - 1
+    words = ["method.num_experts=[2,4,3]", f"method.limits={{parameters: {limit}}}", "search.budget=4"]
+    words += ["search.strategy.prune_evaluations=3", "method.baselines=[frequency]", "method.random_draws=1"]
+    assert validate(root, "several", *words) == 0
+    folder = root / "several" / "validate"
+    report = report_of(folder)
+    assert [row["experts"] for row in report["table"] if row["chosen"]] == [3, 2]
+    assert {row["experts"] for row in report["table"]} == {6, 3, 2} and histories(folder).keys() == {
+        "experts3",
+        "experts2",
+    }
+    assert all(row["parameters"] <= limit for row in report["table"] if row["kind"] == "EEP prune")
+    assert {"accuracy_eep_prune_3", "accuracy_eep_prune_2"} <= report["metrics"].keys()
+    for count in (3, 2):
+        config = io.read_json(folder / "artifact" / f"{count}_experts" / "config.json")
+        assert config["num_local_experts"] == count
+        assert io.read_json(folder / "artifact" / f"{count}_experts" / "expert_maps.json")["num_experts"] == [6, count]
+        assert (folder / "figures" / f"kept_experts_{count}.png").is_file()
+
+
+def test_limits_alone_choose_the_number_of_experts(root: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = rows_of(root / "run" / "validate")["full"]
+    least = whole["parameters"] - whole["expert parameters"]
+    limit = 4 * (least + 0.7 * whole["expert parameters"])  # bytes of 32-bit weights: four experts, not five
+    words = ["method.num_experts=null", "dry_run=true", "method.baselines=[frequency]", "run.overwrite=true"]
+    assert validate(root, "limits", *words, f"method.limits={{bytes: {limit}, ms_per_token: 1000}}") == 0
+    assert "4 experts" in capsys.readouterr().out
+    assert validate(root, "limits", *words, f"method.limits={{bytes: {4 * least}}}") != 0
+    assert "method.limits" in (error := the_error(capsys.readouterr().err)) and "1 experts" in error
+
+
+def test_successive_halving_compares_what_answered_all_questions(root: Path) -> None:
+    words = [f"search.strategy.{phase}.fidelities=[8,24]" for phase in ("prune", "merge")]
+    words += [f"search.strategy.{phase}.strategy.children=4" for phase in ("prune", "merge")]
+    words += ["search=eep_halving", "search.strategy.prune_evaluations=14", "search.budget=22", "search.fidelity=8"]
+    assert main([*words_of(root), *words, "method.baselines=[frequency, reap]", "run.name=halving"]) == 0
+    folder = root / "halving" / "validate"
+    records = [json.loads(line) for line in histories(folder)["experts3"].splitlines()[1:]]
+    of = {count: {r["key"]: r["score"] for r in records if r["fidelity"] == count} for count in (8, 24)}
+    assert len(of[8]) + len(of[24]) == len(records) and of[24].keys() < of[8].keys()
+    best = min(
+        score for key, score in of[24].items() if any(r["key"] == key and r["candidate"]["kept"] for r in records)
+    )
+    assert report_of(folder)["metrics"]["search_best_prune"] == pytest.approx(-best)
+
+
+def test_exact_match_of_written_answers_can_be_the_objective(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """Solved examples before each question, and the answer is what stands before the first line break."""
+    words = ["method.objective=val/written/exact_match", "method.tasks=[written]", "+data.tasks.written.num_shots=2"]
+    words += ["method.baselines=[frequency]", "data.max_length=60", "search.budget=4", "method.random_draws=1"]
+    assert validate(root, "written", *words, "search.strategy.prune_evaluations=2") == 0
+    assert "in steps of 4.2 points" in capsys.readouterr().err
+    rows = rows_of(root / "written" / "validate")
+    assert all(0 <= rows[kind]["search"] <= 1 for kind in ("EEP prune", "frequency"))
+    assert rows["EEP prune"]["accuracy"] == rows["EEP prune"]["written/accuracy"]
+
+
+def test_answers_of_the_report_change_the_report_alone(root: Path) -> None:
+    """With other answers in its questions the same candidates are measured, and the same one is chosen."""
+    shares = {"train": 0.1, "search": 0.4, "select": 0.2, "report": 0.3}
+    rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["a"] = (row["a"] + (split_of(row["q"], shares) == "report")) % 3
+    (root / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert validate(root, "other", f"data.tasks.letters.path={root}/other.jsonl") == 0
+    mine, theirs = (root / name / "validate" for name in ("other", "run"))
+    records = [histories(folder)["experts3"].splitlines()[1:] for folder in (mine, theirs)]
+    measured = [[(r["key"], r["score"]) for r in map(json.loads, lines)] for lines in records]
+    assert measured[0] == measured[1]
+    assert [(r["model"], r["chosen"], r["select"]) for r in report_of(mine)["table"] if r["chosen"]] == [
+        (r["model"], r["chosen"], r["select"]) for r in report_of(theirs)["table"] if r["chosen"]
+    ]
+    assert rows_of(mine)["full"]["letters/log_likelihood"] != rows_of(theirs)["full"]["letters/log_likelihood"]
 
 
 def test_merging_without_pruning(root: Path) -> None:
@@ -190,6 +270,9 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
     [
         (["method.num_experts=7"], "num_experts = 7"),
         (["method.num_experts=0"], "method.num_experts"),
+        (["method.num_experts=[2,2]"], "method.num_experts"),
+        (["method.num_experts=null"], "method.num_experts"),
+        (["method.limits={size: 1}"], "method.limits"),
         (["method.num_experts_per_tok=4"], "num_experts_per_tok = 4"),
         (["method.tasks=[sums]"], "method.tasks"),
         (["method.objective=val/bleu"], "method.objective"),
@@ -200,7 +283,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (
             ["module.pretrained=null", "module.config={_target_: transformers.LlamaConfig, num_hidden_layers: 1,"
              " hidden_size: 8, intermediate_size: 8, num_attention_heads: 2, vocab_size: 200}", "data.tokenizer=MODEL"],
-            "is no known mixture of experts",
+            "Describe another one in FAMILIES of genlight/experts/families.py",
         ),
         (["data=digits"], "data"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match
+from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match, extracted
 
 TASK = torch.tensor([0, 1, 0, 2, 1, 0])
 RIGHT = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -78,3 +78,12 @@ def test_written_answers_against_hand_values(answer, references, match, exact, f
     assert exact_match(answer, references, normalise=True) == match
     assert exact_match(answer, references, normalise=False) == exact
     assert answer_f1(answer, references) == pytest.approx(f1)
+
+
+def test_the_last_match_is_extracted() -> None:
+    number = r"####\s*(-?[\d.,]+)"
+    assert extracted("3 + 4 = 7\n#### 7\n#### -1,234", number) == "-1,234"
+    assert (
+        extracted("so 3 and 4", r"\d+") == "4" and extracted("none", r"\d+") is None and extracted("a b", None) == "a b"
+    )
+    assert exact_match("1,234", ["1234"], normalise=True) == 1.0

@@ -121,6 +121,25 @@ def test_a_nan_member_is_met_exactly_where_it_is_scheduled() -> None:
         assert steps.index(True) == place and denoiser.calls["nan"] == 1
 
 
+def test_the_member_that_raised_is_known() -> None:
+    denoiser = zoo()
+    denoiser.set_schedule([900.0, 100.0], ["small", "mid"])
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("gone")
+
+    denoiser.members["mid"].forward = broken  # type: ignore[method-assign]
+    assert said(denoiser, 900) == 1.0 and denoiser.failed is None
+    with pytest.raises(RuntimeError, match="gone"):
+        said(denoiser, 100)
+    assert denoiser.failed == "mid"
+    denoiser.failed = None
+    # what is wrong with a call is no member's fault
+    with pytest.raises(ValueError, match="one member answers for all"):
+        denoiser(torch.zeros(2, 1, 4, 4), torch.tensor([1.0, 2.0]))
+    assert denoiser.failed is None
+
+
 def test_samples_of_several_timesteps_and_missing_ones_are_refused() -> None:
     denoiser = zoo()
     with pytest.raises(ValueError, match="all samples of a call need the same"):

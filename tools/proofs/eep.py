@@ -81,12 +81,12 @@ def search(folder: Path, variant: str, seed: int, words: tuple[str, ...]) -> dic
     """One search."""
     name = f"{variant.replace(' ', '-')}-{seed}"
     command = ["validate", "experiment=eep/digits", *VARIANTS[variant], *words, f"search.seed={seed}"]
-    command += [f"run.root={folder}", f"run.name={name}"]
+    command += [f"run.root={folder}", f"run.name={name}", "run.overwrite=true"]
     times, begun = folder / f"{name}.json", time.monotonic()
     run(__file__, "--timed-search", times, *command)
     seconds, place = time.monotonic() - begun, folder / name / "validate"
     found = report(place)
-    history = (place / "search" / "experts" / "history.jsonl").read_text()
+    history = next((place / "search").glob("experts*/history.jsonl")).read_text()
     return {
         "variant": variant,
         "seed": seed,
@@ -142,10 +142,53 @@ def _saved(folder: Path) -> None:
     print(json.dumps({"parameters": sum(parts.values()), "experts": experts, "speed": ids.numel() / min(seconds[2:])}))
 
 
+def _memory() -> None:
+    """Prints the peak of memory of merging candidates / (the model + its experts of one layer): 0.4 GB, random weights.
+
+    Few tokens run, so that the weights are what counts.
+    """
+    import resource
+
+    import torch
+    import transformers
+
+    from genlight.experts.editor import ExpertEditor
+    from genlight.experts.maps import LayerMaps
+
+    torch.set_num_threads(1)
+    sizes = {"vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": EXPERTS}
+
+    @torch.no_grad()
+    def candidates(width: int, layers: int, count: int) -> int:
+        """Runs merged candidates one after the other; bytes of the model and of one layer's experts."""
+        config = transformers.MixtralConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, **sizes
+        )
+        model = transformers.MixtralForCausalLM(config).eval()
+        editor, random = ExpertEditor(model), torch.Generator().manual_seed(0)
+        for _ in range(count):
+            maps = [torch.rand(2, EXPERTS // 2, EXPERTS, generator=random).unbind() for _ in editor.layers]
+            editor.apply({name: LayerMaps(*both) for name, both in zip(editor.layers, maps, strict=True)})
+            model(input_ids=torch.arange(16)[None], use_cache=False)
+        one = next(iter(editor.layers.values())).weights().values()
+        return sum(weight.nbytes for weight in (*model.parameters(), *one))
+
+    candidates(32, 1, 1)  # libraries take their memory
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    held = candidates(512, 8, 4)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / held)
+
+
 def bars_of(
-    results: list[dict[str, Any]], before: dict[str, Any], after: dict[str, Any], disk: float, difference: float
+    results: list[dict[str, Any]], measured: dict[str, float], before: dict[str, Any], after: dict[str, Any]
 ) -> list[Bar]:
-    """The claims; over search seeds."""
+    """The claims; over search seeds.
+
+    Args:
+        results: of `search`.
+        measured: by id of the bar, what no search holds.
+        before, after: from `saved`, of the whole model and of the smaller one.
+    """
     mine = [r for r in results if r["variant"] == "eep"]
     plain = next(r for r in results if r["variant"] == "no states kept")
     same = next(r for r in mine if r["seed"] == plain["seed"])
@@ -163,7 +206,7 @@ def bars_of(
         best = r["metrics"]["search_best_prune"], r["metrics"]["search_best_merge"]
         lead += [best[0] - sets, max(best) - every]
         errors.append(error(r["rows"][PRUNED]) / max(min(map(error, baselines(r).values())), 1e-9))
-        nll = [-float(r["rows"][kind][f"{TASK}/log_likelihood"]) for kind in (MERGED, PRUNED)]
+        nll = [-float(row[f"{TASK}/log_likelihood"]) for row in (chosen(r), r["rows"][PRUNED])]
         ratio.append(nll[0] / nll[1])
         on_search.append(best[1] / best[0])
     above = [r["rows"][PRUNED][f"{TASK}/accuracy"] - r["rows"][RANDOM]["accuracy"] for r in mine]
@@ -178,17 +221,25 @@ def bars_of(
         bar_at_most("err", "error of the pruned model / of the best baseline, mean", fmean(errors), 0.90),
         bar_at_least("accuracy-random", "accuracy of the pruned model above random choices, least", min(above), 0.10),
         bar_at_most("accuracy-full", "accuracy of all experts above the pruned model's, most", max(below), 0.05),
-        bar_at_most("merge", "negative log-likelihood merged / pruned, mean", fmean(ratio), 1.0),
-        bar_at_most("merge-search", "the same of the best on the search draw, most", max(on_search), 1.0),
+        bar_at_most(
+            "merge", "negative log-likelihood of what is chosen / of the best that only prunes, mean", fmean(ratio), 1.0
+        ),
+        bar_at_most("merge-search", "the same of the best merged on the search draw, most", max(on_search), 1.0),
         bar_at_most("size", f"share of expert parameters in the saved model - {KEPT}/{EXPERTS}", share, 0.0),
-        bar_at_most("reload", "saved model measured again: relative difference", difference, 1e-5),
+        bar_at_most("reload", "saved model measured again: relative difference", measured["reload"], 1e-5),
         bar_at_most("dedupe", "candidates that were measured twice", duplicates, 0),
-        bar_at_most("apply", "applying a candidate / measuring it, time", applied, 0.02),
+        bar_at_most("apply", "applying a candidate / measuring it, time", applied, 0.03),
         bar_at_least("cache", "candidates per second with kept states / without", speed, 1.3),
         bar_at_least(
             "cache-same", "archives with and without are equal", float(plain["history"] == same["history"]), 1
         ),
-        bar_at_most("memory", "bytes of the saved weights / predicted", disk / predicted, 1.02),
+        bar_at_most("bytes", "bytes of the saved weights / predicted", measured["bytes"] / predicted, 1.02),
+        bar_at_most(
+            "memory",
+            "peak of memory of merging candidates / (model of 0.4 GB + experts of one layer)",
+            measured["memory"],
+            1.15,
+        ),
     ]
 
 
@@ -235,8 +286,12 @@ def main() -> None:
         results = list(pool.map(lambda each: search(folder, *each, tuple(arguments.words)), wanted))
         results.sort(key=lambda result: (list(VARIANTS).index(result["variant"]), result["seed"]))
         before, after = saved(base), saved(results[0]["artifact"])
-        disk = weight_bytes(results[0]["artifact"]) / weight_bytes(base)
-        bars = bars_of(results, before, after, disk, reloaded(folder, results[0]))
+        measured = {
+            "bytes": weight_bytes(results[0]["artifact"]) / weight_bytes(base),
+            "reload": reloaded(folder, results[0]),
+            "memory": float(run(__file__, "--memory").splitlines()[-1]),
+        }
+        bars = bars_of(results, measured, before, after)
         table = table_of(results, before, after)
     if not arguments.dry:
         record("eep", bars, table, arguments.seeds, started)
@@ -250,5 +305,7 @@ if __name__ == "__main__":
         sys.exit(timed_search(Path(sys.argv[2]), sys.argv[3:]))
     if sys.argv[1:2] == ["--saved"]:
         _saved(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["--memory"]:
+        _memory()
     else:
         main()

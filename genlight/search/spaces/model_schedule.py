@@ -7,7 +7,7 @@ children that exceed it are lightened until they do not.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,9 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.sample import sample
-from genlight.search.protocols import ScheduledMembers, SettableSampler, require_capability
+from genlight.search.protocols import ScheduledMembers, SettableSampler, Vector, require_capability
+from genlight.search.spaces.model_allocation import Curve
+from genlight.search.spaces.model_indicators import ModelIndicators
 from genlight.search.spaces.model_schedule_edits import (
     EDITS,
     Draft,
@@ -97,6 +99,7 @@ class ModelScheduleSpace:
         null_probability: share of positions that a random draw leaves empty, before it is brought to its cost.
         concentration: of the Dirichlet distribution over members, one draw for each random candidate; below 1, most
             evaluations of a candidate are by few members.
+        curves: mean squared error of each member's ε̂ at λ, by name, for `indicators`; None: they do without.
 
     Raises ValueError that names the field, and for a budget below the cheapest schedule.
     """
@@ -111,6 +114,7 @@ class ModelScheduleSpace:
     switch: float = 0.0
     null_probability: float = 0.8
     concentration: float = 0.4
+    curves: Mapping[str, Curve] | None = None
     _structures: dict[Any, Features] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     candidate_type = ModelSchedule
@@ -152,6 +156,11 @@ class ModelScheduleSpace:
         # features do not depend on it
         object.__setattr__(other, "_structures", self._structures)
         return other
+
+    def without(self, names: Iterable[str]) -> "ModelScheduleSpace":
+        """The same space without some members. ValueError where none is left, or the budget is below the cheapest."""
+        dropped = set(names)
+        return replace(self, costs={name: cost for name, cost in self.costs.items() if name not in dropped})
 
     def sample(self, rng: np.random.Generator) -> ModelSchedule:
         """Random: members from a Dirichlet draw, positions left empty at random (appendix of the paper).
@@ -217,6 +226,22 @@ class ModelScheduleSpace:
         rows[:, -1] = math.log(total_cost(members, self._limits) / max(self._limits.costs))
         return torch.from_numpy(rows)
 
+    @property
+    def indicator_names(self) -> tuple[str, ...]:
+        """Those of `ModelIndicators`, and what a candidate costs."""
+        return (*self._indicators.names, "cost", "nfe")
+
+    def indicators(self, candidate: ModelSchedule) -> Vector:
+        """Float64 [indicator_names]: logarithms of errors, of cost and evaluations the negative ones."""
+        members = self._ids(candidate.members)
+        found = self._indicators(_shape(candidate), lambda: self.sampler(candidate).table, members)
+        return np.concatenate([found, -np.log([total_cost(members, self._limits), len(members)])])
+
+    @cached_property
+    def _indicators(self) -> ModelIndicators:
+        curves = None if self.curves is None else tuple(self.curves[name] for name in self.names)
+        return ModelIndicators(self.noise_schedule, curves)
+
     def apply(self, target: Any, candidate: ModelSchedule) -> None:
         """Hand sampler and members to the target.
 
@@ -249,7 +274,7 @@ class ModelScheduleSpace:
 
     def fingerprint(self) -> str:
         """The noise schedule and every option, as JSON. The order of the members counts: features follow it."""
-        options = {
+        options: dict[str, Any] = {
             "space": "model_schedule",
             "noise_schedule": self.noise_schedule.fingerprint(),
             "costs": list(self.costs.items()),
@@ -261,6 +286,8 @@ class ModelScheduleSpace:
             "switch": self.switch,
             "draw": [self.null_probability, self.concentration],
         }
+        if self.curves is not None:
+            options["curves"] = [repr(self.curves[name]) for name in self.names]
         return json.dumps(options, sort_keys=True)
 
     @cached_property
@@ -314,13 +341,12 @@ class ModelScheduleSpace:
 
     def _structure(self, candidate: ModelSchedule) -> Features:
         """The features that do not depend on the members; kept, since children share them with their parents."""
-        orders = candidate.orders or tuple(map(len, candidate.steps))
-        shape = (candidate.kind, orders, candidate.slots)
+        shape = _shape(candidate)
         found = self._structures.get(shape)
         if found is None:
             if len(self._structures) > _KEPT:
                 self._structures.clear()
-            found = self._structures[shape] = self._structure_of(candidate, orders)
+            found = self._structures[shape] = self._structure_of(candidate, shape[1])
         return found
 
     def _structure_of(self, candidate: ModelSchedule, orders: tuple[int, ...]) -> Features:
@@ -356,3 +382,8 @@ class ModelScheduleSpace:
         low, high = half_log_snr_range(self.noise_schedule)
         times = torch.tensor(slot_times(self.noise_schedule, self.slots), dtype=torch.float64)
         return [float(value) for value in self.noise_schedule.half_log_snr(times).clamp(low, high)]
+
+
+def _shape(candidate: ModelSchedule) -> tuple[Kind, tuple[int, ...], tuple[int, ...]]:
+    """All of a schedule but its members."""
+    return candidate.kind, candidate.orders or tuple(map(len, candidate.steps)), candidate.slots

@@ -14,7 +14,7 @@ from genlight.diffusion.solver.presets import PRESETS, named_schedule
 from genlight.diffusion.solver.spacings import SPACINGS, End
 from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.search.evolution import Evolution
-from genlight.search.guided import Predictor, PredictorGuided
+from genlight.search.guided import OfProblem, Predictor, PredictorGuided
 from genlight.search.plan import SearchPlan, measured_twice, with_screening, without_duplicates
 from genlight.search.polish import Polish
 from genlight.search.spaces.solver_schedule import SolverScheduleSpace, schedule_key
@@ -98,7 +98,7 @@ class S3Settings:
     parents: int | None = None
     stage_size: int | None = None
     edit_sizes: tuple[float, float] = (0.45, 0.05)
-    predictor: Predictor = field(default_factory=GaussianProcessPredictor)
+    predictor: Predictor | OfProblem = field(default_factory=GaussianProcessPredictor)
     guided_fraction: float = 0.7
     children_per_place: int = 10
     kappa: float = 2.0

@@ -20,6 +20,8 @@ from genlight.diffusion.solver.levels import levels_of
 from genlight.diffusion.solver.sample import sample
 from genlight.diffusion.solver.serialization import canonical_key
 from genlight.diffusion.solver.spacings import End
+from genlight.diffusion.solver.trajectory import TeacherTrajectories
+from genlight.diffusion.solver.truncation import KnownSolutions
 from genlight.search.protocols import SettableSampler, Vector, require_capability
 from genlight.search.spaces.solver_continuous import ContinuousGenes
 from genlight.search.spaces.solver_genes import EDITS, Crossing, Draft, scale_value
@@ -73,6 +75,7 @@ class SolverScheduleSpace:
         integer_times: times are whole numbers of the noise schedule's time, for networks that look them up.
         mean_first_step: the gene "afs" may also take the mean image, which the sampler must then be given.
         template: decisions of random candidates where they are no genes, and of `from_vector`; None: DPM-Solver++(2M).
+        trajectories: of the teacher, for `indicators`; None: they do without.
     """
 
     noise_schedule: NoiseSchedule
@@ -86,6 +89,7 @@ class SolverScheduleSpace:
     integer_times: bool = False
     mean_first_step: bool = False
     template: SolverSchedule | None = field(default=None, repr=False)
+    trajectories: TeacherTrajectories | None = field(default=None, repr=False)
 
     candidate_type = SolverSchedule
 
@@ -196,6 +200,8 @@ class SolverScheduleSpace:
         }
         if self.mean_first_step:
             options["mean_first_step"] = True
+        if self.trajectories is not None:
+            options["trajectories"] = self.trajectories.fingerprint
         return json.dumps(options, sort_keys=True)
 
     def apply(self, target: Any, candidate: SolverSchedule) -> None:
@@ -209,6 +215,19 @@ class SolverScheduleSpace:
         lambdas = draft.lambdas.clip(self.range.low - OPEN_END_ROOM, self.range.high + OPEN_END_ROOM)
         rows = [_features(step, i, draft, lambdas) for i, step in enumerate(draft.steps)]
         return torch.tensor(rows, dtype=torch.float32)
+
+    @property
+    def indicator_names(self) -> tuple[str, ...]:
+        """Those of `trajectories`, or without them of `KnownSolutions`."""
+        return self._cheap.names
+
+    def indicators(self, candidate: SolverSchedule) -> Vector:
+        """Logarithms of the errors that are predicted without the network, float64 [indicator_names]."""
+        return self._cheap.log_errors(compile_schedule(candidate, self.noise_schedule))
+
+    @cached_property
+    def _cheap(self) -> TeacherTrajectories | KnownSolutions:
+        return self.trajectories or KnownSolutions(self.noise_schedule, self.end)
 
     @property
     def vector_bounds(self) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -1,0 +1,241 @@
+"""Proof of MixDQ on a text-to-image model of handwritten digits: docs/results/mixdq.json.
+
+For each seed `fit experiment=mixdq/digits` trains a tiny Stable Diffusion that reads "a photo of a three" and samples
+in 4 steps; its text encoder is random and its first token an outlier as large as SDXL's. Each network is quantized with
+and without kept tokens, in eight bits, in four bits everywhere, and in bits chosen layer by layer within a mean of 4.0
+and of 3.4 with inputs in floating point. The real command quantizes the first of them, for the table.
+
+Content is the share of images in which a classifier of real digits sees the digit of the prompt; quality the Fréchet
+distance in its features to held-out digits; fidelity the PSNR to images of full precision from the same noise, and the
+signal-to-noise ratio of predictions along its trajectories. All are on noise that neither calibration nor a choice of
+bits has seen.
+
+    make proof NAME=mixdq
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _commands import genlight, record, report, run
+
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most
+
+EXPERIMENT = "experiment=mixdq/digits"
+CLASSIFIER = "features/digits/fit/artifact/classifier.safetensors"
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SAMPLES, CALIBRATION, CHOOSING, TRAJECTORY = 400, 64, 16, 64
+AVERAGES = (4.0, 3.4)
+# inputs of keys and values in bits that make their steps as wide as SDXL's are in eight
+FEW = 6
+FULL, NAIVE, KEPT, UNIFORM = "full precision", "W8A8 naive", "W8A8", "W4 everywhere"
+SHOWN = ("sqnr", "psnr", "accuracy", "fd", "predicted_sqnr")
+
+
+class Bench:
+    """A trained pipeline, its calibration, and how good its images are in few bits."""
+
+    def __init__(self, artifact: Path, folder: Path, seed: int, samples: int) -> None:
+        from lightning.pytorch import Trainer
+
+        from genlight.data.cache import default_cache_folder
+        from genlight.data.digits import DigitsDataModule
+        from genlight.loops.evaluation import CandidateTrainer
+        from genlight.loops.quantization_calibrate import QuantizationCalibration
+        from genlight.loops.quantization_settings import GroupSettings, MixedBits
+        from genlight.loops.quantization_work import QuantizationWork
+        from genlight.metrics.features import ClassifierFeatures
+        from genlight.metrics.generative import GenerativeMetrics
+        from genlight.metrics.reference import prepare
+        from genlight.modules.pipeline import PipelineModule
+
+        module = PipelineModule(str(artifact), num_inference_steps=4, guidance_scale=1.0, height=8, width=8)
+        module.prompts = [f"a photo of a {name}" for name in NAMES]
+        data = DigitsDataModule(num_samples=samples, eval_batch_size=200, seed=seed, noise_shape=module.sample_shape)
+        self.mixed = MixedBits((2, 4, 8), (16,), average_bits=AVERAGES[0], ratios=(0.5, 0.6, 0.8, 1.0), samples=CHOOSING)
+        method = QuantizationCalibration(
+            "MixDQ",
+            weight_symmetric=True,
+            activation_symmetric=False,
+            activation_mode="static",
+            split_shortcuts=True,
+            constant_tokens="warn",
+            rounding="nearest",
+            balance="none",
+            keep="^conv_in|^conv_out",
+            groups=(GroupSettings(r"\.attn2\.|\.ff\.", "ssim"), GroupSettings()),
+            samples=CALIBRATION,
+        )
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet)
+        self.work = QuantizationWork(method, CandidateTrainer(trainer), module, data)
+        self.reference = self.work.reference("report", samples)
+        self.along = self.work.reference("report", min(samples, TRAJECTORY))
+        extractor = ClassifierFeatures(str(default_cache_folder() / CLASSIFIER), "digits", dtype="float32")
+        self.metrics = GenerativeMetrics(extractor, ["fd"])
+        extractor.setup()
+        prepare(self.metrics, data, None)
+
+    def bits(self, weight: int, inputs: int, text_inputs: int | None = None) -> dict[str, tuple[int, int | None]]:
+        """The same bits for all layers, and others for the inputs of those that read text."""
+        text = self.work.special.text
+        other = inputs if text_inputs is None else text_inputs
+        return {name: (weight, other if name in text else inputs) for name in self.work.forms}
+
+    def measure(self, bits: Mapping[str, Any], *, kept: bool = True, split: bool = True) -> dict[str, float]:
+        """All numbers with layers in some bits; those that are not named stay as they are."""
+        from genlight.loops.quantization_work import Variant, image_scores
+
+        variant = replace(Variant.mixed(self.work.method, "", bits), constant_tokens=kept, split=split)
+        with self.work.replaced(self.work.layers_of(variant, list(bits))):
+            images = self.work.images(self.reference)
+            noise = self.work.noise(self.along)
+        return {"sqnr": decibels(noise), **image_scores(images, self.reference.images), **self.judged(images)}
+
+    def judged(self, images: Any) -> dict[str, float]:
+        """How many show the digit of their prompt, and their Fréchet distance."""
+        import torch
+
+        self.metrics.reset()
+        self.metrics.update(images, torch.arange(len(images)))
+        seen = self.metrics.extractor.logits(images).argmax(dim=1)
+        accuracy = float((seen == self.reference.label).float().mean())
+        return {"accuracy": accuracy, "fd": float(self.metrics.compute()["fd_digits"])}
+
+
+def decibels(noise: float) -> float:
+    """A noise-to-signal ratio in dB."""
+    from genlight.quantization.trajectory import decibels as in_decibels
+
+    return in_decibels(noise)
+
+
+def measure(folder: Path, seed: int, samples: int) -> None:
+    """All numbers of one seed, as JSON on the standard output."""
+    import torch
+
+    from genlight.loops.quantization_bits import allocated_bits
+    from genlight.loops.quantization_sensitivity import measure_sensitivity
+
+    torch.set_num_threads(1)
+    bench = Bench(folder / f"model-{seed}" / "fit" / "artifact", folder / f"bench-{seed}", seed, samples)
+    work, text = bench.work, bench.work.special.text
+    rows: dict[str, dict[str, float]] = {FULL: bench.judged(bench.reference.images)}
+    only = {name: (16, 8) for name in text}
+    few = bench.bits(8, 8, FEW)
+    rows["keys and values A8 naive"] = bench.measure(only, kept=False)
+    rows["keys and values A8"] = bench.measure(only)
+    rows[f"W8A8, keys and values A{FEW} naive"] = bench.measure(few, kept=False)
+    rows[f"W8A8, keys and values A{FEW}"] = bench.measure(few)
+    rows[NAIVE] = bench.measure(bench.bits(8, 8), kept=False, split=False)
+    rows[KEPT] = bench.measure(bench.bits(8, 8))
+    rows[UNIFORM] = bench.measure(bench.bits(4, 16))
+    found = measure_sensitivity(work, bench.mixed)
+    noise = {(entry.layer, entry.bits): entry.noise for entry in found}
+    rows[UNIFORM]["predicted_sqnr"] = decibels(sum(noise[name, 4] for name in work.forms))
+    for average in AVERAGES:
+        plans, _ = allocated_bits(work, replace(bench.mixed, average_bits=average), found)
+        for way, plan in plans.items():
+            row = bench.measure(plan)
+            row["predicted_sqnr"] = decibels(sum(noise[name, bits] for name, (bits, _) in plan.items()))
+            rows[f"W{average:g} {way}"] = row
+    print(json.dumps({"seed": seed, "rows": rows, "layers": len(work.forms), "text": len(text)}))
+
+
+def bars_of(results: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """Every claim, of the seed for which it holds least."""
+
+    def gain(key: str, better: str, worse: str) -> float:
+        return float(min(result["rows"][better][key] - result["rows"][worse][key] for result in results))
+
+    def ratio(row: str, to: str) -> float:
+        return float(max(result["rows"][row]["fd"] / result["rows"][to]["fd"] for result in results))
+
+    decoupled, power, low = "W4 mixed", "W4 mixed, one metric", "W3.4 mixed, one metric"
+    few, off = f"W8A8, keys and values A{FEW}", max(
+        abs(row["predicted_sqnr"] - row["sqnr"])
+        for result in results
+        for row in result["rows"].values()
+        if "predicted_sqnr" in row
+    )
+    chance = min(gain("psnr", power, f"W4 random bits {index}") for index in range(3))
+    kept = "keys and values of text, kept first token - naive"
+    return [
+        bar_at_least("bos", f"{kept}, inputs A8, all else exact: SQNR, dB", gain("sqnr", few[6:-1] + "8", f"{few[6:-1]}8 naive"), 15),
+        bar_at_least("bos-content", f"full precision - naive, W8A8 with inputs A{FEW} there: share of prompts shown",
+                     gain("accuracy", FULL, f"{few} naive"), 0.25),
+        bar_at_most("bos-content-kept", f"full precision - kept first token, same bits: share of prompts shown",
+                    -gain("accuracy", few, FULL), 0.02),
+        bar_at_least("mixed", "W4 by SSIM and SQNR - W4 everywhere: PSNR, dB", gain("psnr", decoupled, UNIFORM), 3),
+        bar_at_least("mixed-power", "W4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", power, UNIFORM), 6),
+        bar_at_most("mixed-fd", "Fréchet distance, larger of both / W4 everywhere",
+                    max(ratio(decoupled, UNIFORM), ratio(power, UNIFORM)), 1),
+        bar_at_least("low-bits", "W3.4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", low, UNIFORM), 0),
+        bar_at_least("allocation", "W4 by noise powers - best of 3 random choices: PSNR, dB", chance, 10),
+        bar_at_most("w8a8", "Fréchet distance, W8A8 / full precision", ratio(KEPT, FULL), 1.05),
+        bar_at_most("additivity", "predicted - measured SQNR of all choices of bits, dB, largest", off, 2),
+    ]  # fmt: skip
+
+
+def table_of(results: Sequence[Mapping[str, Any]], command: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every row of every seed, then what the command reported."""
+    rows: list[dict[str, Any]] = [
+        {"seed": result["seed"], "network": name} | {key: row.get(key) for key in SHOWN}
+        for result in results
+        for name, row in result["rows"].items()
+    ]
+    for row in command["table"]:
+        kept = {key: row[key] for key in ("sqnr", "psnr", "ssim", "fd_digits", "bits", "input_bits", "megabytes")}
+        rows.append({"seed": results[0]["seed"], "network": f"validate: {row['variant']}", **kept})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images that judge a network")
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and use the models of an earlier one")
+    parser.add_argument("--show", action="store_true", help="print the bars and write nothing")
+    parser.add_argument("words", nargs="*", help="of the configuration, such as trainer.max_steps=500")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder = arguments.folder or Path(name)
+
+        def command(kind: str, run_name: str, seed: int, *words: str) -> None:
+            given = (EXPERIMENT, f"run.root={folder}", f"run.name={run_name}", "run.overwrite=true", f"seed={seed}")
+            genlight(kind, *given, *arguments.words, *words)
+
+        def one(seed: int) -> dict[str, Any]:
+            if not (folder / f"model-{seed}" / "fit" / "artifact").is_dir():
+                command("fit", f"model-{seed}", seed)
+            found: dict[str, Any] = json.loads(run(__file__, "--measure", folder, seed, arguments.samples))
+            return found
+
+        if not (folder / f"model-{arguments.seeds[0]}" / "fit" / "artifact").is_dir():
+            # alone, as it also makes the features that all share
+            command("fit", f"model-{arguments.seeds[0]}", arguments.seeds[0])
+        results = list(pool.map(one, arguments.seeds))
+        first = arguments.seeds[0]
+        command("validate", "mixed", first, f"ckpt_path={folder}/model-{first}/fit/artifact")
+        bars, table = bars_of(results), table_of(results, report(folder / "mixed" / "validate"))
+    if arguments.show:
+        print(json.dumps({"bars": [vars(bar) for bar in bars], "table": table}, indent=1))
+    else:
+        record("mixdq", bars, table, arguments.seeds, started)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main()
