@@ -233,9 +233,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = arguments.folder or Path(name)
         wanted = [(each, seed) for each, this in STUDIES.items() for seed in arguments.seeds[: this.seeds]]
-        waiting = [pool.submit(study, folder, *each, tuple(arguments.words)) for each in wanted]
         cells = ("--cells", str(arguments.cells))
-        measured = pool.submit(run, "tools/benchmarks/zero_cost.py", *cells)
+        measured = pool.submit(run, "tools/benchmarks/zero_cost.py", *cells)  # the longest of all
+        waiting = [pool.submit(study, folder, *each, tuple(arguments.words)) for each in wanted]
         results = [each.result() for each in waiting]
         proxies = json.loads(measured.result().splitlines()[-1])
     means = Means(results)
