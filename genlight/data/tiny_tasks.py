@@ -17,10 +17,10 @@ from genlight.data.tokenizer import character_tokenizer
 MAX_LENGTH = 64
 SHARES: Mapping[str, float] = {"train": 0.5, "search": 0.15, "select": 0.1, "report": 0.25}
 _SEED = 2407  # of what is drawn here; fixed, so that the tasks are the same in every run
+_WHITE = 8  # least of the 17 levels of grey that counts as white
 _SORT_ROWS, _SORT_LETTERS = 9000, 8
 _CONTEXT, _CONTINUATION, _CHOICES, _BLOCK = 32, 12, 4, 440
-_GREY, _LEVELS = 17, 4  # levels of grey of a pixel, and how many of them are told apart
-WORDS = ("<digit>", "<sort>", "<text>", *(f"<p{pair}>" for pair in range(_LEVELS**2)))
+WORDS = ("<digit>", "<sort>", "<text>", *(f"<p{pattern}>" for pattern in range(16)))
 
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
@@ -55,13 +55,13 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
 class TinyTasksDataModule(TextTaskDataModule):
     """Digits, text and sorting, for a tiny mixture of experts.
 
-    - digits: scikit-learn's handwritten digits in four levels of grey, 32 tokens for two neighbouring pixels each;
+    - digits: scikit-learn's handwritten digits in black and white, sixteen tokens for half a row of four pixels each;
       ten classes. Images moved by one pixel are altered copies.
     - text: 32 characters of the language reference that Python brings along (`pydoc_data.topics`, so its text follows
       Python's version), of which four continuations of 12 characters is the right one?
     - sort: eight capital letters, to be written in the order of the alphabet.
 
-    The tokenizer has a token for each printable character and for each pair of levels of neighbouring pixels.
+    The tokenizer has a token for each printable character and for each pattern of four pixels.
 
     Args:
         tasks: names of the tasks to train on and to measure.
@@ -112,15 +112,15 @@ class TinyTasksDataModule(TextTaskDataModule):
 def digit_rows() -> list[Row]:
     """1,797 images, then the same moved by a pixel to their eight sides, black where nothing moves in.
 
-    What equals an earlier one in four levels of grey is left out: it would stand in two splits.
+    What equals an earlier one in black and white is left out: it would stand in two splits.
     """
     digits = _read_digits()
     padded = np.pad(digits[:, :64].reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
     rows: dict[str, Row] = {}
     for down, right in itertools.product((1, 0, 2), repeat=2):
-        levels = padded[:, down : down + 8, right : right + 8].reshape(-1, 32, 2).astype(int) * _LEVELS // _GREY
-        for number, pairs in enumerate((levels @ (_LEVELS, 1)).tolist()):
-            pixels = "".join(f"<p{pair}>" for pair in pairs)
+        white = padded[:, down : down + 8, right : right + 8].reshape(-1, 16, 4) >= _WHITE
+        for number, patterns in enumerate((white @ (8, 4, 2, 1)).tolist()):
+            pixels = "".join(f"<p{pattern}>" for pattern in patterns)
             moved = (down, right) != (1, 1)
             row = {"image": number, "pixels": pixels, "digit": str(digits[number, 64]), "moved": moved}
             rows.setdefault(pixels, row)

@@ -15,14 +15,13 @@ def data() -> TinyTasksDataModule:
 
 def test_digits_are_the_images_and_those_moved_by_a_pixel() -> None:
     rows, digits = digit_rows(), _read_digits()
-    pairs = np.array([[int(word[1:]) for word in row["pixels"][1:-1].split("><")] for row in rows])
-    grey = np.stack(np.divmod(pairs, 4), axis=-1).reshape(-1, 8, 8)
-    assert len({image.tobytes() for image in grey}) == len(rows) > 15000
-    # 17 levels in four: 0 to 4, 5 to 8, 9 to 12, 13 to 16
-    images = np.searchsorted([5, 9, 13], digits[:, :64].reshape(-1, 8, 8), side="right")
+    patterns = np.array([[int(word[1:]) for word in row["pixels"][1:-1].split("><")] for row in rows])
+    white = (patterns[:, :, None] >> np.array([3, 2, 1, 0]) & 1).reshape(-1, 8, 8).astype(bool)
+    assert len({image.tobytes() for image in white}) == len(rows) > 15000
+    images = digits[:, :64].reshape(-1, 8, 8) >= 8
     plain = [row["image"] for row in rows if not row["moved"]]
-    assert np.array_equal(grey[: len(plain)], images[plain]) and len(plain) > 1700
-    for row, image in zip(rows[len(plain) :: 97], grey[len(plain) :: 97], strict=True):
+    assert np.array_equal(white[: len(plain)], images[plain]) and len(plain) > 1700
+    for row, image in zip(rows[len(plain) :: 97], white[len(plain) :: 97], strict=True):
         moves = (np.pad(images[row["image"]], 1)[y : y + 8, x : x + 8] for y in range(3) for x in range(3))
         assert sum(np.array_equal(image, move) for move in moves) == 1
     assert all(row["digit"] == str(digits[row["image"], 64]) for row in rows)
