@@ -1,4 +1,4 @@
-"""Text-to-image diffusion trained from the start: a network in the latents of an autoencoder that is fitted beside it."""
+"""Text-to-image diffusion trained from the start: a network in the latents of an autoencoder fitted beside it."""
 
 from __future__ import annotations
 
@@ -77,13 +77,16 @@ class LatentDiffusionModule(Optimization, PipelineModule):
             batch_size=batch_size,
             scheduler=scheduler,
         )
+        for key, value in {"height": height, "width": width}.items():
+            if value is not None and value % 8:
+                raise ValueError(f"module.{key} = {value} must be a multiple of 8, as Stable Diffusion's pipeline asks")
         if not 0 <= prompt_dropout < 1:
             raise ValueError(f"module.prompt_dropout = {prompt_dropout} must be in [0, 1)")
         if kl_weight < 0:
             raise ValueError(f"module.kl_weight = {kl_weight} must not be negative")
         if caption.count("{}") != 1:
             raise ValueError(f"module.caption = {caption!r} must hold one {{}}, the place of the name of the class")
-        self._parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        self._parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
         self.noise_schedule, self.prediction_type = noise_schedule, prediction_type
         self.caption, self.names = caption, None if names is None else tuple(names)
         self.prompt_dropout, self.kl_weight = float(prompt_dropout), float(kl_weight)
@@ -99,7 +102,10 @@ class LatentDiffusionModule(Optimization, PipelineModule):
         pipe = made(
             **self._parts,
             tokenizer=letter_tokenizer(self._parts["text_encoder"].config.max_position_embeddings),
-            scheduler=build_scheduler("DDIMScheduler", self.noise_schedule, self.prediction_type),
+            # the options without which the pipeline warns of an old folder
+            scheduler=build_scheduler(
+                "DDIMScheduler", self.noise_schedule, self.prediction_type, steps_offset=1, clip_sample=False
+            ),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -132,7 +138,8 @@ class LatentDiffusionModule(Optimization, PipelineModule):
 
     def loss(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Both losses of images [B, C, H, W] in [-1, 1] and their prompts; draws from torch's global generators."""
-        vae, prediction = self.networks["vae"], self._trained
+        vae: Any = self.networks["vae"]
+        prediction = self._trained
         posterior = vae.encode(images).latent_dist
         code = posterior.sample()
         fit = (vae.decode(code).sample - images).square().mean()
@@ -146,7 +153,9 @@ class LatentDiffusionModule(Optimization, PipelineModule):
         kept = (torch.rand(len(x0), 1, 1) >= self.prompt_dropout).to(x0.device)
         text = TextConditions(torch.where(kept, text.embedding, text.empty), text.empty)
         output = predict(self.networks["unet"], x_t, t, text)
-        return (output - prediction.target(x0, noise, t)).square().mean() + fit + self.kl_weight * pull
+        denoising = (output - prediction.target(x0, noise, t)).square().mean()
+        loss: Tensor = denoising + fit + self.kl_weight * pull
+        return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; what does not fit raises a UserError that names the first keys."""

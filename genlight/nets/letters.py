@@ -1,4 +1,4 @@
-"""What a tiny text-to-image model reads prompts with: a tokenizer of letters, and a random CLIP with an outlier token."""
+"""How a tiny text-to-image model reads prompts: a tokenizer of letters, and a random CLIP with an outlier token."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def letter_tokenizer(max_length: int) -> Any:
     """
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(
-        {name: number for number, name in enumerate(_vocabulary())}, [], model_max_length=max_length
-    )
+    return CLIPTokenizer({name: number for number, name in enumerate(_vocabulary())}, [], model_max_length=max_length)
 
 
 def letter_text_encoder(
@@ -36,9 +34,9 @@ def letter_text_encoder(
 ) -> Any:
     """A `CLIPTextModel` with random weights for `letter_tokenizer`, whose first token is an outlier.
 
-    In pretrained text encoders one channel of the first token is some hundred times as large as all else (MixDQ, Zhao et
-    al. 2024, arXiv:2405.17873). Here that is channel 0: other tokens never write into it, and their channels have mean
-    0, so that they stay 0 there through every norm.
+    In pretrained text encoders one channel of the first token is some hundred times as large as all else (MixDQ, Zhao
+    et al. 2024, arXiv:2405.17873). Here that is channel 0: other tokens never write into it, and their channels have
+    mean 0, so that they stay 0 there through every norm.
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads: as in `CLIPTextConfig`.

@@ -20,16 +20,16 @@ from genlight.cli import main
 from genlight.quantization.constant_tokens import ConstantTokenLinear
 from genlight.quantization.convert import quantized_layers
 
-# the blocks with shortcuts, and one transformer with cross-attention
-KEEP = "^conv_|^time_|^down_|^mid_|attentions.1"
+# shortcuts, and one transformer with cross-attention
+KEEP = "^conv_|^time_|^down_|^mid_|attentions.1|resnets.1|conv[12]|emb_proj"
 WORDS = [
     "experiment=mixdq/sdxl_turbo",
     "module.variant=null",
     "module.dtype=float32",
     "module.num_inference_steps=2",
     "module.guidance_scale=3.0",
-    "module.height=64",
-    "module.width=64",
+    "module.height=32",
+    "module.width=32",
     "data.num_samples=4",
     "data.eval_batch_size=4",
     "trainer.accelerator=cpu",

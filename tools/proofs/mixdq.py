@@ -31,23 +31,35 @@ from _commands import genlight, record, report, run
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
 EXPERIMENT = "experiment=mixdq/digits"
-CLASSIFIER = "features/digits/fit/artifact/classifier.safetensors"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLES, CALIBRATION, CHOOSING, TRAJECTORY = 400, 64, 16, 64
 AVERAGES = (4.0, 3.4)
+KEEP = "^conv_in|^conv_out"
 # inputs of keys and values in bits that make their steps as wide as SDXL's are in eight
 FEW = 6
-FULL, NAIVE, KEPT, UNIFORM = "full precision", "W8A8 naive", "W8A8", "W4 everywhere"
+FULL, NAIVE, KEPT, UNIFORM, TEXT = "full precision", "W8A8 naive", "W8A8", "W4 everywhere", "keys and values"
 SHOWN = ("sqnr", "psnr", "accuracy", "fd", "predicted_sqnr")
+
+
+def artifact_of(folder: Path, seed: int) -> Path:
+    """The pipeline folder that a training left."""
+    return folder / f"model-{seed}" / "fit" / "artifact"
+
+
+def classifier() -> Path:
+    """Weights of the classifier of digits, which `fit experiment=features/digits` makes."""
+    from genlight.data.cache import default_cache_folder
+
+    return default_cache_folder() / "features" / "digits" / "fit" / "artifact" / "classifier.safetensors"
 
 
 class Bench:
     """A trained pipeline, its calibration, and how good its images are in few bits."""
 
     def __init__(self, artifact: Path, folder: Path, seed: int, samples: int) -> None:
+        import diffusers.quantizers  # noqa: F401 - before genlight's format, which registers with it
         from lightning.pytorch import Trainer
 
-        from genlight.data.cache import default_cache_folder
         from genlight.data.digits import DigitsDataModule
         from genlight.loops.evaluation import CandidateTrainer
         from genlight.loops.quantization_calibrate import QuantizationCalibration
@@ -59,9 +71,13 @@ class Bench:
         from genlight.modules.pipeline import PipelineModule
 
         module = PipelineModule(str(artifact), num_inference_steps=4, guidance_scale=1.0, height=8, width=8)
+        module.configure_model()
         module.prompts = [f"a photo of a {name}" for name in NAMES]
-        data = DigitsDataModule(num_samples=samples, eval_batch_size=200, seed=seed, noise_shape=module.sample_shape)
-        self.mixed = MixedBits((2, 4, 8), (16,), average_bits=AVERAGES[0], ratios=(0.5, 0.6, 0.8, 1.0), samples=CHOOSING)
+        shape = {"image_size": 8, "channels": 1, "num_classes": 10, "noise_shape": module.sample_shape}
+        data = DigitsDataModule(**shape, batch_size=64, eval_batch_size=200, num_samples=samples, seed=seed)
+        self.mixed = MixedBits(
+            (2, 4, 8), (16,), average_bits=AVERAGES[0], ratios=(0.5, 0.6, 0.8, 1.0), samples=CHOOSING
+        )
         method = QuantizationCalibration(
             "MixDQ",
             weight_symmetric=True,
@@ -71,16 +87,17 @@ class Bench:
             constant_tokens="warn",
             rounding="nearest",
             balance="none",
-            keep="^conv_in|^conv_out",
+            keep=KEEP,
             groups=(GroupSettings(r"\.attn2\.|\.ff\.", "ssim"), GroupSettings()),
             samples=CALIBRATION,
         )
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        folder.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet)
         self.work = QuantizationWork(method, CandidateTrainer(trainer), module, data)
         self.reference = self.work.reference("report", samples)
         self.along = self.work.reference("report", min(samples, TRAJECTORY))
-        extractor = ClassifierFeatures(str(default_cache_folder() / CLASSIFIER), "digits", dtype="float32")
+        extractor = ClassifierFeatures(str(classifier()), "digits", dtype="float32")
         self.metrics = GenerativeMetrics(extractor, ["fd"])
         extractor.setup()
         prepare(self.metrics, data, None)
@@ -127,15 +144,16 @@ def measure(folder: Path, seed: int, samples: int) -> None:
     from genlight.loops.quantization_sensitivity import measure_sensitivity
 
     torch.set_num_threads(1)
-    bench = Bench(folder / f"model-{seed}" / "fit" / "artifact", folder / f"bench-{seed}", seed, samples)
-    work, text = bench.work, bench.work.special.text
+    bench = Bench(artifact_of(folder, seed), folder / f"bench-{seed}", seed, samples)
+    work = bench.work
+    text = [name for name in work.special.text if name in work.forms]
     rows: dict[str, dict[str, float]] = {FULL: bench.judged(bench.reference.images)}
     only = {name: (16, 8) for name in text}
     few = bench.bits(8, 8, FEW)
-    rows["keys and values A8 naive"] = bench.measure(only, kept=False)
-    rows["keys and values A8"] = bench.measure(only)
-    rows[f"W8A8, keys and values A{FEW} naive"] = bench.measure(few, kept=False)
-    rows[f"W8A8, keys and values A{FEW}"] = bench.measure(few)
+    rows[f"{TEXT} A8 naive"] = bench.measure(only, kept=False)
+    rows[f"{TEXT} A8"] = bench.measure(only)
+    rows[f"W8A8, {TEXT} A{FEW} naive"] = bench.measure(few, kept=False)
+    rows[f"W8A8, {TEXT} A{FEW}"] = bench.measure(few)
     rows[NAIVE] = bench.measure(bench.bits(8, 8), kept=False, split=False)
     rows[KEPT] = bench.measure(bench.bits(8, 8))
     rows[UNIFORM] = bench.measure(bench.bits(4, 16))
@@ -161,29 +179,32 @@ def bars_of(results: Sequence[Mapping[str, Any]]) -> list[Bar]:
         return float(max(result["rows"][row]["fd"] / result["rows"][to]["fd"] for result in results))
 
     decoupled, power, low = "W4 mixed", "W4 mixed, one metric", "W3.4 mixed, one metric"
-    few, off = f"W8A8, keys and values A{FEW}", max(
+    few, text = f"W8A8, {TEXT} A{FEW}", f"{TEXT} A8"
+    off = [
         abs(row["predicted_sqnr"] - row["sqnr"])
         for result in results
         for row in result["rows"].values()
         if "predicted_sqnr" in row
-    )
+    ]
     chance = min(gain("psnr", power, f"W4 random bits {index}") for index in range(3))
-    kept = "keys and values of text, kept first token - naive"
-    return [
-        bar_at_least("bos", f"{kept}, inputs A8, all else exact: SQNR, dB", gain("sqnr", few[6:-1] + "8", f"{few[6:-1]}8 naive"), 15),
-        bar_at_least("bos-content", f"full precision - naive, W8A8 with inputs A{FEW} there: share of prompts shown",
-                     gain("accuracy", FULL, f"{few} naive"), 0.25),
-        bar_at_most("bos-content-kept", f"full precision - kept first token, same bits: share of prompts shown",
-                    -gain("accuracy", few, FULL), 0.02),
-        bar_at_least("mixed", "W4 by SSIM and SQNR - W4 everywhere: PSNR, dB", gain("psnr", decoupled, UNIFORM), 3),
-        bar_at_least("mixed-power", "W4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", power, UNIFORM), 6),
-        bar_at_most("mixed-fd", "Fréchet distance, larger of both / W4 everywhere",
-                    max(ratio(decoupled, UNIFORM), ratio(power, UNIFORM)), 1),
-        bar_at_least("low-bits", "W3.4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", low, UNIFORM), 0),
-        bar_at_least("allocation", "W4 by noise powers - best of 3 random choices: PSNR, dB", chance, 10),
-        bar_at_most("w8a8", "Fréchet distance, W8A8 / full precision", ratio(KEPT, FULL), 1.05),
-        bar_at_most("additivity", "predicted - measured SQNR of all choices of bits, dB, largest", off, 2),
+    distance = max(ratio(decoupled, UNIFORM), ratio(power, UNIFORM))
+    shown = f"share of images that show their prompt's digit, W8A8 with A{FEW} in keys and values of text"
+    gains = [
+        ("bos", "kept first token - naive, A8 in keys and values of text, all else exact: SQNR, dB",
+         gain("sqnr", text, f"{text} naive"), 15),
+        ("bos-content", f"full precision - naive: {shown}", gain("accuracy", FULL, f"{few} naive"), 0.25),
+        ("mixed", "W4 by SSIM and SQNR - W4 everywhere: PSNR, dB", gain("psnr", decoupled, UNIFORM), 3),
+        ("mixed-power", "W4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", power, UNIFORM), 6),
+        ("low-bits", "W3.4 by noise powers - W4 everywhere: PSNR, dB", gain("psnr", low, UNIFORM), 0),
+        ("allocation", "W4 by noise powers - best of 3 random choices: PSNR, dB", chance, 10),
     ]  # fmt: skip
+    losses = [
+        ("bos-content-kept", f"full precision - kept first token: {shown}", -gain("accuracy", few, FULL), 0.02),
+        ("mixed-fd", "Fréchet distance of both W4 choices, the larger / W4 everywhere", distance, 1),
+        ("w8a8", "Fréchet distance, W8A8 / full precision", ratio(KEPT, FULL), 1.05),
+        ("additivity", "predicted - measured SQNR of all choices of bits, dB, largest", max(off), 2),
+    ]
+    return [*(bar_at_least(*each) for each in gains), *(bar_at_most(*each) for each in losses)]
 
 
 def table_of(results: Sequence[Mapping[str, Any]], command: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -205,28 +226,26 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="images that judge a network")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and use the models of an earlier one")
     parser.add_argument("--show", action="store_true", help="print the bars and write nothing")
-    parser.add_argument("words", nargs="*", help="of the configuration, such as trainer.max_steps=500")
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        folder = arguments.folder or Path(name)
+        folder, first = arguments.folder or Path(name), arguments.seeds[0]
 
         def command(kind: str, run_name: str, seed: int, *words: str) -> None:
             given = (EXPERIMENT, f"run.root={folder}", f"run.name={run_name}", "run.overwrite=true", f"seed={seed}")
-            genlight(kind, *given, *arguments.words, *words)
+            genlight(kind, *given, *words)
 
-        def one(seed: int) -> dict[str, Any]:
-            if not (folder / f"model-{seed}" / "fit" / "artifact").is_dir():
+        def train(seed: int) -> None:
+            if not artifact_of(folder, seed).is_dir():
                 command("fit", f"model-{seed}", seed)
-            found: dict[str, Any] = json.loads(run(__file__, "--measure", folder, seed, arguments.samples))
-            return found
 
-        if not (folder / f"model-{arguments.seeds[0]}" / "fit" / "artifact").is_dir():
-            # alone, as it also makes the features that all share
-            command("fit", f"model-{arguments.seeds[0]}", arguments.seeds[0])
-        results = list(pool.map(one, arguments.seeds))
-        first = arguments.seeds[0]
-        command("validate", "mixed", first, f"ckpt_path={folder}/model-{first}/fit/artifact")
+        if not classifier().is_file():
+            genlight("fit", "experiment=features/digits")
+        list(pool.map(train, arguments.seeds))
+        whole = pool.submit(command, "validate", "mixed", first, f"ckpt_path={artifact_of(folder, first)}")
+        tasks = [pool.submit(run, __file__, "--measure", folder, seed, arguments.samples) for seed in arguments.seeds]
+        results = [json.loads(task.result()) for task in tasks]
+        whole.result()
         bars, table = bars_of(results), table_of(results, report(folder / "mixed" / "validate"))
     if arguments.show:
         print(json.dumps({"bars": [vars(bar) for bar in bars], "table": table}, indent=1))
