@@ -16,7 +16,7 @@ _AWAITED = "diffusers.quantizers.auto"
 
 
 def _register() -> None:
-    importlib.import_module("genlight.quantization.diffusers_format").register()
+    importlib.import_module("genlight.quantization.diffusers_format")
 
 
 class _RegisteringLoader(importlib.abc.Loader):

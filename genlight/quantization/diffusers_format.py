@@ -216,3 +216,7 @@ def register() -> None:
 
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, ViDiTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, ViDiTQConfig)
+
+
+# here and not in `genlight.diffusers_hook`: where this file is what imports diffusers, it is half made when that is done
+register()

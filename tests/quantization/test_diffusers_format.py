@@ -104,3 +104,10 @@ def test_importing_both_is_enough(order: str) -> None:
 def test_genlight_alone_imports_neither() -> None:
     alone = "import genlight, sys; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", alone], check=True)
+
+
+@pytest.mark.parametrize("first", ["diffusers", "genlight.quantization.diffusers_format", "diffusers.quantizers.auto"])
+def test_whatever_is_imported_first_diffusers_knows_the_method(first: str) -> None:
+    program = f"import genlight, {first}; from diffusers.quantizers import auto; print(auto.AUTO_QUANTIZER_MAPPING)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ViDiTQQuantizer" in done.stdout, done.stderr
