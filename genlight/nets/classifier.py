@@ -43,7 +43,8 @@ class Classifier(nn.Module):
         dropout: probability of dropping a feature before the last linear layer, in training only.
 
     Raises:
-        ValueError: a size is not positive, or the image is too small for ``stem_stride`` and to be halved ``len(widths) - 1`` times.
+        ValueError: a size is not positive, or the image is too small for ``stem_stride`` and to be halved
+            ``len(widths) - 1`` times.
     """
 
     def __init__(

@@ -218,5 +218,5 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, ViDiTQConfig)
 
 
-# here and not in `genlight.diffusers_hook`: where this file is what imports diffusers, it is half made when that is done
+# not by `genlight.diffusers_hook`: where this file is what imports diffusers, it is half made when that is done
 register()

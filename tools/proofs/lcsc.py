@@ -125,7 +125,11 @@ def diffusion(folder: Path, nfe: int, budget: int) -> dict[str, Any]:
     name = f"diffusion-{nfe}"
     words = ["validate", "data=mnist", "data.image_size=8", "metrics=mnist8", "module=diffusion_pretrained"]
     words += ["method=lcsc", "search=lcsc", f"method.objective=val/{METRIC}", f"module.pretrained={with_heun(folder)}"]
-    words += [f"method.trajectory={folder}/lcsc/mnist8_teacher/fit/trajectory", f"run.root={folder}", f"run.name={name}"]
+    words += [
+        f"method.trajectory={folder}/lcsc/mnist8_teacher/fit/trajectory",
+        f"run.root={folder}",
+        f"run.name={name}",
+    ]
     words += ["data.eval_batch_size=1000", "data.num_samples=10000", f"module.num_inference_steps={nfe}"]
     genlight(
         *words,
@@ -236,7 +240,9 @@ def bars_of(
         ),
         bar_at_least("b6", "gain on the report draw / gain on the search draw", median(kept), 0.5),
         bar_at_most("b7", "genetic / random search, equal evaluations and start", ga[STEPS] / random, 0.95),
-        bar_at_most("b8-same", f"diffusion, {FEW} evaluations: LCSC / best tracked EMA", few / score(models[FEW], *EMA), 0.6),
+        bar_at_most(
+            "b8-same", f"diffusion, {FEW} evaluations: LCSC / best tracked EMA", few / score(models[FEW], *EMA), 0.6
+        ),
         bar_at_most(
             "b8-more",
             f"diffusion: LCSC at {FEW} / best tracked EMA at {MORE} evaluations",
