@@ -2,7 +2,7 @@
 
 `fit experiment=dd/mnist` trains tokenizer and teacher where they are missing, makes the pairs and distils a student;
 `validate` measures teacher, student and everything between. A VAR on digits besides. MNIST needs GENLIGHT_DATA; digits
-are a rehearsal, whose bars are printed and not kept.
+are a rehearsal, whose bars are printed and not recorded.
 
     make proof NAME=dd
     python tools/proofs/dd.py --data digits     # minutes, nothing to download
@@ -11,11 +11,10 @@ are a rehearsal, whose bars are printed and not kept.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,23 @@ PASSES = {"mnist": [1, 2, 4, 8], "digits": [1, 2, 4, 8], "digits_var": [1, 2]}
 ONE, TWO, CLASS, ALL = "student, 1 step", "student, 2 steps", "onestep*, by class", "onestep*"
 
 
-def distilled(folder: Path, recipe: str, seed: int) -> dict[str, Any]:
+def distilled(folder: Path, recipe: str, seed: int, more: tuple[str, ...]) -> dict[str, Any]:
     """One student; its table by variant, the seconds of the commands, and how exact it is when refined to the end."""
-    common = [f"experiment=dd/{recipe}", f"run.root={folder}", f"run.name={recipe}-{seed}", f"seed={seed}"]
     path = folder / f"{recipe}-{seed}"
-    fit = genlight("fit", *common)
-    common.append(f"ckpt_path={path / 'fit'}")
+    common = (f"experiment=dd/{recipe}", f"run.root={folder}", f"seed={seed}")
+    fit = None
+    if not (path / "fit" / "artifact").is_dir():
+        fit = genlight("fit", *common, f"run.name={path.name}", *more)
+    common = (*common, f"ckpt_path={path / 'fit'}", "run.overwrite=true")
     words = ("data.images.num_samples=3000", "metrics.metrics=[fd]", "metrics.extractor.dtype=float32")
-    validate = genlight("validate", *common, *words, f"method.refine={PASSES[recipe]}")
+    validate = genlight("validate", *common, f"run.name={path.name}", *words, f"method.refine={PASSES[recipe]}", *more)
     rows = {row["variant"]: row for row in report(path / "validate")["table"]}
-    # as many passes as there are groups, which is as dear as it is exact
-    common[2] = f"run.name={recipe}-{seed}-exact"
-    words = ("data.images.num_samples=500", "metrics=none", f"method.refine=[{GROUPS[recipe]}]")
-    genlight("validate", *common, *words, "method.skip=[]", "method.involved=[]", "method.latency_batches=[]")
-    exact = [r for r in report(folder / f"{recipe}-{seed}-exact" / "validate")["table"] if r["kind"] == "refined"]
-    return {"recipe": recipe, "fit s": fit, "validate s": validate, "rows": rows, "exact": exact[0]["agreement"]}
+    # as many passes as there are groups: as dear as it is exact, so without the others, and on fewer samples
+    words = ("data.images.num_samples=500", "metrics=none", f"method.refine=[{GROUPS[recipe]}]", "method.skip=[]")
+    words = (*words, "method.involved=[]", "method.latency_batches=[]")
+    genlight("validate", *common, f"run.name={path.name}-exact", *words, *more)
+    refined = [r for r in report(folder / f"{path.name}-exact" / "validate")["table"] if r["kind"] == "refined"]
+    return {"recipe": recipe, "fit s": fit, "validate s": validate, "rows": rows, "exact": refined[0]["agreement"]}
 
 
 def bars_of(result: dict[str, Any], prefix: str) -> list[Bar]:
@@ -92,27 +93,31 @@ def bars_of(result: dict[str, Any], prefix: str) -> list[Bar]:
 def main() -> None:
     """Run all, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; trainings that are there are used")
     parser.add_argument(
         "--data", choices=("mnist", "digits"), default="mnist" if os.environ.get("GENLIGHT_DATA") else "digits"
     )
     parser.add_argument("--no-var", action="store_true", help="without the VAR on digits")
+    parser.add_argument("--dry", action="store_true", help="print the bars and record nothing")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("words", nargs="*", help="further words of every command")
+    arguments = parser.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        recipes = (options.data, *(() if options.no_var else ("digits_var",)))
-        results = [distilled(folder, recipe, options.seed) for recipe in recipes]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder, words = arguments.folder or Path(name), tuple(arguments.words)
+        recipes = (arguments.data, *(() if arguments.no_var else ("digits_var",)))
+        waiting = [pool.submit(distilled, folder, recipe, arguments.seed, words) for recipe in recipes]
+        results = [each.result() for each in waiting]
     bars = [bar for result in results for bar in bars_of(result, "var-" if "var" in result["recipe"] else "")]
     table = [{"teacher": result["recipe"], **row} for result in results for row in result["rows"].values()] + [
         {"teacher": result["recipe"], "fit s": result["fit s"], "validate s": result["validate s"]}
         for result in results
     ]
-    if options.data == "digits":
-        print(json.dumps([asdict(bar) for bar in bars], indent=1))
-    else:
-        record("dd", bars, table, [options.seed], started)
+    if not arguments.dry and arguments.data == "mnist":
+        record("dd", bars, table, [arguments.seed], started)
+        return
+    for bar in bars:
+        print(f"{'holds' if bar.holds else 'FAILS'}  {bar.id}: {bar.value} ({bar.bar})")
 
 
 if __name__ == "__main__":
