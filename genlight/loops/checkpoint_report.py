@@ -12,7 +12,7 @@ import numpy as np
 from genlight import io
 from genlight.checkpoints.trajectory import Average
 from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
-from genlight.loops.evaluation import in_turn, measured
+from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
 from genlight.loops.result import MethodResult
 from genlight.modules.generation import GRID_IMAGES
 from genlight.reports.coefficients_figure import weights_over_steps
@@ -66,16 +66,12 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
 
 def _row(work: CheckpointWork, variant: Variant, values: Mapping[str, float]) -> dict[str, Any]:
     row: dict[str, Any] = {"weights": variant.name, "kind": variant.kind}
-    row |= {"search": _shown(work, variant.search), "select": _shown(work, variant.select)}
+    mode = work.method.mode
+    row |= {"search": as_logged(mode, variant.search), "select": as_logged(mode, variant.select)}
     row |= {name.removeprefix("val/"): value for name, value in values.items()}
     if isinstance(variant.weights, Combination):
         row["l1"] = work.space.cost(variant.weights)["l1"]
     return row
-
-
-def _shown(work: CheckpointWork, score: float) -> float:
-    """A score as the objective is logged."""
-    return score if work.method.mode == "min" else -score
 
 
 def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
@@ -87,7 +83,7 @@ def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
     for kind, result in work.results.items():
         points = [(r.index, r.score, r.source, r.fidelity) for r in result.records]
         name = kind.lower().replace(" ", "-")
-        label = f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
+        label = score_label(work.method.mode, work.method.objective)
         search_curve(points, figures / f"search-{name}.png", ylabel=label)
     samples: dict[str, Tensor] = {}
     for kind in ("last", TRACKED if TRACKED in best else "ema", LCSC):

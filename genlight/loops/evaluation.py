@@ -187,8 +187,19 @@ class MetricObjective:
         found = measured(self.evaluations, self.module, self.datamodule, self.draw, fidelity, self.metrics)
         if self.metric not in found:
             raise UserError(f"method.objective={self.metric}: validate logs {', '.join(found) or 'no metric'}")
-        sign = 1.0 if self.mode == "min" else -1.0
-        return Evaluation(sign * found[self.metric], {k: v for k, v in found.items() if not k.endswith("_std")})
+        return Evaluation(
+            as_logged(self.mode, found[self.metric]), {k: v for k, v in found.items() if not k.endswith("_std")}
+        )
+
+
+def as_logged(mode: str, score: float) -> float:
+    """The metric of a score, or the score of a metric: scores are minimised, whatever the mode."""
+    return score if mode == "min" else -score
+
+
+def score_label(mode: str, metric: str) -> str:
+    """What an axis of scores shows."""
+    return metric if mode == "min" else f"-{metric}"
 
 
 def measured(

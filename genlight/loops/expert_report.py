@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from genlight import io
 from genlight.errors import UserError
 from genlight.experts.export import check_exportable, save_edited
-from genlight.loops.evaluation import in_turn, measured
+from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
 from genlight.loops.expert_work import FULL, MERGED, PRUNED, RANDOM, Choice, ExpertWork
 from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
@@ -168,18 +168,14 @@ def _mean(work: ExpertWork, values: Mapping[str, float], quantity: str) -> float
     return fmean(known) if known else None
 
 
-def _shown(work: ExpertWork, score: float) -> float:
-    """A score as the objective is logged."""
-    return score if work.method.mode == "min" else -score
-
-
 def _row(work: ExpertWork, each: Reported, chosen: bool) -> dict[str, Any]:
     choice = each.choice
     whole = choice.candidate is None
     row: dict[str, Any] = {"model": choice.name, "kind": choice.kind, "chosen": "yes" if chosen else ""}
     row["experts"] = work.editor.num_experts if whole else work.num_experts
     row |= {quantity: _mean(work, each.values, quantity) for quantity in _QUANTITIES}
-    row |= {"search": _shown(work, choice.search), "select": _shown(work, choice.select)}
+    mode = work.method.mode
+    row |= {"search": as_logged(mode, choice.search), "select": as_logged(mode, choice.select)}
     row["per token"] = work.editor.own_routing.num_experts_per_tok if whole else work.per_token
     for task in work.datamodule.evaluate:
         row |= {f"{task}/{quantity}": each.values.get(f"val/{task}/{quantity}") for quantity in _QUANTITIES}
@@ -200,8 +196,8 @@ def _random_row(work: ExpertWork, draws: Sequence[Choice]) -> dict[str, Any]:
     found = in_turn(work.evaluations, [partial(one, choice) for choice in draws])
     row: dict[str, Any] = {"model": RANDOM, "kind": RANDOM, "chosen": "", "experts": work.num_experts}
     row |= {"per token": work.per_token}
-    row |= {"search": _shown(work, fmean(choice.search for choice in draws))}
-    row |= {"select": _shown(work, fmean(choice.select for choice in draws))}
+    row |= {"search": as_logged(work.method.mode, fmean(choice.search for choice in draws))}
+    row |= {"select": as_logged(work.method.mode, fmean(choice.select for choice in draws))}
     for quantity in _QUANTITIES:
         values = [value for each in found if (value := _mean(work, each, quantity)) is not None]
         row[quantity] = fmean(values) if values else None
@@ -225,7 +221,7 @@ def _headline(found: Found) -> dict[str, float]:
             values[f"{quantity}_random"] = found.random.get(quantity)
     for word, kind in (("prune", PRUNED), ("merge", MERGED)):
         if ranked := work.ranked(kind):
-            values[f"search_best_{word}"] = _shown(work, float(ranked[0].score or 0.0))
+            values[f"search_best_{word}"] = as_logged(work.method.mode, float(ranked[0].score or 0.0))
     values["share_of_expert_parameters"] = work.num_experts / work.editor.num_experts
     return {name: float(value) for name, value in values.items() if value is not None}
 
@@ -260,7 +256,7 @@ def _pictures(found: Found, end: str) -> None:
     }
     expert_heatmaps(shares, figures / f"routing_load{end}.png", label="share of the routed tokens")
     points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
-    label = f"{'-' if work.method.mode == 'max' else ''}{work.method.objective}"
+    label = score_label(work.method.mode, work.method.objective)
     search_curve(points, figures / f"search{end}.png", ylabel=label)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from genlight.errors import UserError
 from genlight.io import atomic_write_text
-from genlight.loops.evaluation import in_turn
+from genlight.loops.evaluation import as_logged, in_turn, score_label
 from genlight.loops.model_work import COSTS, Choice, ModelWork, file_of
 from genlight.loops.result import MethodResult
 from genlight.modules.model_schedule_file import write_model_schedule
@@ -105,8 +105,14 @@ def _value(work: ModelWork, values: Mapping[str, Mapping[str, float]], choice: C
 def _row(work: ModelWork, choice: Choice, values: Mapping[str, float], chosen: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"budget": choice.budget, "rule": choice.rule, "schedule": choice.name}
     row |= {_CHOSEN: "yes" if chosen else "", "nfe": choice.schedule.nfe, "cost": choice.cost}
-    row |= {"measured ms": values["measured_ms"], "search": choice.search, "select": choice.select}
+    row |= {"measured ms": values["measured_ms"], **_scores(work, choice)}
     return row | {name.removeprefix("val/"): value for name, value in values.items() if name != "measured_ms"}
+
+
+def _scores(work: ModelWork, choice: Choice) -> dict[str, float]:
+    """On the draws of search and choice, as the objective is logged."""
+    mode = work.method.mode
+    return {"search": as_logged(mode, choice.search), "select": as_logged(mode, choice.select)}
 
 
 def _pictures(work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +136,7 @@ def _pictures(work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[M
         slots=work.space.slots,
     )
     points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
-    search_curve(points, figures / "search.png", ylabel=work.method.objective)
+    search_curve(points, figures / "search.png", ylabel=score_label(work.method.mode, work.method.objective))
     _scatter(work, figures / "predictor.png")
 
 
@@ -168,7 +174,7 @@ def _save(
         module.save_pretrained(folder)
     write_costs(folder / COSTS, work.costs)
     for budget, choice in winners.items():
-        scores = {"search": choice.search, "select": choice.select}
+        scores = _scores(work, choice)
         scores |= {key.removeprefix("val/"): value for key, value in values[work.space.key(choice.schedule)].items()}
         write_model_schedule(
             file_of(folder, budget),
