@@ -129,7 +129,7 @@ class CheckpointSearch:
                 part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
             )
             group_of_names(part.names, self.groups)
-        require_capability(module, LiveWeights, space, ("every generator of genlight",))
+        require_capability(module, LiveWeights, space, ("every generator and language model of genlight",))
         return space
 
     def _work(

@@ -15,6 +15,7 @@ from torch import Tensor
 from genlight.errors import UserError, in_config
 from genlight.experts.editor import ExpertEditor
 from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match, extracted
+from genlight.modules.generation import LiveParameters
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.pretrained import first_line
@@ -23,7 +24,7 @@ from genlight.recipes import fit_where_missing
 from genlight.trainer.resident import is_sharded
 
 
-class CausalLMModule(Optimization, LightningModule):
+class CausalLMModule(LiveParameters, Optimization, LightningModule):
     """A causal language model, dense or with experts, pretrained or built from a config and trained from scratch.
 
     Training minimises the cross-entropy of the labelled tokens, and for experts the load-balancing loss of their family
@@ -134,10 +135,6 @@ class CausalLMModule(Optimization, LightningModule):
             with in_config("module"):
                 self._editor = ExpertEditor(self.network)
         return self._editor
-
-    def live_weights(self) -> dict[str, Tensor]:
-        """The parameters that the next forward pass reads, by name; not copies."""
-        return dict(self.named_parameters())
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
         # dense models do not know the word

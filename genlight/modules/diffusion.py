@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +19,12 @@ from genlight.diffusion.timestep_samplers import TimestepSampler, UniformTimeste
 from genlight.diffusion.weightings import Uniform, Weighting
 from genlight.errors import UserError
 from genlight.modules.data_check import check_data
+from genlight.modules.described import DescribedWeights
 from genlight.modules.exported_pipeline import Network, denoise, network_shape, network_style, predict
 from genlight.modules.generation import GeneratorValidation
 from genlight.modules.latents import FrozenVAE
 from genlight.modules.networks import (
     check_state_dict,
-    differences,
-    first_of,
     label_rows,
     noise_seeded_generators,
     plain_config,
@@ -39,7 +36,7 @@ from genlight.modules.searched_sampling import SearchedSampling
 SchedulerChoice = str | type | functools.partial[Any]
 
 
-class DiffusionModule(SearchedSampling, GeneratorValidation, Optimization, LightningModule):
+class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, Optimization, LightningModule):
     """A generator: network, noise schedule, loss and sampler. Works in pixels, or in the latent space of a VAE.
 
     The loss of a sample is w(t) times the mean squared error of the network against its target, with the input, the
@@ -272,15 +269,6 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, Optimization, Light
         assert self.num_classes is not None
         return torch.where(dropped, self.num_classes, label)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["genlight_module"] = self.description()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """UserError naming the first differing keys if the checkpoint is of another model."""
-        found = checkpoint.get("genlight_module")
-        if found is not None and (different := differences(found, self.description())):
-            raise UserError(f"the checkpoint is of another model than the module: {first_of(different)}")
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; what does not fit raises a UserError that names the first keys."""
         self.net  # noqa: B018 - may still have to be read
@@ -349,14 +337,6 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, Optimization, Light
             "num_classes": self.num_classes,
             "vae": None if vae is None else {"class": type(vae).__name__, "config": plain_config(vae)},
         }
-
-    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
-        """SHA-256 over the description and the weights; of ``state`` where the module holds a part of them only."""
-        digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode())
-        for name, value in sorted((state or self.state_dict()).items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a diffusers pipeline folder; see :mod:`genlight.modules.export` for the kind of pipeline."""

@@ -6,7 +6,6 @@ vectors to codes. The student learns that function from pairs of noise and token
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch.nn import functional
 from genlight.diffusion.distances import Distance, distance
 from genlight.errors import UserError
 from genlight.modules.data_check import check_classes, check_images
+from genlight.modules.described import DescribedWeights
 from genlight.modules.distilled_folder import save_student
 from genlight.modules.generation import GeneratorValidation
-from genlight.modules.networks import check_state_dict, differences, first_of
+from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.teacher import ensure_teacher
 from genlight.modules.token_folder import TokenTeacher, read_token_teacher
@@ -30,7 +30,7 @@ from genlight.nets.dd_student import Student, student_of, take_from
 from genlight.nets.few_step import Decoded, check_timesteps, ends_of, few_steps, mix
 
 
-class DistilledDecodingModule(GeneratorValidation, Optimization, LightningModule):
+class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimization, LightningModule):
     """A student of an autoregressive network, trained to say all tokens from noise, or from noise and the first ones.
 
     Training shows the codes of the first groups and noise in the place of the others, and asks for the others: by
@@ -263,23 +263,6 @@ class DistilledDecodingModule(GeneratorValidation, Optimization, LightningModule
         """What the weights mean, as plain values: the student's architecture and whose student it is."""
         described: dict[str, Any] = json.loads(json.dumps(self.student.config))
         return {"student": described, "teacher": self.teacher.fingerprint}
-
-    def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
-        """SHA-256 over the description and the weights; of ``state`` where the module holds a part of them only."""
-        digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode())
-        for name, value in sorted((state or self.state_dict()).items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["genlight_module"] = self.description()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """UserError naming the first differing keys if the checkpoint is of another student or teacher."""
-        found = checkpoint.get("genlight_module")
-        if found is not None and (different := differences(found, self.description())):
-            raise UserError(f"the checkpoint is of another model than the module: {first_of(different)}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; what does not fit raises a UserError that names the first keys."""

@@ -11,7 +11,15 @@ from torch import Tensor
 GRID_IMAGES = 64
 
 
-class GeneratorValidation:
+class LiveParameters:
+    """Mixin for modules whose weights a search may write in place."""
+
+    def live_weights(self) -> dict[str, Tensor]:
+        """The parameters that the next forward pass reads, by name; not copies."""
+        return dict(self.named_parameters())  # type: ignore[attr-defined]
+
+
+class GeneratorValidation(LiveParameters):
     """Mixin for LightningModules that have ``sample(noise, label)``.
 
     Attributes:
@@ -28,10 +36,6 @@ class GeneratorValidation:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
-
-    def live_weights(self) -> dict[str, Tensor]:
-        """The parameters that the next forward pass reads, by name; not copies."""
-        return dict(self.named_parameters())  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
         self.grid_images = None

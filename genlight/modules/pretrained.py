@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,19 +190,34 @@ def _from_hub(source: str) -> Path:
         raise UserError(
             f"{source} is not a folder: expected a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
         )
+    return downloaded(source, ["model_index.json", RECORD, "*config.json", "*.safetensors", "*.safetensors.index.json"])
+
+
+def downloaded(source: str, patterns: Sequence[str], ignored: Sequence[str] | None = None, where: str = "") -> Path:
+    """The files of a hub id, in the cache of huggingface_hub, which also serves where the hub is out of reach.
+
+    Args:
+        patterns, ignored: names of files to take and to leave, as huggingface_hub has them.
+        where: beginning of the message, such as the config key.
+
+    Raises:
+        UserError: neither in reach nor in the cache.
+    """
     from huggingface_hub import constants, get_session, snapshot_download
 
-    patterns = ["model_index.json", RECORD, "*config.json", "*.safetensors", "*.safetensors.index.json"]
+    files: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ignored}
     try:
         # asked once first: a download tries again for half a minute before it gives up
         get_session().head(constants.ENDPOINT, timeout=10.0)
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, **files))
     except Exception as error:  # httpx, huggingface_hub and the system each raise their own
         try:
-            return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+            return Path(snapshot_download(source, **files, local_files_only=True))
         except Exception:
             reason = f"{first_line(error)} ({constants.ENDPOINT})"
-            raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
+            raise UserError(
+                f"{where}{source!r} is neither a folder here nor a model of the hub in reach: {reason}"
+            ) from error
 
 
 def load_network(folder: Path, name: str, allowed: tuple[str, ...], **options: Any) -> Network:

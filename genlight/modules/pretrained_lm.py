@@ -11,7 +11,7 @@ import torch
 from genlight.errors import UserError
 from genlight.io import verify_folder
 from genlight.modules.networks import first_of
-from genlight.modules.pretrained import first_line, read_object
+from genlight.modules.pretrained import downloaded, first_line, read_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -73,24 +73,9 @@ def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
             raise UserError(
                 f"module.pretrained = {source} is neither a folder nor a hub id such as allenai/OLMoE-1B-7B"
             )
-        folder = _from_hub(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
+        folder = downloaded(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is no folder of transformers: it has no config.json")
     if (folder / "manifest.json").is_file():
         verify_folder(folder)
     return folder
-
-
-def _from_hub(source: str, patterns: list[str]) -> Path:
-    from huggingface_hub import constants, get_session, snapshot_download
-
-    try:
-        # asked once first: a download tries again for half a minute before it gives up
-        get_session().head(constants.ENDPOINT, timeout=10.0)
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # httpx, huggingface_hub and the system each raise their own
-        try:
-            return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
-        except Exception:
-            reason = f"{first_line(error)} ({constants.ENDPOINT})"
-            raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from genlight import io
 from genlight.errors import UserError
+from genlight.modules.described import add_weights
 from genlight.modules.networks import check_state_dict
 from genlight.nets.autoregressive import SamplingSettings
 from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
@@ -80,9 +81,7 @@ class TokenTeacher:
         """SHA-256 over architectures, settings and all weights."""
         digest = hashlib.sha256(json.dumps([_tokenizer_record(self._saved), _record(self)], sort_keys=True).encode())
         for network in (self.model.transformer, self.tokenizer):
-            for name, value in sorted(network.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            add_weights(digest, network.state_dict())
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> TokenTeacher:

@@ -27,6 +27,7 @@ from genlight.modules.pretrained import (
     RECORD,
     class_name_of,
     component_folder,
+    downloaded,
     first_line,
     load_network,
     read_object,
@@ -308,25 +309,10 @@ def _vae_config(root: Path) -> Mapping[str, Any] | None:
 
 def _from_hub(name: str, entry: ZooEntry) -> Path:
     """The network's part of a hub's repository, in the cache of huggingface_hub."""
-    from huggingface_hub import constants, get_session, snapshot_download
-
     keys = [key for key in (entry.subfolder, entry.component) if key] or list(COMPONENTS)
     ending = f"*.{entry.variant}*.safetensors" if entry.variant else "*.safetensors"
     patterns = ["model_index.json", RECORD, "config.json", "scheduler/*.json", "vae/config.json", "vqvae/config.json"]
     patterns += [f"diffusion_pytorch_model{ending}", *(f"{key}/*.json" for key in keys)]
     patterns += [f"{key}/{ending}" for key in keys]
     ignored = None if entry.variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
-    try:
-        # asked once first: a download tries again for half a minute before it gives up
-        get_session().head(constants.ENDPOINT, timeout=10.0)
-        return Path(snapshot_download(entry.source, allow_patterns=patterns, ignore_patterns=ignored))
-    except Exception as error:  # httpx, huggingface_hub and the system each raise their own
-        try:
-            return Path(
-                snapshot_download(entry.source, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=True)
-            )
-        except Exception:
-            reason = f"{first_line(error)} ({constants.ENDPOINT})"
-            raise UserError(
-                f"members.{name}: {entry.source!r} is neither a folder here nor a model of the hub in reach: {reason}"
-            ) from error
+    return downloaded(entry.source, patterns, ignored, f"members.{name}: ")

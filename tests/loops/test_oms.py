@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,9 @@ def validate(root: Path, name: str, *words: str) -> int:
     return main([*words_of(root), f"run.name={name}", *words])
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Below it two models, `small` and `large`, and `run`, a finished search."""
-    root = tmp_path_factory.mktemp("oms")
-    for name, width in (("small", 8), ("large", 24)):
+def save_denoisers(root: Path, widths: Mapping[str, int]) -> None:
+    """A folder for each name below `root`: transformers of one token, far from what they begin with."""
+    for name, width in widths.items():
         torch.manual_seed(width)
         network = DiTTransformer2DModel(
             sample_size=8, in_channels=1, out_channels=1, patch_size=8, num_layers=1, num_attention_heads=1,
@@ -66,6 +65,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for weight in network.parameters():
                 weight.add_(0.05 * torch.randn(weight.shape))
         DiffusionModule(network, VPSchedule(), "v_prediction", class_conditional=False).save_pretrained(root / name)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it two models, `small` and `large`, and `run`, a finished search."""
+    root = tmp_path_factory.mktemp("oms")
+    save_denoisers(root, {"small": 8, "large": 24})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
         untrained_features(root / "cache")

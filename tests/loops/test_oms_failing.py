@@ -11,11 +11,9 @@ import pytest
 import torch
 from command_line import histories, report_of, the_error, untrained_features
 from diffusers import DiTTransformer2DModel
-from loops.test_oms import words_of
+from loops.test_oms import save_denoisers, words_of
 
 from genlight.cli import main
-from genlight.diffusion.noise_schedules import VPSchedule
-from genlight.modules.diffusion import DiffusionModule
 from genlight.reports.latency import read_costs
 
 WIDTHS = {"small": 8, "middle": 16, "large": 24}
@@ -26,16 +24,7 @@ AGREED = "method.drop_failing=true"
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Below it three models."""
     root = tmp_path_factory.mktemp("oms_failing")
-    for name, width in WIDTHS.items():
-        torch.manual_seed(width)
-        network = DiTTransformer2DModel(
-            sample_size=8, in_channels=1, out_channels=1, patch_size=8, num_layers=1, num_attention_heads=1,
-            attention_head_dim=width, num_embeds_ada_norm=2,
-        )  # fmt: skip
-        with torch.no_grad():
-            for weight in network.parameters():
-                weight.add_(0.05 * torch.randn(weight.shape))
-        DiffusionModule(network, VPSchedule(), "v_prediction", class_conditional=False).save_pretrained(root / name)
+    save_denoisers(root, WIDTHS)
     untrained_features(root / "cache")
     return root
 
