@@ -102,8 +102,11 @@ def fit(folder: Path, steps: int) -> float:
     return time.monotonic() - begun
 
 
-def with_heun(folder: Path) -> Path:
-    """The diffusion model with the sampler of Karras et al. 2022, algorithm 1, at both numbers of evaluations."""
+def make_heun(folder: Path) -> None:
+    """`heun`: the diffusion model with the sampler of Karras et al. 2022, algorithm 1, at both numbers of evaluations.
+
+    Made before the two commands that read it, which run side by side.
+    """
     from genlight.diffusion.export_scheduler import scheduler_of, write_scheduler
     from genlight.diffusion.noise_schedules import EDMSchedule
     from genlight.diffusion.prediction import Prediction
@@ -117,14 +120,13 @@ def with_heun(folder: Path) -> Path:
         shutil.copytree(trained, folder / "heun.part")
         write_scheduler(scheduler_of(SolverBank.of(Prediction("edm", schedule), every)), folder / "heun.part")
         (folder / "heun.part").rename(made)
-    return made
 
 
 def diffusion(folder: Path, nfe: int, budget: int) -> dict[str, Any]:
     """The combination of the diffusion model's checkpoints for few evaluations of Heun; the averages beside it."""
     name = f"diffusion-{nfe}"
     words = ["validate", "data=mnist", "data.image_size=8", "metrics=mnist8", "module=diffusion_pretrained"]
-    words += ["method=lcsc", "search=lcsc", f"method.objective=val/{METRIC}", f"module.pretrained={with_heun(folder)}"]
+    words += ["method=lcsc", "search=lcsc", f"method.objective=val/{METRIC}", f"module.pretrained={folder}/heun"]
     words += [
         f"method.trajectory={folder}/lcsc/mnist8_teacher/fit/trajectory",
         f"run.root={folder}",
@@ -306,6 +308,7 @@ def main() -> None:
         if not (folder / "lcsc" / "mnist8_teacher" / "fit" / "artifact").is_dir():
             teacher = ("experiment=lcsc/mnist8_teacher", "callbacks=collector", *CONSTANT)
             genlight("fit", *teacher, f"run.root={folder}", "run.name=lcsc/mnist8_teacher")
+        make_heun(folder)
         mixing = speed.result()
         fits = {steps: pool.submit(fit, folder, steps) for steps in (STEPS, QUARTER)}
         models = {FEW: pool.submit(diffusion, folder, FEW, BUDGET), MORE: pool.submit(diffusion, folder, MORE, 1)}
