@@ -32,6 +32,7 @@ WAYS = ("mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy")
 ONE_METRIC, SUM_DB, BUDGETS, RANDOM = "mixed, one metric", "mixed by sum of dB", "mixed by group budgets", "random bits"
 _RANDOM_SEEDS = 3
 _FRONT_POINTS = 9
+_LEAST_QUALITY_BITS = 4  # of weights judged by predictions, in the MixDQ paper's budgets by group
 
 # bits of the weight, and of the input; None: those of the settings
 Choice = tuple[int, int | None]
@@ -174,7 +175,8 @@ def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
 def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
 
-    Ratios are tried on the images of the select draw. Those whose budgets lie outside the choices are left out.
+    What is judged by predictions has four bits or more there, where the choices have any. Ratios are tried on the
+    images of the select draw. Those whose budgets lie outside the choices are left out.
     """
     groups, work = program.groups(), program.work
     quality = groups.get("sqnr", [])
@@ -184,18 +186,21 @@ def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     average = float(program.mixed.average_bits or 0.0)
     losses = program.table(lambda e: 1 - e.ssim if e.ssim is not None else -decibels(e.noise))
     losses[quality] = program.table(lambda e: -decibels(e.noise))[quality]
+    every = list(range(len(program.choices)))
+    columns = [every, [j for j in every if program.choices[j][0] >= _LEAST_QUALITY_BITS] or every]
     best, best_error = None, np.inf
     for ratio in program.mixed.ratios:
         chosen = [0] * len(program.names)
         try:
             budgets = group_budgets(average, ratio, share)
-            for rows, budget in zip((content, quality), budgets, strict=True):
+            for rows, of, budget in zip((content, quality), columns, budgets, strict=True):
                 scale = budget / average
-                costs = {name: cost[rows] for name, cost in program.costs.items()}
+                costs = {name: cost[np.ix_(rows, of)] for name, cost in program.costs.items()}
                 part = {n: float(program.costs[n][rows].max(1).sum() / program.costs[n].max(1).sum()) for n in costs}
                 limits = {n: program.limits[n] * part[n] * (scale if n == "average_bits" else 1) for n in costs}
-                for i, j in zip(rows, allocate(losses[rows], costs, limits) if rows else (), strict=True):
-                    chosen[i] = j
+                found = allocate(losses[np.ix_(rows, of)], costs, limits) if rows else ()
+                for i, j in zip(rows, found, strict=True):
+                    chosen[i] = of[j]
         except ValueError:  # a budget below the least bits
             continue
         error = work.image_error(Variant.mixed(work.method, BUDGETS, program.bits(chosen)), program.mixed.samples)
