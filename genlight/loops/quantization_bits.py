@@ -175,40 +175,52 @@ def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
 def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
 
-    What is judged by predictions has four bits or more there, where the choices have any. Ratios are tried on the
-    images of the select draw. Those whose budgets lie outside the choices are left out.
+    What is judged by predictions has four bits or more there, unless no ratio leaves it that many. Ratios are tried on
+    the images of the select draw. Those whose budgets lie outside the choices are left out.
     """
-    groups, work = program.groups(), program.work
+    work, mixed = program.work, program.mixed
+    for least in (_LEAST_QUALITY_BITS, 0):
+        best, best_error = None, np.inf
+        for ratio in mixed.ratios:
+            try:
+                chosen = _at_ratio(program, ratio, least)
+            except ValueError:  # a budget below the least bits
+                continue
+            error = work.image_error(Variant.mixed(work.method, BUDGETS, program.bits(chosen)), mixed.samples)
+            if error < best_error:
+                best, best_error = chosen, error
+        if best is not None:
+            return best
+    raise ValueError(f"ratios = {list(mixed.ratios)}: none of them gives budgets that can be kept")
+
+
+def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
+    """A choice for each layer, where layers judged by predictions have weights of `least` bits or more.
+
+    Raises:
+        ValueError: the budget of a group is below the least bits that it may have.
+    """
+    groups = program.groups()
     quality = groups.get("sqnr", [])
     content = [row for rows in groups.values() for row in rows if row not in set(quality)]
     most = program.costs["average_bits"].max(axis=1)
-    share = float(most[content].sum() / most.sum())
     average = float(program.mixed.average_bits or 0.0)
+    budgets = group_budgets(average, ratio, float(most[content].sum() / most.sum()))
     losses = program.table(lambda e: 1 - e.ssim if e.ssim is not None else -decibels(e.noise))
     losses[quality] = program.table(lambda e: -decibels(e.noise))[quality]
-    every = list(range(len(program.choices)))
-    columns = [every, [j for j in every if program.choices[j][0] >= _LEAST_QUALITY_BITS] or every]
-    best, best_error = None, np.inf
-    for ratio in program.mixed.ratios:
-        chosen = [0] * len(program.names)
-        try:
-            budgets = group_budgets(average, ratio, share)
-            for rows, of, budget in zip((content, quality), columns, budgets, strict=True):
-                scale = budget / average
-                costs = {name: cost[np.ix_(rows, of)] for name, cost in program.costs.items()}
-                part = {n: float(program.costs[n][rows].max(1).sum() / program.costs[n].max(1).sum()) for n in costs}
-                limits = {n: program.limits[n] * part[n] * (scale if n == "average_bits" else 1) for n in costs}
-                found = allocate(losses[np.ix_(rows, of)], costs, limits) if rows else ()
-                for i, j in zip(rows, found, strict=True):
-                    chosen[i] = of[j]
-        except ValueError:  # a budget below the least bits
-            continue
-        error = work.image_error(Variant.mixed(work.method, BUDGETS, program.bits(chosen)), program.mixed.samples)
-        if error < best_error:
-            best, best_error = tuple(chosen), error
-    if best is None:
-        raise ValueError(f"ratios = {list(program.mixed.ratios)}: none of them gives budgets that can be kept")
-    return best
+    every = range(len(program.choices))
+    columns = ([*every], [j for j in every if program.choices[j][0] >= least])
+    chosen = [0] * len(program.names)
+    for rows, of, budget in zip((content, quality), columns, budgets, strict=True):
+        costs = {name: cost[np.ix_(rows, of)] for name, cost in program.costs.items()}
+        limits = {}
+        for name, cost in program.costs.items():
+            part = float(cost[rows].max(1).sum() / cost.max(1).sum())
+            limits[name] = program.limits[name] * part * (budget / average if name == "average_bits" else 1)
+        found = allocate(losses[np.ix_(rows, of)], costs, limits) if rows else ()
+        for row, j in zip(rows, found, strict=True):
+            chosen[row] = of[j]
+    return tuple(chosen)
 
 
 def _front(program: BitChoices, noise: Array) -> list[dict[str, float]]:
