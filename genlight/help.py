@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from genlight.config_check import GROUPS
@@ -43,10 +44,30 @@ def help_text() -> str:
         "  resume=true          continue an interrupted run; dry_run=true: three steps and an estimate of the cost",
         "  --cfg job            print the composed config; --multirun seed=0,1,2: one run for each value",
         "  traceback=true       show where in the code an error arose",
+        "  --help search.budget what a key means; --help search/s3: all keys of an option (docs/reference/options.md)",
+        "  --versions           genlight and every package that it needs, as installed",
         "  --hydra-help         flags of Hydra, which composes the config",
         "",
     ]
     return "\n".join(lines)
+
+
+def versions_text() -> str:
+    """What `--versions` prints: genlight and every installed package that it needs, directly or through others."""
+    from importlib import metadata
+
+    waiting, found = ["genlight"], dict[str, str]()
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        needed = [text for text in metadata.requires(name) or [] if "extra ==" not in text]
+        waiting += [re.split(r"[^\w.-]", text.strip())[0] for text in needed]
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 
 def _descriptions(group: str) -> list[str]:

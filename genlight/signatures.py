@@ -14,16 +14,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from genlight.guards import Constructor
+
 MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: its annotation as a syntax tree (None if it has none) and whether it must be given."""
+    """One argument: its annotation and default as syntax trees (None if it has none), and whether it must be given."""
 
     name: str
     annotation: ast.expr | None
     required: bool
+    default: ast.expr | None = None
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,98 @@ def static_signature(target: str) -> Signature | None:
     node, module = found
     if isinstance(node, ast.ClassDef):
         return _class_signature(node, module, 0)
-    return _function_signature(node, skip_first=False)
+    return _function_signature(node, module, skip_first=False)
+
+
+def constructor(target: str) -> Constructor | None:
+    """The constructor of a class of genlight; None for functions and for the classes of others."""
+    found = _find(target, 0)
+    if found is None or not isinstance(found[0], ast.ClassDef) or not found[1].startswith("genlight."):
+        return None
+    line = list(_line_of_descent(found[0], found[1]))
+    methods: dict[str, ast.FunctionDef] = {}
+    attributes: dict[str, Any] = {}
+    for node, _ in reversed(line):
+        methods |= {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+        attributes |= _constants(node.body)
+    name = "__init__" if "__init__" in methods else "__post_init__"
+    body = methods.get(name)
+    tree = next((_parse(module) for node, module in line if body in node.body), None)
+    if body is None or tree is None:
+        return None
+    functions = {item.name: item for item in tree.body if isinstance(item, ast.FunctionDef)}
+    return Constructor(body.body, methods, functions, _constants(tree.body), attributes, name == "__post_init__")
+
+
+def _constants(body: list[ast.stmt]) -> dict[str, Any]:
+    """Plain values that a module or a class gives to names once and for all."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Tuple | ast.List):
+            for target in node.targets:
+                try:
+                    found[ast.unparse(target)] = ast.literal_eval(node.value)
+                except ValueError:
+                    continue
+    return found
+
+
+def expanded(parameter: Parameter) -> ast.expr | None:
+    """The annotation of an argument, with the name of a union or of a list of values (`Draw = Literal[…]`) replaced by
+    what it stands for."""
+    return None if parameter.annotation is None else _without_aliases(parameter.annotation, parameter.module, 0)
+
+
+def _without_aliases(node: ast.expr, module: str, depth: int) -> ast.expr:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval").body
+    if isinstance(node, ast.Name):
+        found = _alias(module, node.id, depth)
+        return node if found is None else _without_aliases(*found, depth + 1)
+    if isinstance(node, ast.BinOp):
+        sides = (_without_aliases(side, module, depth) for side in (node.left, node.right))
+        return ast.BinOp(next(sides), node.op, next(sides))
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        options = [_without_aliases(option, module, depth) for option in inner]
+        return ast.Subscript(node.value, ast.Tuple(options) if len(options) > 1 else options[0])
+    return node
+
+
+_PLAIN = {"int", "float", "bool", "str", "None", "Any", "Path", "Sequence", "Mapping", "Callable"}
+
+
+def _alias(module: str, name: str, depth: int) -> tuple[ast.expr, str] | None:
+    """What a name of a module stands for, if it is a union or a list of values, and the module that says so."""
+    if name in _PLAIN or depth >= MAX_DEPTH or (tree := _parse(module)) is None:
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            is_list = isinstance(node.value, ast.Subscript) and ast.unparse(node.value.value) in ("Literal", "Union")
+            return (node.value, module) if is_list else None
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return None
+    for source, original in _imports(module).get(name, ()):
+        return _alias(source, original, depth + 1)
+    return None
+
+
+def definitions(target: str) -> list[ast.ClassDef | ast.FunctionDef]:
+    """The source of a class of genlight and of those that it is derived from, or of a function."""
+    found = _find(target, 0)
+    if found is None:
+        return []
+    node, module = found
+    return [node] if isinstance(node, ast.FunctionDef) else [inner for inner, _ in _line_of_descent(node, module)]
+
+
+def _line_of_descent(node: ast.ClassDef, module: str) -> Iterator[tuple[ast.ClassDef, str]]:
+    """A class and those that it is derived from within genlight, nearest first."""
+    yield node, module
+    for base in node.bases:
+        found = _find(f"{module}.{ast.unparse(base).split('[')[0]}", 1)
+        if found is not None and isinstance(found[0], ast.ClassDef) and found[1].startswith("genlight."):
+            yield from _line_of_descent(found[0], found[1])
 
 
 def exists(target: str) -> bool | None:
@@ -96,31 +191,42 @@ def _find(target: str, depth: int) -> tuple[ast.ClassDef | ast.FunctionDef, str]
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return node, module
-    for source, original in _imports_of(tree, module, name):
+    for source, original in _imports(module).get(name, ()):
         found = _find(f"{source}.{original}", depth + 1)
         if found is not None:
             return found
     return None
 
 
-def _imports_of(tree: ast.Module, module: str, name: str) -> Iterator[tuple[str, str]]:
-    """Where ``from x import name`` in a module's source says that ``name`` comes from."""
-    file = _module_file(module)
+@cache
+def _imports(module: str) -> dict[str, list[tuple[str, str]]]:
+    """Every ``from x import y as name`` of a module: ``name`` to pairs (x, y), relative ones made absolute."""
+    file, tree = _module_file(module), _parse(module)
     package = module if file is not None and file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom):
-            continue
+    found: dict[str, list[tuple[str, str]]] = {}
+    for node in _import_statements(tree.body if tree is not None else []):
+        base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+        source = node.module or "" if node.level == 0 else ".".join(filter(None, [base, node.module]))
         for alias in node.names:
-            if (alias.asname or alias.name) == name:
-                base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
-                source = node.module or "" if node.level == 0 else ".".join(filter(None, [base, node.module]))
-                yield source, alias.name
+            found.setdefault(alias.asname or alias.name, []).append((source, alias.name))
+    return found
+
+
+def _import_statements(body: list[ast.stmt]) -> Iterator[ast.ImportFrom]:
+    """Those of a module itself, in conditions and attempts too: a function's are its own affair."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If):
+            yield from _import_statements([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            yield from _import_statements([*node.body, *(s for h in node.handlers for s in h.body), *node.orelse])
 
 
 def _class_signature(node: ast.ClassDef, module: str, depth: int) -> Signature | None:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            own = _function_signature(item, skip_first=True)
+            own = _function_signature(item, module, skip_first=True)
             # genlight passes further keywords on to its base class; what others do with theirs cannot be read off
             if not own.open or not module.startswith("genlight."):
                 return own
@@ -129,8 +235,11 @@ def _class_signature(node: ast.ClassDef, module: str, depth: int) -> Signature |
                 return own
             return Signature({**inherited.parameters, **own.parameters}, open=inherited.open)
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        fields = [i for i in node.body if isinstance(i, ast.AnnAssign) and isinstance(i.target, ast.Name)]
-        own_fields = {f.target.id: Parameter(f.target.id, f.annotation, f.value is None) for f in fields}  # type: ignore[union-attr]
+        own_fields = {
+            item.target.id: Parameter(item.target.id, item.annotation, item.value is None, item.value, module)
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
         inherited = _base_signature(node, module, depth) if node.bases else None
         return Signature({**(inherited.parameters if inherited else {}), **own_fields}, open=False)
     return _base_signature(node, module, depth)
@@ -151,17 +260,18 @@ def _base_signature(node: ast.ClassDef, module: str, depth: int) -> Signature | 
     return None
 
 
-def _function_signature(node: ast.FunctionDef, skip_first: bool) -> Signature:
+def _function_signature(node: ast.FunctionDef, module: str, skip_first: bool) -> Signature:
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     first_default = len(positional) - len(arguments.defaults)
+    defaults = [*[None] * first_default, *arguments.defaults]
     parameters = {
-        a.arg: Parameter(a.arg, a.annotation, i < first_default)
-        for i, a in enumerate(positional)
+        a.arg: Parameter(a.arg, a.annotation, default is None, default, module)
+        for i, (a, default) in enumerate(zip(positional, defaults))
         if not (skip_first and i == 0)
     }
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
-        parameters[a.arg] = Parameter(a.arg, a.annotation, default is None)
+        parameters[a.arg] = Parameter(a.arg, a.annotation, default is None, default, module)
     return Signature(parameters, open=arguments.kwarg is not None)
 
 
@@ -229,4 +339,8 @@ def describe(annotation: ast.expr | None) -> str:
         return "one of " + ", ".join(str(ast.literal_eval(option)) for option in inner)
     if isinstance(annotation, ast.BinOp):
         return f"{describe(annotation.left)} or {describe(annotation.right)}"
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in ("Optional", "Union"):
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        null = ["null"] if ast.unparse(annotation.value) == "Optional" else []
+        return " or ".join([*(describe(option) for option in inner), *null])
     return {"None": "null", "str": "text"}.get(ast.unparse(annotation), ast.unparse(annotation))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,27 @@ def report_of(folder: Path) -> dict:
 def histories(folder: Path) -> dict[str, bytes]:
     """The archives of the searches of a run, by name."""
     return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("search/*/history.jsonl"))}
+
+
+def copied(run: Path, name: str) -> Path:
+    """The folder of a finished run under another name, for a command that goes on with it."""
+    return Path(shutil.copytree(run, run.parents[1] / name / run.name))
+
+
+def added(before: Path, after: Path) -> dict[str, int]:
+    """How many records each archive of a run has more than that of another, which it goes on from byte by byte."""
+    old, new = histories(before), histories(after)
+    assert old.keys() == new.keys() and all(new[name].startswith(old[name]) for name in old)
+    return {name: new[name].count(b"\n") - old[name].count(b"\n") for name in old}
+
+
+def assert_accounted(folder: Path) -> None:
+    """What a run of a method took by parts: what shows at all was predicted, and all is no longer than the run."""
+    report = report_of(folder)
+    real, predicted = report["real"]["phase_seconds"], report["predicted"]["phase_seconds"]
+    assert real and {name for name, seconds in real.items() if seconds > 0.1} <= predicted.keys()
+    assert sum(real.values()) <= report["real"]["total_seconds"]
+    assert f"| {next(iter(real))} | " in (folder / "report.md").read_text()
 
 
 def the_error(err: str) -> str:
