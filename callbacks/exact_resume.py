@@ -1,5 +1,6 @@
 """What Lightning 2.6 leaves open between a checkpoint and an exactly equal continuation of the run."""
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -7,6 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 _BATCHES = "epoch_loop.batch_progress"
+_METRICS = "genlight_metrics"
 _VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
 
 
@@ -24,15 +26,25 @@ class ExactResume(Callback):
     - A checkpoint at the end of an epoch, in a run limited by `max_steps`, would resume inside the finished epoch and
       train one batch too many.
     - A checkpoint of the last step resumes to nothing, and the averaged weights would not become the model's.
+
+    What was logged is kept too, for the report of a run that was killed after its last step.
+
+    Attributes:
+        metrics: the last value of each metric at the checkpoint that was resumed from.
     """
 
     _has_trained = False
     _finishes_epoch = False
 
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is None or trainer.state.fn != TrainerFn.FITTING:
             return
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint[_METRICS] = {**self.metrics, **logged}
         progress = loops[_BATCHES]
         current = progress["current"]
         is_epoch_over = current["processed"] >= trainer.num_training_batches or progress["is_last_batch"]
@@ -45,6 +57,9 @@ class ExactResume(Callback):
                 loops[_VALIDATION_BATCHES] = _validation_begun(loops[_VALIDATION_BATCHES])
             elif is_epoch_over:
                 loops[_BATCHES] = _at(progress, 0)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.metrics = dict(checkpoint.get(_METRICS, {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._has_trained = self._finishes_epoch = False
@@ -88,6 +103,15 @@ class ExactResume(Callback):
         epoch: Any = loop.epoch_progress.current
         if epoch.completed < epoch.processed:
             loop.epoch_progress.increment_completed()
+
+
+def last_metrics(trainer: Trainer) -> dict[str, float]:
+    """The last finite value of each metric of a fit; a run that was stopped after its last step logs nothing more, so
+    that those of the checkpoint count."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = {name: value for c in callbacks if isinstance(c, ExactResume) for name, value in c.metrics.items()}
+    found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _at(progress: dict[str, Any], batches: int) -> dict[str, Any]:

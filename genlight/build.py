@@ -8,6 +8,9 @@ from typing import Any
 from genlight.config_check import ALLOWED_ROOTS, RESERVED, ConfigError, nearest, targets
 from genlight.errors import UserError
 
+# what changes the disk or starts other programs
+NO_TARGETS = ("genlight.io", "genlight.run_folder", "genlight.runner", "genlight.session", "genlight.cli")
+
 
 def check_targets(config: dict[str, Any], allow: list[str]) -> None:
     """Import what every ``_target_`` names and compare its signature with the keys, before anything is built.
@@ -15,14 +18,18 @@ def check_targets(config: dict[str, Any], allow: list[str]) -> None:
     The static check cannot follow every alias: here the object itself must come from an allowed package.
 
     Raises:
-        ConfigError: target missing, from another package, or not taking a key.
+        ConfigError: target missing, from another package, a function of a library, or not taking a key.
     """
     for path, node in targets(config):
         found = _locate(path, node["_target_"])
         origin = getattr(found, "__module__", "") or ""
         roots = {root.split(".")[0] for root in (*ALLOWED_ROOTS, *allow)}
-        if origin.split(".")[0] not in roots or not callable(found):
+        if origin.split(".")[0] not in roots or not callable(found) or origin.startswith(NO_TARGETS):
             raise ConfigError(path, f"{path}._target_={node['_target_']} leads to {origin}, which is not allowed")
+        own = {"genlight", *(root.split(".")[0] for root in allow)}
+        if not inspect.isclass(found) and origin.split(".")[0] not in own:
+            # functions of libraries read files and run what they hold
+            raise ConfigError(path, f"{path}._target_={node['_target_']} is a function: a target names a class")
         _check_keys(path, node, found)
 
 

@@ -534,6 +534,21 @@ def test_copying_and_removing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", range(200))
+def test_every_change_of_a_record_is_noticed(number: int, tmp_path: Path) -> None:
+    path, content = tmp_path / "record.json", {"scores": {"a": 1.5, "b": [2, 3]}, "name": "é"}
+    io.write_record(path, content, kind="scores", version=3)
+    assert io.read_record(path, kind="scores", version=3) == {"kind": "scores", "version": 3, **content}
+    for kind, version in (("scores", 4), ("other", 3)):
+        with pytest.raises(UserError, match="is no"):
+            io.read_record(path, kind=kind, version=version)
+    data = bytearray(path.read_bytes())
+    data[number * len(data) // 200] ^= 1 << number % 8
+    path.write_bytes(data)
+    with pytest.raises(io.CorruptFileError, match=r"record\.json"):
+        io.read_record(path, kind="scores", version=3)
+
+
 def test_importing_io_does_not_import_torch() -> None:
     program = "import sys, genlight.io, genlight.run_folder; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

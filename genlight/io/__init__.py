@@ -26,6 +26,7 @@ from genlight.io.primitives import (
     remove_path,
     rename,
 )
+from genlight.io.records import read_record, write_record
 from genlight.io.strict_json import parse_json, read_json
 from genlight.io.tensors import load_state, load_tensors, read_labels, save_state, save_tensors
 
@@ -46,6 +47,7 @@ __all__ = [
     "read_json",
     "read_labels",
     "read_lines",
+    "read_record",
     "remove_leftovers",
     "remove_path",
     "rename",
@@ -55,4 +57,5 @@ __all__ = [
     "sha256_of",
     "verify_folder",
     "write_manifest",
+    "write_record",
 ]

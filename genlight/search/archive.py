@@ -296,3 +296,9 @@ def _difference(key: str, there: str | None, here: str | None) -> str:
         piece = slice(max(0, first - _LONG // 2), first + _LONG // 2)
         there, here = there[piece], here[piece]
     return f"{key} is {there!r} there and {here!r} here"
+
+
+def count_records(folder: str | os.PathLike[str]) -> int:
+    """How many records the archive in a folder holds; 0 where there is none."""
+    file = Path(folder) / HISTORY_FILE
+    return max(0, len(io.read_lines(file)) - 1) if file.is_file() else 0

@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
 from types import FrameType
 from typing import Any, Protocol
 
@@ -20,6 +22,10 @@ from genlight.search.records import Failure, Outcome, Trial
 
 Evaluator = Callable[[Sequence[Trial[Candidate]]], Sequence[Outcome]]
 _REASON_LENGTH = 300
+# A candidate hangs if it takes longer than so many times the median, but not before so many seconds
+HANGS_TIMES = 10
+HANGS_SECONDS = 60.0
+_HANGS_KNOWN = 5
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -27,12 +33,43 @@ class CandidateTimeout(BaseException):
     """A candidate ran over its time. No `Exception`, so that the candidate's own handlers do not swallow it."""
 
 
-class BatchObjective(Protocol[CandidateIn]):
-    """An objective that scores several candidates in one go, all at one fidelity."""
+class BatchObjective(Objective[CandidateIn], Protocol[CandidateIn]):
+    """An objective that also scores several candidates in one go, all at one fidelity."""
 
     def evaluate_many(self, candidates: Sequence[CandidateIn], fidelity: int) -> Sequence[Evaluation]:
         """One evaluation per candidate, each the same as if it were alone."""
         ...
+
+
+@dataclass
+class _Pace:
+    """How long candidates take here, by their fidelity, and from when on one is failed."""
+
+    limit_s: float | None
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.limit_s is not None and not 0 < self.limit_s < math.inf:
+            raise ValueError(f"search.time_limit_s = {self.limit_s!r} must be a positive number of seconds, or null")
+
+    def limit(self, fidelity: int) -> tuple[float | None, str]:
+        """Seconds that a candidate may take, and the reason of its failure, which does not depend on the run."""
+        known, hangs = self.seconds.get(fidelity, []), math.inf
+        # where several processes measure one candidate together, one of them must not leave alone
+        if len(known) >= _HANGS_KNOWN and not _has_other_processes():
+            hangs = max(HANGS_TIMES * median(known), HANGS_SECONDS)
+        if self.limit_s is not None and self.limit_s <= hangs:
+            return self.limit_s, f"took longer than {self.limit_s:g} s"
+        return (hangs if hangs < math.inf else None), f"took longer than {HANGS_TIMES} times the median candidate"
+
+    def note(self, fidelity: int, seconds: float) -> None:
+        """One more candidate that was measured."""
+        self.seconds.setdefault(fidelity, []).append(seconds)
+
+
+def _has_other_processes() -> bool:
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 def one_by_one(objective: Objective[Candidate], time_limit_s: float | None = None) -> Evaluator[Candidate]:
@@ -41,35 +78,49 @@ def one_by_one(objective: Objective[Candidate], time_limit_s: float | None = Non
     Args:
         objective: scores one candidate.
         time_limit_s: seconds after which a candidate is failed. A candidate that runs Python code in the main thread
-            is interrupted; one that does not return from native code is failed when it does.
+            is interrupted; one that does not return from native code is failed when it does. Without it, and in a
+            single process, one that takes `HANGS_TIMES` the median of its fidelity, and `HANGS_SECONDS`, is failed.
 
     A full disk is no candidate's fault and is raised.
     """
-    if time_limit_s is not None and not 0 < time_limit_s < math.inf:
-        raise ValueError(f"search.time_limit_s = {time_limit_s!r} must be a positive number of seconds, or null")
+    return _one_by_one(objective, _Pace(time_limit_s))
 
+
+def _one_by_one(objective: Objective[Candidate], pace: _Pace) -> Evaluator[Candidate]:
     def evaluate(trials: Sequence[Trial[Candidate]]) -> list[Outcome]:
-        return [_evaluate_one(objective, trial, time_limit_s) for trial in trials]
+        return [_evaluate_one(objective, trial, pace) for trial in trials]
 
     return evaluate
 
 
-def in_one_batch(objective: BatchObjective[Candidate], alone: Evaluator[Candidate]) -> Evaluator[Candidate]:
-    """Evaluate all trials of one fidelity in one call; if that raises, each alone: only the guilty one fails."""
+def in_one_batch(objective: BatchObjective[Candidate], time_limit_s: float | None = None) -> Evaluator[Candidate]:
+    """Evaluate all trials of one fidelity in one call; if that fails, each alone: only the guilty one fails.
+
+    Args:
+        objective: scores one candidate, or several in one call.
+        time_limit_s: as for `one_by_one`; a call may take so long for each of its candidates.
+    """
+    pace = _Pace(time_limit_s)
+    alone = _one_by_one(objective, pace)
 
     def evaluate(trials: Sequence[Trial[Candidate]]) -> Sequence[Outcome]:
-        if len(trials) < 2 or len({trial.fidelity for trial in trials}) > 1:
+        count, fidelity = len(trials), trials[0].fidelity if trials else 0
+        if count < 2 or len({trial.fidelity for trial in trials}) > 1:
             return alone(trials)
+        limit, _ = pace.limit(fidelity)
+        begun = time.monotonic()
         try:
-            found = objective.evaluate_many([trial.candidate for trial in trials], trials[0].fidelity)
+            with _time_limit(None if limit is None else limit * count):
+                found = objective.evaluate_many([trial.candidate for trial in trials], fidelity)
             outcomes = [_outcome_of(evaluation) for evaluation in found]
         except DiskFullError:
             raise
-        except Exception:
+        except (Exception, CandidateTimeout):
             _free_memory()
             return alone(trials)
-        if len(outcomes) != len(trials):
-            raise RuntimeError(f"the objective gave {len(outcomes)} evaluations for {len(trials)} candidates")
+        if len(outcomes) != count:
+            raise RuntimeError(f"the objective gave {len(outcomes)} evaluations for {count} candidates")
+        pace.note(fidelity, (time.monotonic() - begun) / count)
         return outcomes
 
     return evaluate
@@ -96,18 +147,21 @@ def over_ranks(
     return evaluate
 
 
-def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], time_limit_s: float | None) -> Outcome:
+def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], pace: _Pace) -> Outcome:
+    limit, late = pace.limit(trial.fidelity)
     try:
         begun = time.monotonic()
-        with _time_limit(time_limit_s):
+        with _time_limit(limit):
             evaluation = objective.evaluate(trial.candidate, trial.fidelity)
-        if time_limit_s is not None and time.monotonic() - begun > time_limit_s:
+        seconds = time.monotonic() - begun
+        if limit is not None and seconds > limit:
             raise CandidateTimeout
+        pace.note(trial.fidelity, seconds)
         return _outcome_of(evaluation)
     except DiskFullError:
         raise
     except CandidateTimeout:
-        failure, text = Failure("timeout", f"took longer than {time_limit_s:g} s"), traceback.format_exc()
+        failure, text = Failure("timeout", late), traceback.format_exc()
     except (MemoryError, torch.OutOfMemoryError) as error:
         # The message holds addresses and free bytes, which differ from run to run
         failure, text = Failure("out_of_memory", type(error).__name__), traceback.format_exc()

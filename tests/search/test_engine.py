@@ -13,6 +13,7 @@ from search.toy_search import Counting, ScheduleSpace, Word, WordSpace, rugged, 
 
 from genlight.errors import UserError
 from genlight.io import DiskFullError
+from genlight.search import evaluation
 from genlight.search.engine import Budget, Progress, SearchFailedError, open_archive
 from genlight.search.evaluation import in_one_batch, one_by_one, over_ranks
 from genlight.search.evolution import Evolution
@@ -133,14 +134,32 @@ def test_a_batch_fails_for_its_guilty_member_only() -> None:
         return 1 / (word.letters[0] - 2)
 
     objective = Batch(inverse)
-    outcomes = in_one_batch(objective, one_by_one(objective))(trials(4))
+    outcomes = in_one_batch(objective)(trials(4))
     assert [o.score for o in outcomes] == [-0.5, -1.0, None, 1.0]
     assert outcomes[2].failure and outcomes[2].failure.reason == "ZeroDivisionError: division by zero"
     objective = Batch(rugged)
-    assert [o.score for o in in_one_batch(objective, one_by_one(objective))(trials(4))] == [
-        rugged(t.candidate) for t in trials(4)
-    ]
+    assert [o.score for o in in_one_batch(objective)(trials(4))] == [rugged(t.candidate) for t in trials(4)]
     assert len(objective.calls) == 4
+
+
+def test_a_batch_that_hangs_fails_for_its_guilty_member_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No limit is set: after five calls whose time is known, ten times the median is one."""
+    monkeypatch.setattr(evaluation, "HANGS_SECONDS", 0.3)
+    hangs: set[int] = set()
+
+    def score(word: Word) -> float:
+        while word.letters[0] in hangs:
+            time.sleep(0.01)
+        return float(word.letters[0])
+
+    evaluate = in_one_batch(Batch(score))
+    for _ in range(5):
+        evaluate(trials(4))
+    hangs = {2}
+    outcomes = evaluate(trials(4))
+    assert [outcome.score for outcome in outcomes] == [0.0, 1.0, None, 3.0]
+    failure = outcomes[2].failure
+    assert failure is not None and failure.kind == "timeout" and "10 times the median" in failure.reason
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -161,7 +180,7 @@ def test_a_full_disk_is_no_candidates_fault() -> None:
     def full(word: Word) -> float:
         raise DiskFullError("disk full while writing a picture")
 
-    for evaluate in (one_by_one(Counting(full)), in_one_batch(Batch(full), one_by_one(Counting(full)))):
+    for evaluate in (one_by_one(Counting(full)), in_one_batch(Batch(full))):
         with pytest.raises(DiskFullError):
             evaluate(trials(2))
 

@@ -134,9 +134,7 @@ def solver_search(seed: int, budget: int) -> dict[str, Any]:
     for searched_space, settings in ((space, S3Settings()), (with_dele, S3Settings(predictor=DelePredictor()))):
         plan = replace(settings, screening_fidelity=32, promoted=PROMOTED).plan(searched_space, budget, made)
         problem = Problem(searched_space, seed, FIDELITY)
-        found = searched(
-            problem, plan.strategy, plan.initial, plan.budget.evaluations, in_one_batch(search, one_by_one(search))
-        )
+        found = searched(problem, plan.strategy, plan.initial, plan.budget.evaluations, in_one_batch(search))
         full = [record for record in found[0] if record.fidelity == FIDELITY]
         curves.append(incumbents(full, held_out)[PROMOTED:])
         seconds.append(found[1])

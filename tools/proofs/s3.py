@@ -95,7 +95,7 @@ def ablations(folder: Path, seed: int, nfe: int, every: bool) -> list[dict[str, 
 def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any, every: bool) -> list[dict[str, Any]]:
     from genlight.search.cma import CMAES
     from genlight.search.engine import Search, open_archive
-    from genlight.search.evaluation import in_one_batch, one_by_one
+    from genlight.search.evaluation import in_one_batch
     from genlight.search.plan import PlainPlan
     from genlight.search.polish import Polish
     from genlight.search.random_search import RandomSearch
@@ -125,7 +125,7 @@ def _ablations_of(module: Any, nfe: int, seed: int, search: Any, report: Any, ev
         problem = Problem(own, seed, FIDELITY)
         with tempfile.TemporaryDirectory() as archive_folder:
             archive = open_archive(archive_folder, problem, plan.strategy, plan.initial, fingerprint={})
-            evaluate = in_one_batch(search, one_by_one(search))
+            evaluate = in_one_batch(search)
             result = Search(problem, plan.strategy, archive, evaluate, plan.initial, workers=10).run(plan.budget)
         rmse = report.errors([result.best.candidate]).mean().sqrt().item()
         row = {"seed": seed, "nfe": nfe, "sampler": name, "rmse": rmse}

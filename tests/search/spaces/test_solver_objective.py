@@ -18,7 +18,7 @@ from genlight.diffusion.solver.sample import sample
 from genlight.diffusion.solver.teacher import NetworkSampling, TeacherBank
 from genlight.errors import UserError
 from genlight.io import CorruptFileError, save_tensors
-from genlight.search.evaluation import in_one_batch, one_by_one
+from genlight.search.evaluation import in_one_batch
 from genlight.search.records import Trial
 from genlight.search.spaces.solver_objective import (
     TeacherObjective,
@@ -155,7 +155,7 @@ def test_a_candidate_that_is_not_finite_fails_alone(bank: TeacherBank) -> None:
     found = TeacherObjective(NetworkSampling(Counted(), PREDICTION), bank).evaluate_many([SCHEDULES[1], huge], 24)
     assert np.isfinite(found[0].score) and not np.isfinite(found[1].score)
     objective = TeacherObjective(NetworkSampling(Counted(), PREDICTION), bank)
-    evaluate: Any = in_one_batch(objective, one_by_one(objective))  # type: ignore[arg-type]
+    evaluate: Any = in_one_batch(objective)  # type: ignore[arg-type]
     trials = [Trial(i, 0, str(i), c, 24, "", {}, (0, i)) for i, c in enumerate((SCHEDULES[1], huge))]
     outcomes = evaluate(trials)
     assert outcomes[0].score == found[0].score

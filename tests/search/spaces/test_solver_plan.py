@@ -18,7 +18,7 @@ from genlight.predictors.losses import kendall_tau
 from genlight.predictors.ranking import RankingPredictor
 from genlight.search.cma import CMAES
 from genlight.search.engine import Budget, Search, SearchResult, open_archive
-from genlight.search.evaluation import in_one_batch, one_by_one
+from genlight.search.evaluation import in_one_batch
 from genlight.search.evolution import Evolution
 from genlight.search.guided import GUIDED
 from genlight.search.halving import PROMOTION
@@ -63,7 +63,7 @@ def run(folder: Path, space: SolverScheduleSpace, strategy: Strategy, initial, b
     bank = objective(0, FIDELITY)
     problem = Problem(space, 0, FIDELITY)
     archive = open_archive(folder, problem, strategy, initial, fingerprint={"objective": "teacher"})
-    evaluate = in_one_batch(bank, one_by_one(bank))
+    evaluate = in_one_batch(bank)
     return Search(problem, strategy, archive, evaluate, initial, workers=32).run(budget)
 
 
