@@ -109,7 +109,7 @@ def network_of(module: Any) -> Any:
     """The denoising network of a generator.
 
     Raises:
-        UserError: a module that has none, or several that take turns.
+        UserError: a module that has none, several that take turns, or a pipeline that switches between two.
     """
     if getattr(module, "members", None):
         raise UserError("method: several denoisers take turns here, of which none can be quantized: members={}")
@@ -120,6 +120,11 @@ def network_of(module: Any) -> Any:
         found = next((module.networks[name] for name in _NETWORKS if name in module.networks), None)
         if found is None:
             raise UserError(f"method: the pipeline has no {', '.join(_NETWORKS)}")
+        if "transformer_2" in module.networks:
+            raise UserError(
+                f"method: {type(module.pipe).__name__} switches between transformer and transformer_2, of which one "
+                "alone would be quantized: take a pipeline with one network, such as Wan 2.1"
+            )
         return found
     return module.net
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from genlight.modules.pretrained import downloaded, first_line, read_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load_language_model(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
@@ -33,7 +34,8 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     folder = language_model_folder(source, trust_remote_code)
-    kind = read_object(folder / "config.json").get("model_type")
+    config = read_object(folder / "config.json")
+    kind = config.get("model_type")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         raise UserError(
             f"{source} is of type {kind}, which transformers does not know; module.trust_remote_code=true runs the "
@@ -42,6 +44,7 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{source} has no weights as safetensors; pickled weights are not read")
     loader: Any = AutoModelForCausalLM
+    unpacked = _unpacked(config)
     try:
         network, info = loader.from_pretrained(
             str(folder),
@@ -50,6 +53,7 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            **unpacked,
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise UserError(f"{source} cannot be loaded as a causal language model: {first_line(error)}") from error
@@ -58,7 +62,21 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
     problems += [f"{entry[0]} has another shape" for entry in sorted(info["mismatched_keys"])]
     if problems:
         raise UserError(f"the weights of {source} do not fit its config.json: {first_of(problems)}")
+    if unpacked:
+        # else `save_pretrained` would write the numbers under the names that their codes had
+        network._weight_conversions = None
     return network
+
+
+def _unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that unpack weights in MXFP4 (gpt-oss): with the right kernels transformers would keep them in codes."""
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "mxfp4":
+        return {}
+    kept = quantization.get("modules_to_not_convert")
+    return {"quantization_config": Mxfp4Config(modules_to_not_convert=kept, dequantize=True)}
 
 
 def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
