@@ -13,6 +13,7 @@ from genlight.modules.exported_pipeline import Network
 from genlight.modules.latents import FrozenVAE
 from genlight.modules.networks import differences, first_of, label_rows, plain_config, prepare_network
 from genlight.modules.pretrained import (
+    CONSISTENCY,
     NETWORK_CLASSES,
     RECORD,
     class_name_of,
@@ -23,7 +24,7 @@ from genlight.modules.pretrained import (
     read_object,
 )
 
-SCHEDULER = "CMStochasticIterativeScheduler"
+SCHEDULER = CONSISTENCY
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, O
             gets the length of the training.
         scheduler: the diffusers scheduler to sample with: a class name, a class, or a partial with options. Noise
             schedule and prediction type are filled in. None: that of ``pretrained``, else DDIM.
-        num_inference_steps: steps of the sampler.
-        guidance_scale: classifier-free guidance; 1 samples the plain conditional model at half the cost.
+        num_inference_steps: steps of the sampler. None: as ``pretrained`` was saved with, else 50.
+        guidance_scale: classifier-free guidance; 1 samples the plain conditional model at half the cost. None: as
+            ``pretrained`` was saved with, else 1.
         class_conditional: give the network the label. None: yes if ``pretrained`` has classes.
         num_classes: classes of the data; the null class has this index. Ignored when not class-conditional.
         label_dropout: probability of training on the null class, which guidance needs.
@@ -77,8 +78,8 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, O
         optimizer: Callable[..., Any] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
         scheduler: SchedulerChoice | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = 50,
+        guidance_scale: float | None = 1.0,
         class_conditional: bool | None = False,
         num_classes: int | None = None,
         label_dropout: float = 0.1,
@@ -90,8 +91,10 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, O
         self.class_conditional = class_conditional
         self.num_classes = num_classes if class_conditional is not False else None
         self.label_dropout = label_dropout
-        self.guidance_scale = guidance_scale
-        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+        self.num_inference_steps = 50 if num_inference_steps is None else num_inference_steps
+        stated = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.taken_from_folder = tuple(name for name, value in stated.items() if value is None)
         self.scheduler: SchedulerChoice | None = scheduler
         self.noise_schedule = noise_schedule
         self.prediction_type = prediction_type

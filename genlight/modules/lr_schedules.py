@@ -11,6 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
     """Linear rise over ``warmup_steps``, then half a cosine to ``final_factor`` of the rate at ``total_steps``.
 
+    Args:
+        warmup_steps: optimizer steps of the linear rise.
+        final_factor: share of the learning rate that is left at the end.
+
     Raises:
         ValueError: ``warmup_steps`` is negative, or ``final_factor`` lies outside [0, 1].
     """

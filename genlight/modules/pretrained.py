@@ -24,6 +24,8 @@ LEGACY_CLASSES = {"Transformer2DModel": "DiTTransformer2DModel"}
 VAE_CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 # key of the denoised image's decoder in the pipelines that have one
 VAE_KEYS = ("vae", "vqvae")
+# the scheduler of a consistency model, which is no solver of a diffusion model
+CONSISTENCY = "CMStochasticIterativeScheduler"
 RECORD = "genlight.json"
 
 
@@ -42,6 +44,8 @@ class Pipeline:
     def apply_to(self, module: Any) -> None:
         """Give a DiffusionModule what it lacks; UserError naming the first keys in which the two disagree."""
         self._check_schedule(module)
+        for name in module.taken_from_folder:
+            setattr(module, name, _setting(self.record, name, getattr(module, name), f"{self.source}/{RECORD}"))
         self._check_steps(module)
         num_classes = self._num_classes(module)
         network = self._checked_network(num_classes)
@@ -114,6 +118,14 @@ class Pipeline:
             raise UserError(f"{self.source}: {error}") from error
 
 
+def _setting(record: Mapping[str, Any], name: str, default: float, where: str) -> float:
+    """A number of a folder's record, of the type of the default, which stands in where the record has none."""
+    value = record.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | type(default)) or not value >= 0:
+        raise UserError(f"{where}: {name} = {value!r} is not a number that {name} can be")
+    return type(default)(value)
+
+
 def read_pipeline(source: str | Path) -> Pipeline:
     """Read a diffusers pipeline folder, or a hub id.
 
@@ -128,6 +140,10 @@ def read_pipeline(source: str | Path) -> Pipeline:
     network = load_component(folder, index, key, NETWORK_CLASSES)
     vae = load_vae(folder, index)
     config = read_scheduler_config(component_folder(folder, "scheduler") / "scheduler_config.json")
+    if config.get("_class_name") == CONSISTENCY:
+        raise UserError(
+            f"{source} is a consistency model, which module=consistency reads; its sampler cannot be searched"
+        )
     try:
         defaults = _scheduler_defaults(str(config.get("_class_name")))
         schedule, prediction_type = read_scheduler({**defaults, **config})
@@ -190,7 +206,9 @@ def _from_hub(source: str) -> Path:
         raise UserError(
             f"{source} is not a folder: expected a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
         )
-    return downloaded(source, ["model_index.json", RECORD, "*config.json", "*.safetensors", "*.safetensors.index.json"])
+    weights = ["*.safetensors", "*.safetensors.index.json"]
+    # README.md states the licence, which goes on to what is made of the weights
+    return downloaded(source, ["README.md", "model_index.json", RECORD, "*config.json", *weights])
 
 
 def downloaded(source: str, patterns: Sequence[str], ignored: Sequence[str] | None = None, where: str = "") -> Path:

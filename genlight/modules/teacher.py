@@ -78,7 +78,10 @@ def read_teacher(source: str | Path, guidance_scale: float = 1.0) -> FrozenTeach
         folder = folder / "artifact"
         if not folder.is_dir():
             raise UserError(f"module.teacher = {source} is a run without an artifact: its fit has not finished")
-    module = DiffusionModule(pretrained=str(folder), class_conditional=None, label_dropout=0.0)
+    # it is asked for single predictions; the steps of its sampler only have to be some that its folder knows
+    module = DiffusionModule(
+        pretrained=str(folder), class_conditional=None, label_dropout=0.0, num_inference_steps=None
+    )
     module.configure_model()
     try:
         return FrozenTeacher(module, guidance_scale)

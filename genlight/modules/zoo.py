@@ -311,7 +311,8 @@ def _from_hub(name: str, entry: ZooEntry) -> Path:
     """The network's part of a hub's repository, in the cache of huggingface_hub."""
     keys = [key for key in (entry.subfolder, entry.component) if key] or list(COMPONENTS)
     ending = f"*.{entry.variant}*.safetensors" if entry.variant else "*.safetensors"
-    patterns = ["model_index.json", RECORD, "config.json", "scheduler/*.json", "vae/config.json", "vqvae/config.json"]
+    patterns = ["README.md", "model_index.json", RECORD, "config.json"]
+    patterns += ["scheduler/*.json", "vae/config.json", "vqvae/config.json"]
     patterns += [f"diffusion_pytorch_model{ending}", *(f"{key}/*.json" for key in keys)]
     patterns += [f"{key}/{ending}" for key in keys]
     ignored = None if entry.variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]

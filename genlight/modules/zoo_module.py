@@ -20,7 +20,7 @@ from genlight.modules.pretrained import NETWORK_CLASSES
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.modules.searched_sampling import Denoiser
 from genlight.modules.zoo import Zoo, ZooEntry, load_zoo, source_folder
-from genlight.recipes import fit_where_missing
+from genlight.recipes import fit_run_where_missing
 
 
 class ZooModule(DiffusionModule):
@@ -38,8 +38,9 @@ class ZooModule(DiffusionModule):
             ``overrides``, by name of the member the words of its command.
         resident: so many members at most stay on the device. None: all.
         scheduler: the diffusers scheduler to sample with. None: that of the primary's folder.
-        num_inference_steps: steps of that scheduler.
-        guidance_scale: classifier-free guidance; 1 samples the plain conditional model at half the cost.
+        num_inference_steps: steps of that scheduler. None: as the primary was saved with, else 50.
+        guidance_scale: classifier-free guidance; 1 samples the plain conditional model at half the cost. None: as the
+            primary was saved with, else 1.
         class_conditional: give the networks the label. None: yes if they have classes.
         num_classes: classes of the data. None: those of the networks.
 
@@ -54,8 +55,8 @@ class ZooModule(DiffusionModule):
         recipe: Mapping[str, Any] | None = None,
         resident: int | None = None,
         scheduler: SchedulerChoice | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = 50,
+        guidance_scale: float | None = 1.0,
         class_conditional: bool | None = None,
         num_classes: int | None = None,
     ) -> None:
@@ -95,8 +96,10 @@ class ZooModule(DiffusionModule):
         overrides: Mapping[str, Sequence[str]] = self.recipe.get("overrides", {})
         for name in self.entries:
             if name in overrides:
-                source = Path(ZooEntry.of(name, self.entries[name]).source)
-                _ensure_member(name, source, self.recipe["experiment"], overrides[name], cache)
+                source = ZooEntry.of(name, self.entries[name]).source
+                fit_run_where_missing(
+                    self.recipe["experiment"], source, f"module.members.{name}", cache, overrides[name]
+                )
 
     def configure_model(self) -> None:
         """Read the members, once; called by Lightning and by whatever needs a network."""
@@ -119,7 +122,9 @@ class ZooModule(DiffusionModule):
         assert member.entry is not None
         super().load_pretrained(source_folder(primary, member.entry))
         self.pretrained = _sources(self.entries)
-        network = self.net.requires_grad_(False).to(member.network.dtype)
+        network = self.net.requires_grad_(False)
+        if network.dtype != member.network.dtype:  # a quantized network refuses to be cast, even to its own type
+            network = network.to(member.network.dtype)
         zoo = Zoo({**zoo.members, primary: replace(member, network=network)})
         classes = self.num_classes if self.class_conditional else None
         for name, network in zoo.networks.items():
@@ -239,17 +244,3 @@ def _checked_recipe(recipe: Mapping[str, Any] | None, entries: Mapping[str, Any]
         if isinstance(words, str) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"module.recipe.overrides.{name} = {words!r} must be a list of words of a command")
     return recipe
-
-
-def _ensure_member(name: str, source: Path, recipe: str, words: Sequence[str], cache: str | Path) -> None:
-    if source.name != "fit":
-        raise UserError(
-            f"module.members.{name} = {source} is not the folder of a fit, <run.root>/<run.name>/fit, which "
-            f"module.recipe would make"
-        )
-    root = source.parent.parent
-    own = (f"run.root={root}", f"run.name={source.parent.name}", f"paths.cache={cache}", *words)
-    artifact = source / "artifact"
-    fit_where_missing(recipe, artifact.is_dir, f"the member {name} of the zoo, {source},", root, *own)
-    if not artifact.is_dir():
-        raise UserError(f"fit experiment={recipe} has not written module.members.{name} = {source}")

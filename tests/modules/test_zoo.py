@@ -13,12 +13,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from genlight import recipes
 from genlight.data.digits import DigitsDataModule
 from genlight.diffusion.model_schedule import ModelSchedule
 from genlight.diffusion.noise_schedules import FlowSchedule, VPSchedule
 from genlight.diffusion.prediction import Prediction
 from genlight.errors import UserError
-from genlight.modules import zoo_module
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.zoo import Member, Zoo, ZooEntry, load_zoo
 from genlight.modules.zoo_checks import check_compatible
@@ -370,7 +370,7 @@ def test_a_recipe_makes_the_members_that_are_missing(
         (target / "run.json").write_text("{}")
         (target / "artifact").symlink_to(folders[name.removeprefix("zoo-")])
 
-    monkeypatch.setattr(zoo_module, "fit_where_missing", fit)
+    monkeypatch.setattr(recipes, "fit_where_missing", fit)
     module = ZooModule(members, recipe=recipe)
     for _ in range(2):
         module.prepare("elsewhere", "cache")
@@ -378,7 +378,7 @@ def test_a_recipe_makes_the_members_that_are_missing(
     assert asked[0] == ("some/member", *common, "a=1", "b=2")
     assert [words[2] for words in asked] == ["run.name=zoo-small", "run.name=zoo-mid"]
     assert list(module.members) == ["small", "mid", "large"]
-    monkeypatch.setattr(zoo_module, "fit_where_missing", lambda *_: None)
+    monkeypatch.setattr(recipes, "fit_where_missing", lambda *_: None)
     with pytest.raises(UserError, match=r"has not written module.members.small"):
         ZooModule({"small": str(runs / "other" / "fit")}, recipe={**recipe, "overrides": {"small": []}}).prepare("", "")
     with pytest.raises(UserError, match="is not the folder of a fit"):
