@@ -16,28 +16,35 @@ from genlight.reports.report import size
 
 WARM_UP = 2
 MEASURED = 3
+# quick steps are measured for so many seconds, but no more than so many
+_SECONDS, _MOST = 1.0, 30
 
 
 class StepTimer(Callback):
     """Times a few steps after warm-up, end to end (data, network, callbacks), and extrapolates to the whole run.
 
     A fit measures its sanity batch of validation and `MEASURED` optimizer steps; a validation `MEASURED` batches.
-    The estimate is printed once, unless `quiet`, and is `estimate` from then on.
+    The estimate is printed once, unless `quiet`, and is `estimate` from then on. Where a method says what all of it
+    costs, the timer is quiet and stops nothing; `batches` are what it measured.
 
     Args:
         started: ``time.monotonic()`` at the start of the process, for the time of setting up.
         stop: stop the trainer when enough is measured (a dry run).
         kept_checkpoints: how many the run keeps at once.
+        folder: where there must be room; None: the trainer's.
 
     Raises:
         UserError: what the run will keep does not fit on the disk.
     """
 
-    def __init__(self, started: float, stop: bool = False, kept_checkpoints: int = 0) -> None:
+    def __init__(
+        self, started: float, stop: bool = False, kept_checkpoints: int = 0, folder: str | None = None
+    ) -> None:
         self.started = started
         self.stop = stop
         self.quiet = False
         self.kept_checkpoints = kept_checkpoints
+        self.folder = folder
         self.estimate: CostEstimate | None = None
         self._setup_seconds = 0.0
         self._steps: list[float] = []
@@ -55,7 +62,8 @@ class StepTimer(Callback):
         if self.estimate is not None or trainer.fit_loop._should_accumulate():
             return
         self._steps.append(self._lap(pl_module))
-        if len(self._steps) == WARM_UP + MEASURED:
+        measured = self._steps[WARM_UP:]
+        if len(measured) >= MEASURED and (sum(measured) >= _SECONDS or len(measured) >= self._most_steps(trainer)):
             self._finish(trainer, self._fit_phases(trainer), _planned_files(trainer, pl_module, self.kept_checkpoints))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,6 +79,16 @@ class StepTimer(Callback):
         if trainer.state.fn != TrainerFn.FITTING and len(self._batches) == 1 + MEASURED:
             count = sum(int(n) for n in trainer.num_val_batches)
             self._finish(trainer, [Phase("batch of samples", tuple(self._batches[1:]), count)], [])
+
+    @property
+    def batches(self) -> list[float]:
+        """Seconds of the first batches of the first validation; the first one warms up."""
+        return list(self._batches)
+
+    def _most_steps(self, trainer: Trainer) -> int:
+        """So that a short run is estimated before it is over."""
+        total = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
+        return max(MEASURED, min(_MOST, (total - self._first_step) // 4))
 
     def _mark(self) -> None:
         self._last = time.monotonic()
@@ -94,13 +112,13 @@ class StepTimer(Callback):
         return phases
 
     def _finish(self, trainer: Trainer, phases: list[Phase], files: list[PlannedFile]) -> None:
-        folder = trainer.default_root_dir
+        folder = self.folder or trainer.default_root_dir
         self.estimate = estimate(phases, files, folder, setup_seconds=self._setup_seconds)
         if not self.estimate.fits_on_disk:
             needed, free = size(self.estimate.disk_needed_bytes), size(self.estimate.disk_free_bytes)
             raise UserError(f"the run will keep {needed} in {folder}, where {free} are free: make room, or keep fewer "
                             "checkpoints (callbacks.checkpoint.save_top_k)")  # fmt: skip
-        if self.stop:
+        if self.stop and not self.quiet:
             trainer.should_stop = True
             trainer.limit_val_batches = 0
         elif trainer.is_global_zero and not self.quiet:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
 
 from genlight.config_check import ConfigError, check, nearest, resolved
 from genlight.errors import UserError
-from genlight.help import COMMANDS, help_text
+from genlight.help import COMMANDS, help_text, versions_text
 
 USAGE_ERROR = 2
-FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--version", "--hydra-help", "--shell-completion", "-sc")
+MULTIRUN = ("--multirun", "-m")
+FLAGS = (*MULTIRUN, "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
+# these show something and run nothing
+SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+VALUES = {flag: ("job", "hydra", "all") for flag in ("--cfg", "-c")}
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
 
 
 def entry_point() -> None:
-    """Console entry: exits with the code of `main`."""
+    """Console entry: exits with the code of `main`. Until a config is accepted nothing is worth collecting, and looking
+    for it takes a tenth of the time of an error."""
+    gc.disable()
     sys.exit(main())
 
 
@@ -24,9 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong usage, 130/143 interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if "--versions" in arguments or "--version" in arguments:
+            sys.stdout.write(versions_text())
+            return 0
         command, words = split_command(arguments)
         if command is None:
-            sys.stdout.write(help_text())
+            sys.stdout.write(_help(arguments))
             return 0
         return _run_hydra(flags_first([f"command={command}", *words]))
     except UserError as error:
@@ -34,6 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _print_error(error)
         return USAGE_ERROR
+
+
+def _help(arguments: list[str]) -> str:
+    """The general page, or what the words beside `--help` mean: groups, options, keys."""
+    words = [word for word in arguments if word[0] != "-" and "=" not in word and word not in ("help", *COMMANDS)]
+    if not words:
+        return help_text()
+    from genlight.options import explained
+
+    return "\n".join(explained(word) for word in words)
 
 
 def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -65,7 +85,7 @@ def flags_first(words: list[str]) -> list[str]:
     """The same words with flags and their values before the overrides: Hydra's parser takes no other order.
 
     Raises:
-        UserError: an unknown flag.
+        UserError: an unknown flag, or one without its value.
     """
     flags, overrides = [], []
     for index, word in enumerate(words):
@@ -74,10 +94,17 @@ def flags_first(words: list[str]) -> list[str]:
             if word.split("=")[0] not in known:
                 raise UserError(f"there is no flag '{word}'{nearest(word, known)}")
             flags.append(word)
+            if word in FLAGS_WITH_VALUE and (index + 1 == len(words) or words[index + 1].startswith("-")):
+                raise UserError(f"{word} needs a value after it")
         elif _is_option_value(words, index):
+            known = list(VALUES.get(words[index - 1], [word]))
+            if word not in known:
+                raise UserError(f"{words[index - 1]} {word}: it is one of {', '.join(known)}{nearest(word, known)}")
             flags.append(word)
         else:
-            overrides.append(word)
+            # what Hydra itself knows is fixed: a key that is added there is a misspelt one
+            is_hydras = word.startswith(("+hydra.", "++hydra.")) and "hydra.job.env_set." not in word
+            overrides.append(word.lstrip("+") if is_hydras else word)
     return [*flags, *overrides]
 
 
@@ -97,7 +124,12 @@ def _run_hydra(overrides: list[str]) -> int:
     original = sys.argv
     sys.argv = [original[0], *overrides]
     try:
-        if not any(word.startswith("-") for word in overrides) and not _is_acceptable(overrides):
+        if any(word in MULTIRUN for word in overrides) and not any(word in SHOWING for word in overrides):
+            from genlight.sweep import run_sweep
+
+            gc.enable()
+            return run_sweep([word for word in overrides if word not in MULTIRUN])
+        if not any(word.startswith("-") for word in overrides) and accepted(overrides) is None:
             return USAGE_ERROR
         hydra.main(config_path="pkg://genlight.conf", config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -125,8 +157,9 @@ def _composing() -> Any:
     return initialize_config_module("genlight.conf", version_base="1.3")
 
 
-def _is_acceptable(overrides: list[str]) -> bool:
-    """Compose and check once before Hydra's main, which composes twice: an error answers in half the time."""
+def accepted(overrides: list[str]) -> Any:
+    """The composed config of a command; None where it is wrong, which is told. Composing and checking once before
+    Hydra's main, which composes twice, an error answers in half the time."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
@@ -137,14 +170,15 @@ def _is_acceptable(overrides: list[str]) -> bool:
         choices = dict(config.hydra.runtime.choices)
         job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         with open_dict(job):
-            return _check_job(job, choices, overrides)
+            return job if _check_job(job, choices, overrides) else None
 
 
 def _check_job(config: Any, choices: dict[str, Any], overrides: list[str]) -> bool:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        check(resolved(config), allow=_typed_allow(overrides))
+        typed = [word.lstrip("+~").split("=")[0] for word in overrides]
+        check(resolved(config), allow=_typed_allow(overrides), typed=typed)
     except (ConfigError, OmegaConfBaseException) as error:
         _print_error(_with_place(error, choices, overrides))
         return False
@@ -152,17 +186,15 @@ def _check_job(config: Any, choices: dict[str, Any], overrides: list[str]) -> bo
 
 
 def _run_job(config: Any, overrides: list[str]) -> int:
-    """One job of a command: a sweep has several. The only place from which torch is imported."""
+    """The command itself. The only place from which torch is imported."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
-    if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
-        OmegaConf.update(config, "run.dir", hydra_config.runtime.output_dir, force_add=True)
     if not _check_job(config, dict(hydra_config.runtime.choices), overrides):
         return USAGE_ERROR
     from genlight.runner import run
 
+    gc.enable()
     return run(config, choices=dict(hydra_config.runtime.choices), overrides=list(hydra_config.overrides.task))
 
 

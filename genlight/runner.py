@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from genlight import io
 from genlight.config_check import resolved
 from genlight.context import Run
 from genlight.errors import UserError
-from genlight.reports.environment import environment
+from genlight.reports.environment import environment, git_diff
 from genlight.run_folder import RunFolder, process_rank, run_path
 
 # what a resumed run may change
@@ -42,43 +48,82 @@ def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
     """Carry out one accepted config; returns the exit code. Faults are told in one line, details go to a file."""
     from omegaconf import OmegaConf
 
+    with tempfile.TemporaryDirectory(prefix="genlight-") as scratch, _leaving_on_signals():
+        if config.dry_run:
+            OmegaConf.update(config, "run.dir", scratch)
+        return _run(config, choices, overrides)
+
+
+def _run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
     started = time.monotonic()
     trace = bool(config.traceback)
     folder: RunFolder | None = None
-    state = "failed"
+    state, code = "failed", FAILURE
     try:
-        with tempfile.TemporaryDirectory(prefix="genlight-") as scratch:
-            if config.dry_run:
-                OmegaConf.update(config, "run.dir", scratch)
-            plain = resolved(config)
-            run_path(config.run.root, config.run.name)  # refuses a name that leads out of the root
-            words = ["python", "-m", "genlight", config.command]
-            words += [o for o in overrides if not o.startswith("command=")]
-            experiment, path = str(choices.get("experiment")), Path(plain["run"]["dir"])
-            this = Run(config, plain, _recorded(config, plain), config.command, words, experiment, path, started)
-            if process_rank() == 0:
-                folder = _open_folder(this)
-                this.fingerprint = folder.fingerprint
-                io.atomic_write_json(folder.path / "environment.json", environment(words))
-            _carry_out(this)
-            state = "finished"
-            return 0
+        plain = resolved(config)
+        run_path(config.run.root, config.run.name)  # refuses a name that leads out of the root
+        words = ["python", "-m", "genlight", config.command]
+        words += [o for o in overrides if not o.startswith("command=")]
+        experiment, path = str(choices.get("experiment")), Path(plain["run"]["dir"])
+        this = Run(config, plain, recorded(config, plain), config.command, words, experiment, path, started)
+        if process_rank() == 0:
+            folder = _open_folder(this)
+            this.fingerprint = folder.fingerprint
+            io.atomic_write_json(folder.path / "environment.json", environment(words))
+            if changes := git_diff():
+                io.atomic_write_text(folder.path / "source.diff", changes)
+        _carry_out(this)
+        state, code = "finished", 0
     except SystemExit as stop:
-        state = "interrupted"
-        if config.command == "fit" and process_rank() == 0:
-            sys.stderr.write("stopped and saved: the same command with resume=true goes on from here\n")
-        return int(stop.code or 0)
+        state, code = "interrupted", int(stop.code or 0)
+        if folder is not None and not config.dry_run:
+            sys.stderr.write("stopped: the same command with resume=true goes on from what is saved\n")
     except KeyboardInterrupt:
-        state = "interrupted"
-        return 130
+        state, code = "interrupted", 128 + signal.SIGINT
     except Exception as error:
         if trace:
             raise
         _tell(error, folder)
-        return FAILURE
     finally:
-        if folder is not None:
-            folder.close(state)
+        if folder is not None and not _closed(folder, state):
+            code = code or FAILURE
+    return code
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Where no callback listens, such as in what a method measures beside a search, SIGTERM and Ctrl-C end the run in
+    order, at once: every file is whole at any time. Lightning would pass over the one and turn the other into exit 1.
+    """
+    process = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked child owns neither the folder nor the run
+            os._exit(128 + number)
+        raise SystemExit(128 + number)
+
+    handled = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    # an embedding program that handles them itself goes on doing so; other threads cannot
+    before = {number: usual for number, usual in handled.items() if signal.getsignal(number) is usual}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
+
+def _closed(folder: RunFolder, state: str) -> bool:
+    """Record how the run ended; a full or broken disk may not take it, which is told in one line."""
+    try:
+        folder.close(state)
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {folder.path} stays marked as running: {_in_one_line(error)}\n")
+        return False
+    return True
 
 
 def _open_folder(this: Run) -> RunFolder:
@@ -93,7 +138,7 @@ def _open_folder(this: Run) -> RunFolder:
     )
 
 
-def _recorded(config: Any, plain: dict[str, Any]) -> dict[str, Any]:
+def recorded(config: Any, plain: dict[str, Any]) -> dict[str, Any]:
     """The config as it is written: secrets masked; what comes from the environment, or is a place below the run folder,
     left as a reference, so that a folder can be moved."""
     from omegaconf import OmegaConf
@@ -113,17 +158,22 @@ def _tell(error: Exception, folder: RunFolder | None) -> None:
     """One line for the person; the traceback of what was not foreseen goes to a file."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _in_one_line(error)
     foreseen = isinstance(error, UserError | MisconfigurationException)
     if type(error).__name__ == "OutOfMemoryError":
         text, foreseen = f"out of memory on the device: {text}; lower data.batch_size or data.eval_batch_size", True
     if not foreseen:
         text = f"{type(error).__name__}: {text}"
         if folder is not None:
-            io.atomic_write_text(folder.path / "error.log", traceback.format_exc())
-            text += f" (details in {folder.path / 'error.log'}; traceback=true shows them)"
+            with suppress(UserError, OSError):  # the disk may be what failed
+                io.atomic_write_text(folder.path / "error.log", traceback.format_exc())
+                text += f" (details in {folder.path / 'error.log'}; traceback=true shows them)"
     rank = process_rank()
     sys.stderr.write(f"error: {f'[process {rank}] ' if rank else ''}{text}\n")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _carry_out(this: Run) -> None:

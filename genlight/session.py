@@ -15,14 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from genlight import io
 from genlight.build import build
+from genlight.callbacks.exact_resume import last_metrics
 from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
 from genlight.loops.result import MethodResult
 from genlight.recipes import fit_where_missing
-from genlight.reports.cost import count_macs, real_cost
+from genlight.reports.cost import count_macs, free_bytes, longer, real_cost
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
+from genlight.reports.finishing import finishing
 from genlight.reports.metrics_csv import merge_metrics
 from genlight.reports.report import Report, parse_report, result_table, write_report
 from genlight.run_folder import process_rank
@@ -34,6 +36,7 @@ from genlight.trainer.strategies import check_callbacks
 
 ARTIFACT = "artifact"
 CHECKPOINTS = "checkpoints"
+_PICTURES = 2
 
 
 class Session:
@@ -43,7 +46,7 @@ class Session:
         self.run = this
         config = this.config
         seed_everything(config.seed, workers=True, verbose=False)
-        self.timer = StepTimer(this.started, stop=bool(config.dry_run))
+        self.timer = StepTimer(this.started, stop=bool(config.dry_run), folder=this.plain["run"]["root"])
         self.trainer = self._build_trainer()
         self.datamodule: Any = build(config.data, "data")
         self.module: Any = build(config.module, "module")
@@ -56,7 +59,7 @@ class Session:
         self._prepare_data("select")
         checkpoint = self._resume_from() if self.run.plain["resume"] else None
         self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items() if torch.isfinite(torch.as_tensor(v))}
+        metrics = last_metrics(self.trainer)
         if self.trainer.is_global_zero:
             report = self._report(metrics, "select", num_samples=0)
             self._save_artifact(report, "training", self._whole_module().save_pretrained)
@@ -64,7 +67,7 @@ class Session:
 
     def validate(self) -> None:
         """Load the weights to be measured, and let the method do its work."""
-        method = build(self.run.config.method, "method")
+        method = self._build_method()
         self._prepare_measurement()
         self.timer.quiet = getattr(method, "predicts_cost", False)
         result = method.run(self.trainer, self.module, self.datamodule)
@@ -86,17 +89,22 @@ class Session:
             self._prepare_module()
             self._prepare_data("select")
             self.trainer.fit(self.module, datamodule=self.datamodule)
+            estimate = self.timer.estimate
+            if estimate is not None:  # with curves and samples
+                estimate = longer(estimate, finishing(_PICTURES), self.run.plain["run"]["root"])
         else:
-            method = build(self.run.config.method, "method")
+            method = self._build_method()
             self._prepare_measurement()
+            self.timer.quiet = True
             estimate = method.dry_run(self.trainer, self.module, self.datamodule)
-        estimate = estimate or self.timer.estimate
         if estimate is None:
             raise UserError("the run is too short to be estimated: it has fewer than five steps")
         if self.trainer.is_global_zero:
             from rich.console import Console
 
-            Console().print(replace(estimate, extra={**estimate.extra, **_network_macs(self.module)}).table())
+            extra = {**estimate.extra, **_network_macs(self.module)}
+            free = free_bytes(self.run.plain["run"]["root"])  # the dry run itself lies elsewhere
+            Console().print(replace(estimate, extra=extra, disk_free_bytes=free).table())
 
     def _build_trainer(self) -> Trainer:
         config = self.run.config
@@ -143,6 +151,13 @@ class Session:
                 return ""
             io.atomic_write_json(file, {"kind": "tracking", "version": 1, "id": uuid.uuid4().hex[:10]})
         return str(io.read_json(file)["id"])
+
+    def _build_method(self) -> Any:
+        """The method, and whatever it needs before weights are read, such as a model that is trained where missing."""
+        method = build(self.run.config.method, "method")
+        if hasattr(method, "prepare"):
+            method.prepare(self.run.plain["run"]["root"], self.run.plain["paths"]["cache"])
+        return method
 
     def _prepare_measurement(self) -> None:
         """Weights, evaluation noise and the real side of the metrics."""
@@ -255,7 +270,7 @@ class Session:
             "features": features,
             "num_samples": num_samples,
             "predicted": None if predicted is None else predicted.to_dict(),
-            "real": real_cost(time.monotonic() - this.started),
+            "real": real_cost(time.monotonic() - this.started, result.spent if result else {}),
             "files": [],
             "notes": this.notes,
         }
@@ -267,8 +282,16 @@ class Session:
         with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
             write(folder)
             data = str(getattr(self.datamodule, "name", "data"))
-            base = self.run.plain["module"].get("pretrained") or self.run.plain["ckpt_path"]
-            write_model_card(folder, report, dataset=data, method=method, base_model=base)
+            write_model_card(folder, report, dataset=data, method=method, base_model=self._base_models())
+
+    def _base_models(self) -> list[str]:
+        """Where the weights came from that this run began with."""
+        module = self.run.plain["module"]
+        members = (module.get("members") or {}).values()
+        measured = self.run.plain["ckpt_path"] if self.run.command == "validate" else None
+        given = [module.get("pretrained") or measured, module.get("teacher")]
+        given += [each.get("source") if isinstance(each, dict) else each for each in members]
+        return list(dict.fromkeys(source for source in given if isinstance(source, str)))
 
     def _whole_module(self) -> Any:
         """The module; where its weights lie in shards, a fresh one with the weights of the last checkpoint of a fit, or

@@ -91,8 +91,14 @@ ASKED = {
     "score_table": ["module=predictor", "metrics=none", "data.path=table.csv"],
     "data=text_tasks": ["module=causal_lm", "metrics=none", "module.pretrained=folder", "data.tasks={}"],
     "eep/mixtral": ["data.tasks={}"],
+    "eep/deepseek": ["data.tasks={}"],
+    "eep/gpt_oss": ["data.tasks={}"],
+    "eep/olmoe": ["data.tasks={}"],
+    "eep/qwen_moe": ["data.tasks={}"],
+    "stack/digits_stage": ["module.pretrained=folder"],
+    "method=stack": ["experiment=stack/digits"],
     "data=tiny_tasks": ["module=causal_lm", "metrics=none", "module.pretrained=folder"],
-    "causal_lm": ["data=tiny_tasks", "metrics=none"],
+    "causal_lm": ["data=tiny_tasks", "metrics=none", "module.pretrained=folder"],
     "method=eep": ["search=eep", "method.num_experts=2"],
     "data=pairs": ["experiment=dd/digits"],
     "module=distilled_decoding": ["module.teacher=folder"],
@@ -109,7 +115,7 @@ def test_every_shipped_option_passes_the_check(option: str, capsys: pytest.Captu
 
     OmegaConf.register_new_resolver("genlight.cache", cli.cache_folder, replace=True)
     asked = next((words for part, words in ASKED.items() if part in option), [])
-    assert cli._is_acceptable(["command=fit", option, *asked]), capsys.readouterr().err
+    assert cli.accepted(["command=fit", option, *asked]) is not None, capsys.readouterr().err
 
 
 def test_cfg_job_prints_the_composed_config(capsys: pytest.CaptureFixture) -> None:
@@ -136,6 +142,17 @@ def test_help_and_errors_cost_half_a_second_of_cpu(arguments: list[str]) -> None
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     # half a second on a quiet core; the tests run two at a time
     assert min(seconds) <= 0.65
+
+
+def test_versions_name_every_package_and_import_none(capsys: pytest.CaptureFixture) -> None:
+    from importlib import metadata
+
+    assert cli.main(["--versions"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {f"{name}=={metadata.version(name)}" for name in ("genlight", "torch", "omegaconf", "filelock")} <= set(
+        lines
+    )
+    assert "lightning==2.6.2" not in lines and "lightning==2.6.3" not in lines
 
 
 def test_no_torch_before_the_config_is_accepted() -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from genlight.loops.cost import first_validation, method_cost
+from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.result import MethodResult
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    from genlight.reports.cost import CostEstimate
+
+# of the samples
+_PICTURES = 1
 
 
 class Baseline:
@@ -18,6 +25,7 @@ class Baseline:
         logged = trainer.validate(module, datamodule=datamodule, verbose=False)
         return MethodResult({name: float(value) for name, value in logged[0].items()})
 
-    def dry_run(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
-        """A few batches; the timer of the trainer extrapolates."""
-        trainer.validate(module, datamodule=datamodule, verbose=False)
+    def dry_run(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> CostEstimate:
+        """A few batches, and as many more as there are."""
+        first = first_validation(trainer, module, datamodule, dry=True)
+        return method_cost(CandidateTrainer(trainer), first, [], [], pictures=_PICTURES)

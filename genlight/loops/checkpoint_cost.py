@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
+from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+from genlight.checkpoints.trajectory import average_files
+from genlight.loops.checkpoint_work import BEST_OF_KIND, DESCENT, TRACKING
+from genlight.loops.cost import (
+    CHOICE,
+    REPORT,
+    FirstValidation,
+    method_cost,
+    rehearsal_of,
+    report_line,
+    sample_line,
+    search_phase,
+    timed,
+)
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile
 
 if TYPE_CHECKING:
     from genlight.loops.checkpoint_work import CheckpointWork
 
 _MEASURED = 3
+# passes over the samples in one step of gradient descent: forwards without and with gradients, and backwards
+_PASSES = 4
 
 
-def combination_cost(work: CheckpointWork) -> CostEstimate:
+def combination_cost(work: CheckpointWork, first: FirstValidation) -> CostEstimate:
     """Time, memory and disk of the whole method: every combination costs mixing, sampling and the metric."""
-    method, settings = work.method, work.method.settings
-    objective = work.objective("search")
-    seconds = []
-    for candidate in list(work.baselines.values())[: _MEASURED + 1]:
-        begun = time.monotonic()
-        work.apply(candidate)
-        objective.evaluate_applied(settings.fidelity)
-        seconds.append(time.monotonic() - begun)
+    method, settings, shares = work.method, work.method.settings, work.evaluations.shares
+    measure = partial(work.measured, work.objective("search"), count=settings.fidelity)
+    baseline = next(iter(work.baselines.values()))
+    (rough,) = timed([partial(measure, baseline)])
+    phases: list[Phase] = []
+    every: list[float] = []
+    for kind in work.searched_kinds:
+        task = work.task(kind)
+        rehearsal = rehearsal_of(task.problem, task.plan, rough)
+        seconds = timed([partial(measure, each) for each in (baseline, *rehearsal.some(_MEASURED))])
+        every += seconds
+        phases.append(search_phase(task.name, work.evaluations, seconds, rehearsal))
+    line = sample_line(work.objective("search").evaluate_applied, settings.fidelity)
+    whole = report_line(work.evaluations, work.module, work.datamodule).seconds(work.datamodule.num_samples)
     work.space.restore()
-    searches = 1 + method.random_search
-    count = searches * work.task().plan.budget.evaluations
-    again = work.evaluations.shares
-    per_candidate = tuple(value / again for value in seconds[1:] or seconds)
-    chosen = settings.finalists * searches + 3 * len({name.split(" ")[0] for name in work.baselines})
-    share = method.select / settings.fidelity
-    phases = [
-        Phase("combinations", per_candidate, count),
-        Phase("choice", tuple(value * share for value in per_candidate), chosen),
+    of_kind = Counter(name.split(" ")[0] for name in work.baselines)
+    kinds = len(of_kind) + len(work.searched_kinds)
+    averages = 0 if work.averages is None else len(average_files(work.averages))
+    kept = settings.finalists * len(work.searched_kinds) + min(averages, BEST_OF_KIND)
+    kept += sum(min(count, BEST_OF_KIND) for count in of_kind.values())
+    choice = [line.scaled(value, method.select / settings.fidelity) / shares for value in every]
+    phases += [
+        Phase(TRACKING, tuple(value / shares for value in every), averages),
+        Phase(CHOICE, tuple(choice), kept),
+        Phase(REPORT, tuple(whole * value / fmean(every) / shares for value in every), kinds + bool(averages)),
     ]
+    if method.gradient is not None:
+        step = line.each * _PASSES * method.gradient.samples / shares
+        phases.append(Phase(DESCENT, (step,), 2 * method.gradient.steps))
     weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
-    return estimate(phases, [PlannedFile("artifact", weights)], work.evaluations.trainer.default_root_dir)
+    files = [PlannedFile("artifact", weights)]
+    return method_cost(work.evaluations, first, phases, files, pictures=2 + len(work.searched_kinds))

@@ -12,6 +12,7 @@ import numpy as np
 from genlight import io
 from genlight.checkpoints.trajectory import Average
 from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
+from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
 from genlight.loops.result import MethodResult
 from genlight.modules.generation import GRID_IMAGES
@@ -41,7 +42,8 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         best.setdefault(variant.kind, variant)
     winner = min((best[kind] for kind in (LCSC, GRADIENT) if kind in best), key=lambda variant: variant.select)
     order = sorted(best.values(), key=lambda variant: (variant is not winner, variant.select))
-    found = in_turn(work.evaluations, [partial(work.report, variant.weights) for variant in order])
+    with work.evaluations.timing(REPORT):
+        found = in_turn(work.evaluations, [partial(work.report, variant.weights) for variant in order])
     rows = [_row(work, variant, values) for variant, values in zip(order, found, strict=True)]
     if work.runner.main:
         _pictures(work, best)
@@ -60,6 +62,7 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         table=rows,
         notes=notes,
         predicted=predicted,
+        spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, winner, rows, folder, module),
     )
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
 from genlight.checkpoints.bases import Basis, GeometricBins, group_of_names
 from genlight.checkpoints.mixing import check_names
 from genlight.checkpoints.part import TrajectoryPart
@@ -22,9 +21,11 @@ from genlight.loops.checkpoint_cost import combination_cost
 from genlight.loops.checkpoint_gradient import GradientDescent
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
+from genlight.loops.cost import announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
+from genlight.quantization.convert import quantized_layers
 from genlight.reports.cost import CostEstimate
 from genlight.search.protocols import LiveWeights, require_capability
 from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficients
@@ -95,24 +96,26 @@ class CheckpointSearch:
             CorruptFileError: a checkpoint that is damaged or of another training.
         """
         space = self.space(module)
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        own = {name: float(value) for name, value in logged[0].items()}
-        work = self._work(trainer, module, datamodule, space, own)
-        predicted = combination_cost(work)
-        if trainer.is_global_zero:
-            print_line(predicted.line())
-        return combination_result(work, own, predicted)
+        first = first_validation(trainer, module, datamodule)
+        work = self._work(trainer, module, datamodule, space, first.logged)
+        predicted = combination_cost(work, first)
+        announce(trainer, predicted)
+        return combination_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Measure three combinations, and multiply."""
         space = self.space(module)
-        trainer.limit_val_batches = 1
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        trainer.limit_val_batches = 1.0
-        return combination_cost(self._work(trainer, module, datamodule, space, dict(logged[0])))
+        first = first_validation(trainer, module, datamodule, dry=True)
+        return combination_cost(self._work(trainer, module, datamodule, space, first.logged), first)
 
     def space(self, module: Any) -> CheckpointCoefficients:
         """The space of the run's checkpoints."""
+        module.configure_model()
+        if quantized_layers(module):
+            raise UserError(
+                "method=lcsc: the network of the module is quantized, and a linear combination of codes means nothing: "
+                "combine the checkpoints first, then quantize"
+            )
         if self.folder is None:
             raise UserError("method=lcsc combines the checkpoints of a run: give ckpt_path=<its folder>")
         if not Path(self.folder).is_dir():

@@ -14,6 +14,7 @@ from genlight.checkpoints.baselines import baseline_candidates
 from genlight.checkpoints.trajectory import Average, read_averages
 from genlight.errors import UserError
 from genlight.loops.checkpoint_gradient import descended
+from genlight.loops.cost import CHOICE
 from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
@@ -32,6 +33,7 @@ LCSC, RANDOM, TRACKED, GRADIENT = "LCSC", "random search", "tracked ema", "gradi
 # of each kind of baseline, how many are looked at again on noise that did not choose them
 BEST_OF_KIND = 3
 _RANDOM_GENERATION = 20
+TRACKING, DESCENT = "tracked averages", "gradient descent"  # in the account of time
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,25 @@ class CheckpointWork:
         if kind == RANDOM:
             planner = PlainPlan(RandomSearch(_RANDOM_GENERATION), screening_fidelity=None)
         initial = [*self.space.initial_candidates(), *self.baselines.values()]
-        plan = planner.plan(self.space, settings.budget, initial)
+        name = kind.lower().replace(" ", "-")
+        plan = self.runner.plan(name, lambda budget: planner.plan(self.space, budget, initial))
         problem = Problem(self.space, settings.seed, settings.fidelity)
         evaluator = one_by_one(self.objective("search"), settings.time_limit_s)
-        return SearchTask(kind.lower().replace(" ", "-"), problem, plan, evaluator, self._depends_on())
+        return SearchTask(name, problem, plan, evaluator, self._depends_on())
 
     def _depends_on(self) -> dict[str, str]:
         return {**self.draws.describe(), "sampler": str(getattr(self.module, "num_inference_steps", ""))}
+
+    @property
+    def searched_kinds(self) -> list[str]:
+        """Ways to search, each with a budget of its own."""
+        return [LCSC, *([RANDOM] if self.method.random_search else [])]
+
+    @property
+    def averages(self) -> Path | None:
+        """The folder of averages that the training tracked at every step; only of the whole training."""
+        folder = self.method.folder
+        return None if self.method.until is not None or folder is None else Path(folder) / "ema"
 
     def search(self) -> list[Variant]:
         """All searches, and the best of every kind with both scores; the winner of each kind comes first.
@@ -115,13 +129,17 @@ class CheckpointWork:
         Raises:
             UserError: no combination could be measured.
         """
-        kinds = [LCSC, *([RANDOM] if self.method.random_search else [])]
-        for kind in kinds:
+        for kind in self.searched_kinds:
             self.results[kind] = self.runner.run(self.task(kind))
-        variants = [*self._of_records(), *self._tracked(), *self._descended()]
+        variants = self._of_records()
+        with self.evaluations.timing(TRACKING):
+            variants += self._tracked()
+        with self.evaluations.timing(DESCENT):
+            variants += self._descended()
         if not variants:
             raise UserError(f"no combination could be measured: see {self.runner.folder}")
-        scores = self.judge([variant.weights for variant in variants], "select", self.method.select)
+        with self.evaluations.timing(CHOICE):
+            scores = self.judge([variant.weights for variant in variants], "select", self.method.select)
         chosen = [
             Variant(variant.name, variant.kind, variant.weights, variant.search, score)
             for variant, score in zip(variants, scores, strict=True)
@@ -153,12 +171,11 @@ class CheckpointWork:
         return kept
 
     def _tracked(self) -> list[Variant]:
-        """Averages that the training tracked at every step; only of the whole training."""
-        if self.method.until is not None or self.method.folder is None:
+        """The best averages that the training tracked."""
+        if self.averages is None:
             return []
-        averages = read_averages(
-            Path(self.method.folder) / "ema", {k: tuple(v) for k, v in self.space.trajectory.shapes.items()}
-        )
+        shapes = {name: tuple(shape) for name, shape in self.space.trajectory.shapes.items()}
+        averages = read_averages(self.averages, shapes)
         scores = self.judge(averages, "search", self.method.settings.fidelity)
         named = [
             Variant(f"{TRACKED} {average.rate:.6g}", TRACKED, average, score)
@@ -198,19 +215,20 @@ class CheckpointWork:
 
         def one(given: Combination | Average) -> float:
             try:
-                return self._measure(objective, given, count).score
+                return self.measured(objective, given, count).score
             except (ValueError, FloatingPointError, RuntimeError):
                 return float("inf")
 
         pieces: list[Callable[[], float]] = [partial(one, each) for each in weights]
         return in_turn(self.evaluations, pieces)
 
-    def _measure(self, objective: MetricObjective, weights: Combination | Average, count: int) -> Evaluation:
+    def measured(self, objective: MetricObjective, weights: Combination | Average, count: int) -> Evaluation:
+        """The score and the metrics of weights on so many samples."""
         self.apply(weights)
         return objective.evaluate_applied(count)
 
     def report(self, weights: Combination | Average) -> dict[str, float]:
         """Every metric on the report draw, against the real images that had no part in the search."""
         objective = self.objective("report")
-        found = self._measure(objective, weights, self.datamodule.num_samples).facts
+        found = self.measured(objective, weights, self.datamodule.num_samples).facts
         return {name: float(value) for name, value in found.items()}

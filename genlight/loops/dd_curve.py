@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from genlight.callbacks.timing import print_line
 from genlight.diffusion.teacher_passes import Marginals
 from genlight.errors import UserError, in_config
+from genlight.loops.cost import announce, first_validation
 from genlight.loops.dd_variants import DRAWN, TEACHER, Choices, variants_of
-from genlight.loops.dd_work import CurveWork, Measured, by_name
+from genlight.loops.dd_work import LATENCIES, VARIANTS, CurveWork, Measured, by_name
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
@@ -63,37 +63,38 @@ class DecodingCurve:
             UserError: the module is no student, the data no pairs of its teacher, or groups out of range.
         """
         self._check(module, datamodule)
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
+        first = first_validation(trainer, module, datamodule)
         work = self._work(trainer, module, datamodule)
-        predicted = work.cost()
-        if trainer.is_global_zero:
-            print_line(predicted.line())
-        found = work.measure()
+        predicted = work.cost(first)
+        announce(trainer, predicted)
+        with work.evaluations.timing(VARIANTS):
+            found = work.measure()
         teacher, drawn = by_name(work.variants, found)
         rows = [work.row(variant, each, teacher, drawn) for variant, each in zip(work.variants, found, strict=True)]
         notes = [_NOTE]
         if self.latency_batches:
-            *times, decoder = work.latencies()
+            with work.evaluations.timing(LATENCIES):
+                *times, decoder = work.latencies()
             rows = [row | time for row, time in zip(rows, times, strict=True)]
             words = ", ".join(f"{value:.3g} ms at batch {name.removeprefix('ms_')}" for name, value in decoder.items())
             notes.append(f"ms_n is the time for the tokens of a batch of n; the decoder takes besides {words}")
         if trainer.is_global_zero:
             _pictures(work, found, rows, Path(trainer.default_root_dir) / "figures")
         return MethodResult(
-            {**{name: float(value) for name, value in logged[0].items()}, **_headline(rows)},
+            {**first.logged, **_headline(rows)},
             method="Distilled Decoding",
             table=rows,
             notes=notes,
             predicted=predicted,
+            spent=work.evaluations.spent,
             save=lambda folder, whole: whole.save_pretrained(folder),
         )
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Every variant on a few samples, multiplied."""
         self._check(module, datamodule)
-        trainer.limit_val_batches = 1
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        return self._work(trainer, module, datamodule).cost()
+        first = first_validation(trainer, module, datamodule, dry=True)
+        return self._work(trainer, module, datamodule).cost(first)
 
     def _check(self, module: Any, datamodule: Any) -> None:
         if not hasattr(module, "decode_noise"):

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from genlight.loops.cost import FirstValidation, method_cost, timed
 from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
 from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
 from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
 from genlight.modules.generation import GRID_IMAGES
 from genlight.nets.few_step import Decoded
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile
 
-# of the first samples, for the estimate
-_PROBE = 64
+# samples of the batches that are measured for the estimate
+_PROBES = (16, 64)
+VARIANTS, LATENCIES = "variants", "latencies"  # in the account of time
 # seconds over which one latency is measured, at least
 _TIMED = 0.3
 
@@ -93,19 +95,26 @@ class CurveWork:
         row["bigram_distance"] = bigram_distance(found.tokens, drawn.tokens, grid) if compared else None
         return row
 
-    def cost(self) -> CostEstimate:
-        """Time, memory and disk of the whole method, from every variant on a few samples."""
-        noise, label = self.noise(min(_PROBE, self.datamodule.num_samples))
-        seconds = [self._inside(self._seconds, each, noise, label) for each in self.variants]
-        every = self.datamodule.num_samples / len(noise)
-        phases = [Phase("variants", tuple(value * every for value in seconds), len(self.variants))]
+    def cost(self, first: FirstValidation) -> CostEstimate:
+        """Time, memory and disk of the whole method, from every variant on two small batches of samples.
+
+        Args:
+            first: validation of the student.
+        """
+        few, more = (self.noise(min(size, self.datamodule.num_samples)) for size in _PROBES)
+        self._inside(self._seconds, self.variants[0], *more)  # warms up
+        pairs = [[self._inside(self._seconds, each, *probe) for probe in (few, more)] for each in self.variants]
+        count, size = self.datamodule.num_samples, self.datamodule.eval_batch_size
+        sizes = [size] * (count // size) + [count % size] * bool(count % size)
+        measured = [sum(_at(batch, pair) for batch in sizes) for pair in pairs]
+        shares = self.evaluations.shares
+        phases = [Phase(VARIANTS, tuple(value / shares for value in measured), len(self.variants))]
+        calls = [[self._inside(self._decoding, each, *probe) for probe in (few, more)] for each in self.variants]
+        latencies = [sum(_timed_seconds(_at(batch, pair)) for batch in self.latency_batches) for pair in calls]
         if self.latency_batches:
-            # warm-up, and at least two calls
-            most = max(self.latency_batches) / len(noise)
-            timed = tuple(max(_TIMED, 4 * value * most) for value in seconds)
-            phases.append(Phase("latencies", timed, len(self.variants) * len(self.latency_batches)))
+            phases.append(Phase(LATENCIES, tuple(latencies), len(self.variants)))
         weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        return estimate(phases, [PlannedFile("artifact", weights)], self.evaluations.trainer.default_root_dir)
+        return method_cost(self.evaluations, first, phases, [PlannedFile("artifact", weights)], pictures=3)
 
     def _inside(self, function: Any, *arguments: Any) -> Any:
         return self.evaluations.inside(self.module, partial(function, *arguments))
@@ -144,6 +153,11 @@ class CurveWork:
         self._one(variant, noise, label)
         return time.monotonic() - begun
 
+    def _decoding(self, variant: Variant, noise: Tensor, label: Tensor) -> float:
+        """Seconds of one call without anything else, the second of two."""
+        part, classes = noise.to(self.module.device), label.to(self.module.device)
+        return timed([partial(variant.decode, part, classes)] * 2)[0]
+
     def _times(self, variant: Variant, noise: Tensor, label: Tensor) -> dict[str, float]:
         return self._timed(lambda part, classes: variant.decode(part, classes), noise, label)
 
@@ -163,6 +177,18 @@ class CurveWork:
             )
             found[f"ms_{size}"] = 1000 * timer.blocked_autorange(min_run_time=_TIMED).median
         return found
+
+
+def _at(size: int, pair: Sequence[float]) -> float:
+    """Seconds of a batch of any size, on the line through those of both probes."""
+    small, large = _PROBES
+    slope = max(0.0, (pair[1] - pair[0]) / (large - small))
+    return max(min(pair), pair[0] + slope * (size - small))
+
+
+def _timed_seconds(call: float) -> float:
+    """Of one measurement of latency: calls that choose a block, one to warm up, and at least `_TIMED` seconds."""
+    return 2 * call + max(_TIMED, call)
 
 
 def by_name(variants: Sequence[Variant], found: Sequence[Measured]) -> tuple[Measured, Measured]:

@@ -34,11 +34,15 @@ class CandidateTrainer:
 
     Args:
         trainer: of the run; it must have validated once, which starts its other processes.
+
+    Attributes:
+        spent: seconds by part of the method, see `timing`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.sharded = is_sharded(trainer)
+        self.spent: dict[str, float] = {}
         self._loaders: WeakKeyDictionary[Any, dict[tuple[Any, ...], KeptLoader]] = WeakKeyDictionary()
 
     @property
@@ -49,6 +53,15 @@ class CandidateTrainer:
     @cached_property
     def _local(self) -> Trainer:
         return local_trainer(self.trainer)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Count the seconds of a part of a method, which the report holds against what was predicted."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - begun
 
     def validate(self, module: LightningModule, **data: Any) -> dict[str, float]:
         """One validation; what it logged, by name. `data` is `dataloaders` or `datamodule`.

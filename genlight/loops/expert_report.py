@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from genlight import io
 from genlight.errors import UserError
 from genlight.experts.export import check_exportable, save_edited
+from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
 from genlight.loops.expert_work import FULL, MERGED, PRUNED, RANDOM, Choice, ExpertWork
 from genlight.loops.result import MethodResult
@@ -117,7 +118,13 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
             save_artifact(each, place, module)
 
     return MethodResult(
-        metrics, method="EEP (efficient expert pruning)", table=rows, notes=notes, predicted=predicted, save=save
+        metrics,
+        method="EEP (efficient expert pruning)",
+        table=rows,
+        notes=notes,
+        predicted=predicted,
+        spent=first.evaluations.spent,
+        save=save,
     )
 
 
@@ -137,9 +144,10 @@ def _found(work: ExpertWork, own: Mapping[str, float]) -> Found:
     if not {PRUNED, MERGED} & best.keys() or FULL not in best:
         raise UserError(f"no candidate could be measured: see {work.runner.folder}")
     winner = min((best[kind] for kind in (PRUNED, MERGED) if kind in best), key=lambda choice: choice.select)
-    shown = _reported(work, best, winner, own)
-    draws = [choice for choice in choices if choice.kind == RANDOM]
-    random = _random_row(work, draws) if draws else None
+    with work.evaluations.timing(f"{REPORT}, {work.num_experts} experts"):
+        shown = _reported(work, best, winner, own)
+        draws = [choice for choice in choices if choice.kind == RANDOM]
+        random = _random_row(work, draws) if draws else None
     return Found(work, best, winner, shown, random, _refusal(work, winner), failed)
 
 

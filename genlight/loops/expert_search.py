@@ -8,7 +8,6 @@ chosen is chosen, and reported, on questions that the search has not seen, besid
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,10 +15,12 @@ from genlight.callbacks.timing import print_line
 from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
+from genlight.loops.cost import FirstValidation, announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
 from genlight.loops.expert_report import expert_result
-from genlight.loops.expert_work import ExpertWork, predicted
+from genlight.loops.expert_work import ExpertWork
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.reports.cost import CostEstimate
@@ -116,17 +117,18 @@ class ExpertSearch:
             UserError: a model without experts, a task or metric that is not there, a number of experts that cannot
                 route, weights that are sharded.
         """
-        works, own = self._works(trainer, module, datamodule)
-        cost = predicted(works)
-        if trainer.is_global_zero:
-            print_line(cost.line())
-        return expert_result(works, own, cost)
+        works, first = self._works(trainer, module, datamodule)
+        cost = expert_cost(works, first)
+        announce(trainer, cost)
+        return expert_result(works, first.logged, cost)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Calibrate, measure three candidates, and multiply."""
-        return predicted(self._works(trainer, module, datamodule)[0])
+        return expert_cost(*self._works(trainer, module, datamodule, dry=True))
 
-    def _works(self, trainer: Any, module: Any, datamodule: Any) -> tuple[list[ExpertWork], dict[str, float]]:
+    def _works(
+        self, trainer: Any, module: Any, datamodule: Any, *, dry: bool = False
+    ) -> tuple[list[ExpertWork], FirstValidation]:
         require_capability(module, ReadableExperts, ExpertMapSpace, ("module=causal_lm",))
         evaluations = CandidateTrainer(trainer)
         if evaluations.sharded:
@@ -145,13 +147,10 @@ class ExpertSearch:
                     f"groups = {self.groups} must lie in 1 .. {len(editor.layers)}, the layers with experts"
                 )
             cache = PrefixCache(editor, self.cache_bytes) if self.cache_bytes else None
-        begun = time.monotonic()
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        seconds = time.monotonic() - begun
-        own = {name: float(value) for name, value in logged[0].items()}
-        if self.objective not in own:
+        first = first_validation(trainer, module, datamodule, dry=dry)
+        if self.objective not in first.logged:
             raise UserError(
-                f"method.objective={self.objective}: validate does not log it; choose one of {', '.join(own)}"
+                f"method.objective={self.objective}: validate does not log it; choose one of {', '.join(first.logged)}"
             )
         data = datamodule.measuring(names)
         asked = min(self.settings.fidelity, len(data.examples("search")))
@@ -160,8 +159,8 @@ class ExpertSearch:
                 f"warning: {self.objective} of {asked} questions comes in steps of {100 / asked:.2g} points, so that "
                 "candidates tie: ask more (search.fidelity), or search by val/log_likelihood"
             )
-        works = [ExpertWork(self, n, evaluations, module, datamodule, data, seconds, cache) for n in numbers]
-        return within_limits(works, self.limits, most_only=not self.num_experts), own
+        works = [ExpertWork(self, n, evaluations, module, datamodule, data, cache) for n in numbers]
+        return within_limits(works, self.limits, most_only=not self.num_experts), first
 
     def experts_per_token(self, editor: Any, num_experts: int) -> int:
         """k of candidates: what was asked for, else the model's own, at most the experts that are left."""

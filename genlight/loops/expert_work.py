@@ -18,10 +18,10 @@ from genlight.experts.baselines import baseline
 from genlight.experts.maps import LayerMaps, selection_maps
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.experts.statistics import RoutingStatistics, routing_load
+from genlight.loops.cost import CHOICE
 from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, drawing, in_turn, measured, whole_loader
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
 from genlight.search.engine import SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.protocols import Evaluation
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from genlight.loops.expert_search import ExpertSearch
 
 FULL, RANDOM, PRUNED, MERGED = "full", "random", "EEP prune", "EEP merge"
-_MEASURED = 3
 # batches behind the tokens per second, and how often they run
-_TIMED_BATCHES, _REPEATS = 4, 3
+TIMED_BATCHES, REPEATS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ class ExpertWork:
         num_experts: that are left in each layer, E'.
         evaluations, module, datamodule: of the run.
         task_data: the same data with the tasks of the search alone.
-        report_seconds: that measuring the whole model on the report draw took.
         cache: of hidden states.
         load: tokens that the whole model routes to each expert in calibration, int64 [E] by layer.
     """
@@ -104,7 +102,6 @@ class ExpertWork:
     module: Any
     datamodule: Any
     task_data: Any
-    report_seconds: float
     cache: PrefixCache | None = None
     load: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -221,7 +218,7 @@ class ExpertWork:
         planner: Any = settings.strategy
         initial = list(self.baselines.values())
         with in_config("search"):
-            plan = planner.plan(self.space, settings.budget, initial)
+            plan = self.runner.plan(self.name, lambda budget: planner.plan(self.space, budget, initial))
         problem = Problem(self.space, settings.seed, settings.fidelity)
         evaluator = one_by_one(self.objective("search"), settings.time_limit_s)
         depends = {
@@ -251,9 +248,10 @@ class ExpertWork:
         records = [record for record in self.result.records if record.fidelity == self.fidelity]
         known = {record.key: float(record.score) for record in records if record.score is not None}
         missing = {self._key(c): c.candidate for c in found if self._key(c) not in known}
-        known |= dict(zip(missing, self.judge(list(missing.values()), "search", self.fidelity), strict=True))
         distinct = {self._key(c): c.candidate for c in found}
-        select = dict(zip(distinct, self.judge(list(distinct.values()), "select", self.method.select), strict=True))
+        with self.evaluations.timing(f"{CHOICE}, {self.num_experts} experts"):
+            known |= dict(zip(missing, self.judge(list(missing.values()), "search", self.fidelity), strict=True))
+            select = dict(zip(distinct, self.judge(list(distinct.values()), "select", self.method.select), strict=True))
         return [Choice(c.name, c.kind, c.candidate, known[self._key(c)], select[self._key(c)]) for c in found]
 
     def _key(self, choice: Choice) -> str:
@@ -311,9 +309,9 @@ class ExpertWork:
     def _tokens_per_second(self) -> float:
         def timed() -> float:
             seconds, tokens = [], 0
-            for _ in range(_REPEATS + 1):
+            for _ in range(REPEATS + 1):
                 begun = time.perf_counter()
-                tokens = self.run_batches("report", self.task_data.num_samples, _TIMED_BATCHES)
+                tokens = self.run_batches("report", self.task_data.num_samples, TIMED_BATCHES)
                 if self.module.device.type == "cuda":
                     torch.cuda.synchronize(self.module.device)
                 seconds.append(time.perf_counter() - begun)
@@ -339,32 +337,6 @@ class ExpertWork:
         self.apply(candidate)
         run = partial(self.run_batches, "search", self.method.calibration)
         return self.evaluations.inside(self.module, partial(routing_load, self.editor, run))
-
-    def phases(self) -> list[Phase]:
-        """What is to be done, with times from a few candidates that are measured."""
-        method, settings = self.method, self.method.settings
-        objective, seconds = self.objective("search"), []
-        for candidate in [None, *self.baselines.values()][: _MEASURED + 1]:
-            begun = time.monotonic()
-            objective.evaluate(candidate, settings.fidelity)
-            seconds.append((time.monotonic() - begun) / self.evaluations.shares)
-        per_candidate = tuple(seconds[1:] or seconds)
-        share = method.select / settings.fidelity
-        chosen = len(self.baselines) + 2 * settings.finalists + 1
-        return [
-            Phase(f"candidates, {self.num_experts} experts", per_candidate, self.task.plan.budget.evaluations),
-            Phase("choice", tuple(value * share for value in per_candidate), chosen),
-            Phase("report", (self.report_seconds,), 2 + len(method.baselines)),
-        ]
-
-
-def predicted(works: Sequence[ExpertWork]) -> CostEstimate:
-    """Time and disk of the whole method."""
-    phases = [phase for work in works for phase in work.phases()]
-    first = works[0]
-    size = first.parameters(None) * first.bytes_per_parameter
-    file = PlannedFile("artifact", size, len(works))
-    return estimate(phases, [file], first.evaluations.trainer.default_root_dir)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from genlight.errors import UserError
 from genlight.io import atomic_write_text
+from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, score_label
 from genlight.loops.model_work import COSTS, Choice, ModelWork, file_of
 from genlight.loops.result import MethodResult
@@ -57,7 +58,8 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
     for choice in sorted(choices, key=lambda choice: choice.select):
         best.setdefault((choice.budget, choice.rule), choice)
     distinct = {work.space.key(choice.schedule): choice.schedule for choice in best.values()}
-    found = in_turn(work.evaluations, [partial(work.report, schedule) for schedule in distinct.values()])
+    with work.evaluations.timing(REPORT):
+        found = in_turn(work.evaluations, [partial(work.report, schedule) for schedule in distinct.values()])
     values = {key: each for key, each in zip(distinct, found, strict=True) if each is not None}
     best = {at: choice for at, choice in best.items() if work.space.key(choice.schedule) in values}
     if failed := work.limits.keys() - {budget for budget, _ in best}:
@@ -89,6 +91,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
         table=rows,
         notes=notes,
         predicted=predicted,
+        spent=work.evaluations.spent,
         save=lambda folder, module: _save(work, winners, values, folder, module),
     )
 

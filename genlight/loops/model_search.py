@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
 from genlight.data.prompts import PromptsDataModule
 from genlight.diffusion.model_schedule import Kind
 from genlight.errors import UserError
+from genlight.loops.cost import FirstValidation, announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.model_cost import model_cost
 from genlight.loops.model_report import model_result
 from genlight.loops.model_work import ModelWork
 from genlight.loops.result import MethodResult
@@ -106,17 +107,18 @@ class ModelSearch:
             UserError: a module without members, a metric that is not logged, a budget below the cheapest schedule,
                 the rule "analytic" without real images, a member that fails (see `drop_failing`).
         """
-        work, own = self._work(trainer, module, datamodule)
-        predicted = work.predicted()
-        if trainer.is_global_zero:
-            print_line(predicted.line())
-        return model_result(work, own, predicted)
+        work, first = self._work(trainer, module, datamodule)
+        predicted = model_cost(work, first)
+        announce(trainer, predicted)
+        return model_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
-        """Measure a few schedules of the middle budget, and multiply."""
-        return self._work(trainer, module, datamodule)[0].predicted()
+        """Measure a few schedules, and multiply."""
+        return model_cost(*self._work(trainer, module, datamodule, dry=True))
 
-    def _work(self, trainer: Any, module: Any, datamodule: Any) -> tuple[ModelWork, dict[str, float]]:
+    def _work(
+        self, trainer: Any, module: Any, datamodule: Any, *, dry: bool = False
+    ) -> tuple[ModelWork, FirstValidation]:
         require_capability(module, ScheduledMembers, ModelScheduleSpace, ("ZooModule", "PipelineModule with members"))
         if not module.members:
             raise UserError("module.members is empty: name the denoisers that are to take turns")
@@ -125,9 +127,8 @@ class ModelSearch:
                 "method.rules: analytic needs real images, which prompts are not; set it to "
                 f"[{','.join(rule for rule in self.rules if rule != 'analytic')}]"
             )
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        own = {name: float(value) for name, value in logged[0].items()}
-        if self.objective not in own:
-            known = ", ".join(name for name in own if not name.endswith("_std"))
+        first = first_validation(trainer, module, datamodule, dry=dry)
+        if self.objective not in first.logged:
+            known = ", ".join(name for name in first.logged if not name.endswith("_std"))
             raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
-        return ModelWork(self, CandidateTrainer(trainer), module, datamodule), own
+        return ModelWork(self, CandidateTrainer(trainer), module, datamodule), first

@@ -15,12 +15,12 @@ from genlight.callbacks.timing import print_line
 from genlight.diffusion.error_curves import ErrorCurve
 from genlight.diffusion.model_schedule import ModelSchedule
 from genlight.errors import UserError, in_config
+from genlight.loops.cost import CHOICE
 from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.model_costs import member_costs, reason_of, sampled
 from genlight.loops.model_curves import member_curves
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.reports.cost import CostEstimate, Phase, estimate
 from genlight.reports.latency import MemberCosts, read_costs, write_costs
 from genlight.search.engine import Budget, SearchResult
 from genlight.search.evaluation import one_by_one
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 COSTS = "latency.json"
 SEARCHED = "searched"
+SCHEDULES = "schedules"
 _MEASURED = 3
 
 
@@ -206,7 +207,9 @@ class ModelWork:
         planner: Any = settings.strategy
         schedules = [schedule for _, schedule in self.initial.values()]
         with in_config("search"):
-            plan = planner.plan_budgets(self.space, settings.budget, schedules, tuple(self.limits.values()))
+            limits = tuple(self.limits.values())
+            make = partial(planner.plan_budgets, self.space, initial=schedules, budgets=limits)
+            plan = self.runner.plan(SCHEDULES, lambda budget: make(evaluations=budget))
         plan = replace(plan, strategy=WithoutFailed(plan.strategy, min(self.limits.values())))
         space = self.space
         if (
@@ -219,7 +222,7 @@ class ModelWork:
         measure = one_by_one(self.draws.objective(self.space, "search"), settings.time_limit_s)
         evaluator = naming_members(measure, self.module.scheduled)
         depends = {**self.draws.describe(), "weights": self.evaluations.fingerprint(self.module)}
-        return SearchTask("schedules", problem, plan, evaluator, depends, self._check)
+        return SearchTask(SCHEDULES, problem, plan, evaluator, depends, self._check)
 
     def _check(self, record: Record[ModelSchedule]) -> None:
         """Leave out the member for which a candidate failed, if one did."""
@@ -247,7 +250,8 @@ class ModelWork:
         """
         found = [choice for budget in self.limits for choice in self._finalists(budget)]
         distinct = {self.space.key(choice.schedule): choice.schedule for choice in found}
-        scores = dict(zip(distinct, self.judge(list(distinct.values())), strict=True))
+        with self.evaluations.timing(CHOICE):
+            scores = dict(zip(distinct, self.judge(list(distinct.values())), strict=True))
         found = [replace(choice, select=scores[self.space.key(choice.schedule)]) for choice in found]
         # one that fails now is nobody's choice, unless all do
         working = {choice.budget for choice in found if choice.select < float("inf")}
@@ -276,7 +280,7 @@ class ModelWork:
 
         def one(schedule: ModelSchedule) -> float:
             try:
-                found = self._evaluated(objective, schedule, self.method.select)
+                found = self.evaluated(objective, schedule, self.method.select)
             except (ValueError, FloatingPointError):
                 found = None
             return float("inf") if found is None else found.score
@@ -284,8 +288,8 @@ class ModelWork:
         pieces: list[Callable[[], float]] = [partial(one, each) for each in schedules]
         return in_turn(self.evaluations, pieces)
 
-    def _evaluated(self, objective: MetricObjective, schedule: ModelSchedule, samples: int) -> Evaluation | None:
-        """None where a member fails that may be left out."""
+    def evaluated(self, objective: MetricObjective, schedule: ModelSchedule, samples: int) -> Evaluation | None:
+        """The score and the metrics of a schedule; None where a member fails that may be left out."""
         scheduled = self.module.scheduled
         scheduled.failed = None
         try:
@@ -299,7 +303,7 @@ class ModelWork:
     def report(self, schedule: ModelSchedule) -> dict[str, float] | None:
         """Every metric on the report draw, and the milliseconds of one batch; None where a member fails."""
         objective = self.draws.objective(self.space, "report")
-        evaluation = self._evaluated(objective, schedule, self.datamodule.num_samples)
+        evaluation = self.evaluated(objective, schedule, self.datamodule.num_samples)
         if evaluation is None:
             raise UserError(
                 f"{schedule} was chosen, and a member of it fails on the report draw; resume with it mended"
@@ -319,27 +323,6 @@ class ModelWork:
             _wait(module.device)
             found.append(1e3 * (time.perf_counter() - begun))
         return min(found[1:])
-
-    def predicted(self) -> CostEstimate:
-        """Time of the whole method from a few schedules that are measured."""
-        method, settings = self.method, self.method.settings
-        objective = self.draws.objective(self.space, "search")
-        middle = list(self.limits)[len(self.limits) // 2]
-        space = self.space.with_budget(self.limits[middle])
-        schedules = [each.schedule for each in evenly(single_models(space), _MEASURED + 1)]
-        seconds = []
-        for schedule in schedules:
-            begun = time.monotonic()
-            if self._evaluated(objective, schedule, settings.fidelity) is not None:
-                seconds.append((time.monotonic() - begun) / self.evaluations.shares)
-        per_candidate = tuple(seconds[1:] or seconds)
-        share = method.select / settings.fidelity
-        chosen = len(self.limits) * (settings.finalists + 2 * len(method.rules) + 2)
-        phases = [
-            Phase("schedules", per_candidate, self.task.plan.budget.evaluations),
-            Phase("choice", tuple(value * share for value in per_candidate), chosen),
-        ]
-        return estimate(phases, [], self.evaluations.trainer.default_root_dir)
 
     def restore(self) -> None:
         """Put the module's own sampler and member back."""

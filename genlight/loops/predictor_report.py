@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlight import io
+from genlight.loops.predictor_cost import COMPARISONS, PREDICTOR
 from genlight.loops.predictor_work import PredictorWork, Scores
 from genlight.loops.result import MethodResult
 from genlight.predictors.contenders import DELE
@@ -35,12 +36,14 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
         predicted: what all of it was to cost.
     """
     method, labels = work.method, work.datamodule.labels
-    compared, indicators, regrets = work.compared(), work.indicators(), work.regrets()
+    with work.evaluations.timing(COMPARISONS):
+        compared, indicators = work.compared(), work.indicators()
+    regrets = work.regrets()
     rows = _rows(work, compared, indicators)
-    trained = work.trained(method.predictor)
+    with work.evaluations.timing(PREDICTOR):
+        trained, proposals = work.trained(method.predictor), work.proposals()
     if work.runner.main:
         _pictures(work, compared, regrets, trained)
-    proposals = work.proposals()
     taus = {f"{TAU}_{row['predictor']}": row[TAU] for row in rows if row["labels"] == labels}
     ends = {name: mean_interval([seed[-1] for seed in seeds]) for name, seeds in regrets.items()}
     found = {f"regret_{name}": mean for name, (mean, _, _) in ends.items()}
@@ -59,6 +62,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
         table=rows,
         notes=notes,
         predicted=predicted,
+        spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, trained, rows, regrets, proposals, folder),
     )
 

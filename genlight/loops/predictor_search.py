@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genlight.callbacks.timing import print_line
 from genlight.errors import UserError, in_config
+from genlight.loops.cost import announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.predictor_cost import predictor_cost
 from genlight.loops.predictor_report import predictor_result
 from genlight.loops.predictor_work import PredictorWork
 from genlight.loops.result import MethodResult
@@ -102,18 +103,15 @@ class PredictorSearch:
                 or without the cost, weights that are sharded.
         """
         work = self._work(trainer, module, datamodule)
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        own = {name: float(value) for name, value in logged[0].items()}
-        predicted = work.predicted()
-        if trainer.is_global_zero:
-            print_line(predicted.line())
-        return predictor_result(work, own, predicted)
+        first = first_validation(trainer, module, datamodule)
+        predicted = predictor_cost(work, first)
+        announce(trainer, predicted)
+        return predictor_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Fit every predictor once, and multiply."""
         work = self._work(trainer, module, datamodule)
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        return work.predicted()
+        return predictor_cost(work, first_validation(trainer, module, datamodule, dry=True))
 
     def _work(self, trainer: Any, module: Any, datamodule: Any) -> PredictorWork:
         if not hasattr(module, "trained"):

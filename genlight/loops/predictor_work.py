@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +24,6 @@ from genlight.predictors.expert_training import ExpertTraining
 from genlight.predictors.experts import ExpertEnsemble
 from genlight.predictors.pool import cleaned
 from genlight.predictors.predictor_file import TrainedExperts
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
 from genlight.search.acquisition import expected_improvement
 from genlight.search.evaluation import one_by_one
 from genlight.search.plan import PlainPlan, with_predictor
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
 # a strategy that knows no predictor
 UNGUIDED = "search"
-_KIND, _VERSION = "predictor_scores", 1
+_KIND, _VERSION = "predictor_scores", 2
 
 # kendall_tau and so on, by name of the predictor
 Scores = Mapping[str, Mapping[str, float]]
@@ -132,8 +130,8 @@ class PredictorWork:
         facts = [self.datamodule.fingerprint, self.weights, method.predictors, method.finetune_steps]
         key = fingerprint_of([*facts, labels, label_seed, self.datamodule.batch_size])
         if path.is_file() and not again:
-            kept = io.read_json(path)
-            if kept.get("kind") == _KIND and kept.get("version") == _VERSION and kept.get("fingerprint") == key:
+            kept = io.read_record(path, kind=_KIND, version=_VERSION)
+            if kept.get("fingerprint") == key:
                 return kept["scores"]  # type: ignore[no-any-return]
         rows, targets = self.labelled(labels, label_seed)
         truth, scores = self.table.target[self.held_out], {}
@@ -141,7 +139,7 @@ class PredictorWork:
             predict = self.contenders.fit(name, rows, targets, label_seed)
             scores[name] = ranking_scores(predict(self.held_out)[0], truth)
         path.parent.mkdir(parents=True, exist_ok=True)
-        io.atomic_write_json(path, {"kind": _KIND, "version": _VERSION, "fingerprint": key, "scores": scores})
+        io.write_record(path, {"fingerprint": key, "scores": scores}, kind=_KIND, version=_VERSION)
         return scores
 
     def indicators(self) -> Scores:
@@ -211,7 +209,7 @@ class PredictorWork:
             predictor = TablePredictor(name, self.contenders, self.space, self.searched)
             planner = with_predictor(planner, predictor)
         with in_config("search"):
-            plan = planner.plan(self.space, settings.budget, None)
+            plan = self.runner.plan(f"{name}-{seed}", lambda budget: planner.plan(self.space, budget, None))
             problem = Problem(self.space, seed, settings.fidelity)
         targets = self.table.target[self.searched]
         evaluator = one_by_one(TableObjective(self.space, targets), settings.time_limit_s)
@@ -230,7 +228,7 @@ class PredictorWork:
         found: dict[str, list[list[float]]] = {name: [] for name in self.searches}
         for seed in seeds:
             for name in self.searches:
-                result = self.runner.run(self.task(name, seed))
+                result = self.runner.run(self.task(name, seed), part=f"search {name}")
                 scores = torch.tensor([math.inf if each.score is None else each.score for each in result.records])
                 found[name].append((best + scores.double().cummin(0).values).tolist())
         return found
@@ -255,18 +253,3 @@ class PredictorWork:
             }
             for place in order
         ]
-
-    def predicted(self) -> CostEstimate:
-        """Time of the whole method from one comparison."""
-        begun = time.monotonic()
-        self.cell(self.numbers[-1], self.datamodule.label_seed, again=True)
-        seconds = time.monotonic() - begun
-        strategy: Any = getattr(self.method.settings.strategy, "strategy", None)
-        size: int = getattr(strategy, "round_size", getattr(strategy, "stage_size", self.method.settings.budget))
-        rounds = self.method.search_seeds * len(self.searches) * math.ceil(self.method.settings.budget / size)
-        phases = [
-            Phase("comparisons", (seconds / self.evaluations.shares,), len(self.numbers) * self.method.label_seeds),
-            Phase("rounds of searches", (seconds / len(self.method.predictors),), rounds),
-        ]
-        weights = sum(value.numel() * value.element_size() for value in self.network.parameters())
-        return estimate(phases, [PlannedFile("artifact", weights)], self.evaluations.trainer.default_root_dir)

@@ -11,23 +11,20 @@ all rivals in the same table, and true numbers of bits and bytes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
-from genlight.loops.quantization_bits import ways_of
-from genlight.loops.quantization_report import quantization_result, variants_of
-from genlight.loops.quantization_sensitivity import probes_of
+from genlight.loops.cost import announce, first_validation
+from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
+from genlight.loops.quantization_report import quantization_result
 from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
-from genlight.loops.quantization_work import QuantizationWork, checked_work
+from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
-from genlight.quantization.accounting import tensor_bytes
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.recipe import BalanceKind, BalanceSettings
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
+from genlight.reports.cost import CostEstimate
 
 
 @dataclass(frozen=True)
@@ -140,47 +137,14 @@ class QuantizationCalibration:
                 module without a network to quantize, or several processes.
         """
         work = checked_work(self, trainer, module, datamodule)
-        begun = time.monotonic()
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        own = {name: float(value) for name, value in logged[0].items()}
-        predicted = quantization_cost(work, time.monotonic() - begun)
-        print_line(predicted.line())
-        return quantization_result(work, own, predicted)
+        first = first_validation(trainer, module, datamodule)
+        work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
+        predicted = calibrated_cost(work, first)
+        announce(trainer, predicted)
+        return quantization_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
-        """Measure one batch and one trajectory, and multiply."""
-        work = checked_work(self, trainer, module, datamodule)
-        trainer.limit_val_batches = 1
-        begun = time.monotonic()
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        trainer.limit_val_batches = 1.0
-        batches = -(-int(datamodule.num_samples) // int(datamodule.eval_batch_size))
-        return quantization_cost(work, (time.monotonic() - begun) * batches)
-
-
-def quantization_cost(work: QuantizationWork, validation_seconds: float) -> CostEstimate:
-    """What all of it will cost.
-
-    Args:
-        work: of the run, with nothing quantized.
-        validation_seconds: of one validation in full precision.
-    """
-    method, mixed = work.method, work.method.mixed
-    work.reference("search", 1)
-    begun = time.monotonic()
-    reference = work.reference("select", mixed.samples if mixed is not None else 1)
-    sampled = time.monotonic() - begun
-    begun = time.monotonic()
-    work.noise(reference)
-    replayed = time.monotonic() - begun
-    per_sample = sampled / len(reference.noise)
-    count = 0 if mixed is None else len(probes_of(mixed, work.forms))
-    again = sampled if {"psnr", "ssim"} & set(work.metrics.values()) else 0.0
-    variants = len(variants_of(method, {way: {} for way in ways_of(mixed)}))
-    phases = [
-        Phase("calibration sample", (per_sample,), method.samples),
-        Phase("layer in few bits", (replayed + again,), count),
-        Phase("variant", (validation_seconds + 2 * per_sample * method.trajectory,), variants),
-    ]
-    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized)]
-    return estimate(phases, files, work.folder)
+        """Calibrate on a few samples, quantize a few layers, and multiply."""
+        checked_work(self, trainer, module, datamodule)
+        first = first_validation(trainer, module, datamodule, dry=True)
+        return quantization_cost(self, trainer, module, datamodule, first)

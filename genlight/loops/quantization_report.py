@@ -34,6 +34,7 @@ DEQUANTIZED = "dequantized"
 _KIND, _VERSION = "quantization", 1
 FULL, DYNAMIC, NAIVE = "full precision", "dynamic", "naive"
 _MOST_CHANNELS = 1024
+LAYERS, VARIANTS = "layers in few bits", "variants"  # in the account of time
 
 
 def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str, Choice]]) -> list[Variant]:
@@ -77,14 +78,15 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     reference = work.reference("report", method.trajectory)
     full: dict[str, Any] = {"variant": FULL, "sqnr": None, "psnr": None, "ssim": None}
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
-    work.calibrated  # noqa: B018 - calibrates before anything is quantized
-    found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
+    with work.evaluations.timing(LAYERS):
+        found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
     bits, program = allocated_bits(work, method.mixed, found) if method.mixed is not None else ({}, {})
     rows, images, layers = [full], {FULL: reference.images}, dict[str, QuantizedLayer]()
     winner = f"{method.title} {WAYS[0]}" if bits else method.title
     for variant in variants_of(method, bits):
-        made = work.layers(variant)
-        row, images[variant.name] = work.measure(made)
+        with work.evaluations.timing(VARIANTS):
+            made = work.layers(variant)
+            row, images[variant.name] = work.measure(made)
         rows.append({"variant": variant.name, **row})
         if variant.name == winner:
             layers = made
@@ -93,6 +95,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     # a model card is about its artifact, so the run's own metrics are those of the winner
     headline = {name: chosen[name.removeprefix("val/")] for name in own}
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
+    headline |= {f"{name}_full_precision": full[name] for name in ("bits", "megabytes")}
     key = method.title.lower().replace("-", "")
     headline |= {f"{name}_{key}": chosen[name] for name in ("sqnr", "psnr", "ssim", "bits", "megabytes")}
     headline |= proxy_correlation(work, found)
@@ -104,6 +107,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
         table=rows,
         notes=_notes(work, winner, chosen, full),
         predicted=predicted,
+        spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
     )
 

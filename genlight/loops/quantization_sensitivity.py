@@ -101,7 +101,7 @@ def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensit
             for number, (name, bits, activation) in enumerate(pending[len(found) :], start=len(found) + 1):
                 if guard.requested(trainer) is not None:
                     raise RunInterrupted(guard.requested(trainer))
-                entry = _one(work, mixed, name, bits, activation)
+                entry = measured_layer(work, mixed, name, bits, activation)
                 io.append_line(path, seal({"kind": "result", **asdict(entry)}))
                 found.append(entry)
                 if display is not None and display.due():
@@ -112,7 +112,10 @@ def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensit
     return found
 
 
-def _one(work: QuantizationWork, mixed: MixedBits, name: str, bits: int, activation: int | None) -> Sensitivity:
+def measured_layer(
+    work: QuantizationWork, mixed: MixedBits, name: str, bits: int, activation: int | None
+) -> Sensitivity:
+    """One layer in some bits, in a network of full precision."""
     if bits == FLOAT_BITS == activation:  # a layer that may stay as it is
         return Sensitivity(
             name, bits, activation, 0.0, 100.0, 1.0, 0.0, 0.0, tensor_bytes(work.calibrated.layers[name])

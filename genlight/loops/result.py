@@ -21,6 +21,7 @@ class MethodResult:
         table: before and after, one row for each variant, with equal keys.
         notes: what the report has to say besides numbers.
         predicted: what the method said that it would cost; None: one validation is all there is.
+        spent: seconds that its parts really took, by the names of the phases that were predicted.
         save: writes the artifact into an empty folder, given the module with all of its weights; None: there is none.
     """
 
@@ -30,6 +31,7 @@ class MethodResult:
     table: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     predicted: CostEstimate | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
     save: Callable[[Path, Any], None] | None = field(default=None, repr=False)
 
 
@@ -44,7 +46,6 @@ class Method(Protocol):
         """Do the work on the weights that the module has; called on every process."""
         ...
 
-    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate | None:
-        """Measure a little of the work and say what all of it will cost; None: the measurement of one validation says
-        all there is."""
+    def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
+        """Measure a little of the work and say what all of it will cost, see `genlight.loops.cost`."""
         ...

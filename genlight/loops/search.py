@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from genlight import io
 from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.callbacks.timing import print_line
@@ -25,6 +26,8 @@ PREDICTORS: Mapping[str, Callable[[], Any]] = {
     "gp": GaussianProcessPredictor,
     "ranking": RankingPredictor,
 }
+_BUDGET_FILE = "budget.json"
+_KIND, _VERSION = "search_budget", 1
 
 
 class Planner(Protocol):
@@ -48,7 +51,8 @@ class SearchSettings:
         seed: of the search, apart from that of the data.
         finalists: the best so many are measured again on the noise of the select draw, where the winner is chosen.
         seconds: a search ends after so many seconds of this run too; null: by its budget only.
-        time_limit_s: a candidate that takes longer is failed; null: none is.
+        time_limit_s: a candidate that takes longer is failed; null: only one that hangs, see
+            `genlight.search.evaluation.HANGS_TIMES`.
         workers: candidates measured together in one process, in shared forward passes where the method can.
         failure_limits: when a search gives up.
     """
@@ -113,13 +117,36 @@ class SearchRunner:
         self.guard = guards[0] if guards else SignalGuard()
         self.main = bool(trainer.is_global_zero)
 
-    def run(self, task: SearchTask) -> SearchResult[Any]:
+    def plan(self, name: str, make: Callable[[int], SearchPlan]) -> SearchPlan:
+        """The plan of a search for the budget that it was begun with; a larger one since extends its last stage.
+
+        Args:
+            name: of the search.
+            make: the plan for so many evaluations.
+        """
+        file, budget = self.folder / name / _BUDGET_FILE, self.settings.budget
+        begun = io.read_record(file, kind=_KIND, version=_VERSION)["budget"] if file.is_file() else budget
+        begun = int(self.evaluations.agreed(begun))
+        if self.main and not file.is_file():
+            io.write_record(io.create_folder(file.parent) / file.name, {"budget": budget}, kind=_KIND, version=_VERSION)
+        plan = make(begun)
+        return replace(plan, budget=replace(plan.budget, evaluations=plan.budget.evaluations + budget - begun))
+
+    def run(self, task: SearchTask, part: str | None = None) -> SearchResult[Any]:
         """Search until the budget is spent, from where an earlier run stopped.
+
+        Args:
+            task: the search.
+            part: name in the account of time; None: that of the search.
 
         Raises:
             RunInterrupted: a signal asked to stop; the candidate at hand was finished and kept.
             SearchFailedError, UserError: as `Search.run`.
         """
+        with self.evaluations.timing(part or f"search {task.name}"):
+            return self._run(task)
+
+    def _run(self, task: SearchTask) -> SearchResult[Any]:
         plan, evaluations, trainer = task.plan, self.evaluations, self.evaluations.trainer
         if self.settings.predictor == "dele":
             require_indicators(task.problem.space)
@@ -152,10 +179,7 @@ class SearchRunner:
                 result = search.run(Budget(plan.budget.evaluations, self.settings.seconds))
                 if result.stopped == "request":
                     if self.main:
-                        print_line(
-                            f"stopped by a signal: {len(archive.records)} candidates of {task.name} are kept, the same "
-                            "command with resume=true goes on"
-                        )
+                        print_line(f"{len(archive.records)} candidates of {task.name} are kept")
                     raise RunInterrupted(self.guard.requested(trainer))
         finally:
             self.display.stop(task.name)

@@ -44,7 +44,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class BankSizes:
-    """Noises of each draw: for measuring candidates, for choosing among finalists and tuning, for the report."""
+    """How many noises each draw has.
+
+    Attributes:
+        search: for measuring candidates.
+        select: for choosing among finalists, and for tuning.
+        report: for the report.
+    """
 
     search: int = 256
     select: int = 256

@@ -14,10 +14,9 @@ from genlight import io
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.serialization import TableRecord
-from genlight.errors import UserError
 
 _KIND = "solver_outcome"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def outcome_fingerprint(parts: Mapping[str, Any]) -> str:
 
 def save_outcome(path: Path, outcome: SolverOutcome, fingerprint: str) -> None:
     """Write it, with the fingerprint of what it depends on."""
-    content = {"kind": _KIND, "version": _VERSION, "fingerprint": fingerprint, "outcome": asdict(outcome)}
-    io.atomic_write_json(path, content)
+    io.write_record(path, {"fingerprint": fingerprint, "outcome": asdict(outcome)}, kind=_KIND, version=_VERSION)
 
 
 def load_outcome(path: Path, fingerprint: str) -> SolverOutcome | None:
@@ -78,9 +76,7 @@ def load_outcome(path: Path, fingerprint: str) -> SolverOutcome | None:
     """
     if not path.is_file():
         return None
-    content = io.read_json(path)
-    if not isinstance(content, dict) or (content.get("kind"), content.get("version")) != (_KIND, _VERSION):
-        raise UserError(f"{path} is no {_KIND} of version {_VERSION}: delete it to make it again")
+    content = io.read_record(path, kind=_KIND, version=_VERSION)
     if content.get("fingerprint") != fingerprint:
         return None
     found: SolverOutcome = _adapter().validate_json(json.dumps(content["outcome"]))

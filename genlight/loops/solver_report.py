@@ -14,6 +14,7 @@ from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.serialization import SolverBank
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
+from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import in_turn, measured
 from genlight.loops.result import MethodResult
 from genlight.loops.solver_outcome import SolverOutcome
@@ -47,9 +48,13 @@ def solver_result(
         own: what the module's own sampler reaches.
         predicted: what all of it was to cost.
     """
-    rows = [row for outcome in outcomes for row in _rows(work, outcome)]
-    _measure_metrics(work, outcomes, rows)
-    metrics = {**own, **_headline(rows)}
+    if work.by_teacher:
+        work.scoring("report")  # the teacher is no part of the report
+    with work.evaluations.timing(REPORT):
+        rows = [row for outcome in outcomes for row in _rows(work, outcome)]
+        _measure_metrics(work, outcomes, rows)
+    searched = "rmse" if work.by_teacher else work.method.objective.removeprefix("val/")
+    metrics = {**own, **_headline(rows, searched)}
     if work.runner.main:
         _pictures(work, outcomes, rows)
     notes = [
@@ -61,6 +66,7 @@ def solver_result(
         table=rows,
         notes=notes,
         predicted=predicted,
+        spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, outcomes, rows, folder, module),
     )
 
@@ -136,11 +142,11 @@ def _table_sampler(work: SolverWork, sampler: Sampler, schedule: SolverSchedule)
     return TableSampler(sampler, compile_schedule(sampler, work.module.prediction.schedule))
 
 
-def _headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The distances of the best hand-made sampler and of the results, by number of evaluations."""
+def _headline(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """What was searched for, of the best hand-made sampler and of the results, by number of evaluations."""
     short = {HAND_MADE: "hand_made", SCHEDULE: "searched", TABLE: "tuned"}
-    chosen = [row for row in rows if row["sampler"] in short and "rmse" in row]
-    return {f"rmse_{short[row['sampler']]}_{row['nfe']}": float(row["rmse"]) for row in chosen}
+    chosen = [row for row in rows if row["sampler"] in short and name in row]
+    return {f"{name}_{short[row['sampler']]}_{row['nfe']}": float(row[name]) for row in chosen}
 
 
 def _pictures(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]]) -> None:

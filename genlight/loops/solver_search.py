@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
 from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.presets import PRESETS
 from genlight.diffusion.solver.spacings import SPACINGS, End
 from genlight.errors import UserError
+from genlight.loops.cost import announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
@@ -110,26 +110,23 @@ class SolverSearch:
         """Search, choose, refine and tune for each number of evaluations; then measure on the report noise.
 
         Raises:
-            UserError: a module whose sampler cannot be set, or a metric that is not logged.
+            UserError: a module whose sampler cannot be set, such as a one-step student, or a metric that is not logged.
         """
-        require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
+        _check_target(module)
         # the number to compare with; it also starts the other processes of a strategy that has them
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        own = {name: float(value) for name, value in logged[0].items()}
-        self._check(own)
+        first = first_validation(trainer, module, datamodule)
+        self._check(first.logged)
         work = SolverWork(self, CandidateTrainer(trainer), module, datamodule)
-        predicted = solver_cost(work)
-        if trainer.is_global_zero:
-            print_line(predicted.line())
-        return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], own, predicted)
+        predicted = solver_cost(work, first)
+        announce(trainer, predicted)
+        return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Measure three candidates and a little of the teacher, and add everything up."""
-        require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
-        trainer.limit_val_batches = 1
-        logged = trainer.validate(module, datamodule=datamodule, verbose=False)
-        self._check(dict(logged[0]))
-        return solver_cost(SolverWork(self, CandidateTrainer(trainer), module, datamodule))
+        _check_target(module)
+        first = first_validation(trainer, module, datamodule, dry=True)
+        self._check(first.logged)
+        return solver_cost(SolverWork(self, CandidateTrainer(trainer), module, datamodule), first)
 
     def describe(self) -> dict[str, Any]:
         """What the choice after a search depends on, as plain values."""
@@ -141,3 +138,9 @@ class SolverSearch:
         if self.objective != TEACHER and self.objective not in logged:
             known = ", ".join([TEACHER, *logged])
             raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+
+
+def _check_target(module: Any) -> None:
+    """UserError for a module without a sampler that can be set, or whose network is none that solvers integrate."""
+    require_capability(module, SettableSampler, SolverScheduleSpace, _MODULES)
+    module.prediction  # noqa: B018 - a consistency model has none

@@ -15,6 +15,7 @@ from genlight.diffusion.solver.serialization import TableRecord
 from genlight.diffusion.solver.teacher import TuningProblem
 from genlight.diffusion.solver.trajectory import TeacherTrajectories
 from genlight.errors import UserError, in_config
+from genlight.loops.cost import CHOICE
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.loops.solver_banks import Banks, TeacherScoring
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 # how many hand-made schedules are looked at again on noise that did not choose them
 BEST_BASELINES = 20
+TEACHER_TIME, TUNING = "teacher", "tuning"  # in the account of time
 # λ that the first time may rise above pure noise: the network sees next to no signal there
 START_SLACK = 3.0
 Schedules = dict[str, SolverSchedule]
@@ -88,6 +90,10 @@ class SolverWork:
         """What the predictor DELE reads of a teacher that candidates are measured by."""
         return self.banks.trajectories() if self.by_teacher and self.method.settings.predictor == "dele" else None
 
+    def searched_space(self, nfe: int) -> SolverScheduleSpace:
+        """The space with what the predictor reads."""
+        return replace(self.space(nfe), trajectories=self.trajectories)
+
     def hand_made(self, nfe: int) -> list[tuple[str, SolverSchedule]]:
         """Every hand-made schedule of the settings, by name; made once, since all of them are compiled."""
         if nfe not in self._hand_made:
@@ -103,14 +109,15 @@ class SolverWork:
 
     def task(self, nfe: int) -> SearchTask:
         """The search of one number of evaluations."""
-        settings, space = self.method.settings, replace(self.space(nfe), trajectories=self.trajectories)
+        settings, space = self.method.settings, self.searched_space(nfe)
         problem = Problem(space, settings.seed, settings.fidelity)
         return SearchTask(f"nfe{nfe}", problem, self.plan(nfe, space), self._evaluator(space), self._depends_on())
 
     def plan(self, nfe: int, space: SolverScheduleSpace | None = None) -> SearchPlan:
         """Strategy and initial candidates: every hand-made schedule; on the plain space if none is given."""
         settings, made = self.method.settings, [schedule for _, schedule in self.hand_made(nfe)]
-        return settings.strategy.plan(space or self.space(nfe), settings.budget, made)
+        chosen = space or self.space(nfe)
+        return self.runner.plan(f"nfe{nfe}", lambda budget: settings.strategy.plan(chosen, budget, made))
 
     def outcome(self, nfe: int) -> SolverOutcome:
         """What was found for `nfe` evaluations; read from the run folder where it was found before.
@@ -136,7 +143,8 @@ class SolverWork:
     def scoring(self, draw: str) -> TeacherScoring:
         """Distances to the teacher on the bank of a draw."""
         if draw not in self._scorings:
-            bank = self.banks.bank(draw)
+            with self.evaluations.timing(TEACHER_TIME):
+                bank = self.banks.bank(draw)
             self._scorings[draw] = TeacherScoring(self.module, self.banks.sampling, bank, self.evaluations)
         return self._scorings[draw]
 
@@ -148,7 +156,7 @@ class SolverWork:
         limit = self.method.settings.time_limit_s
         if self.by_teacher:
             scoring = self.scoring("search")
-            return in_one_batch(scoring, one_by_one(scoring, limit))
+            return in_one_batch(scoring, limit)
         return one_by_one(self.metric(space, "search"), limit)
 
     def metric(self, space: SolverScheduleSpace, draw: str) -> MetricObjective:
@@ -185,13 +193,17 @@ class SolverWork:
         finalists = _named(ranked[: self.method.settings.finalists])
         hand_made = {names[r.key]: r.candidate for r in made}
         everyone = {**hand_made, **finalists}
-        scores = dict(zip(everyone, self.judge(space, list(everyone.values()), "select"), strict=True))
+        with self.evaluations.timing(CHOICE):
+            scores = dict(zip(everyone, self.judge(space, list(everyone.values()), "select"), strict=True))
         baseline = min(hand_made, key=lambda name: scores[name])
         order = sorted(finalists, key=lambda name: scores[name])
         evolved = finalists[order[0]]
         select = {"baseline": scores[baseline], "evolved": scores[order[0]]}
         outcome = SolverOutcome(space.nfe, baseline, hand_made[baseline], hand_made, evolved, evolved, select=select)
-        return self._improve(space, outcome, [finalists[name] for name in order]) if self.by_teacher else outcome
+        if not self.by_teacher:
+            return outcome
+        with self.evaluations.timing(TUNING):
+            return self._improve(space, outcome, [finalists[name] for name in order])
 
     def _improve(
         self, space: SolverScheduleSpace, outcome: SolverOutcome, finalists: Sequence[SolverSchedule]

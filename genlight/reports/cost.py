@@ -7,7 +7,7 @@ import resource
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,9 @@ class CostEstimate:
             values.pop(name)
         steps = {phase.name: phase.count for phase in self.phases}
         means = {phase.name: statistics.fmean(phase.seconds) for phase in self.phases}
+        totals = {phase.name: phase.total for phase in self.phases}
         files = {file.name: {"bytes": file.bytes, "count": file.count} for file in self.files}
-        return {**values, **self.extra, "steps": steps, "step_seconds": means, "files": files}
+        return {**values, **self.extra, "steps": steps, "step_seconds": means, "phase_seconds": totals, "files": files}
 
     @property
     def fits_on_disk(self) -> bool:
@@ -171,7 +172,7 @@ def estimate(
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
         disk_needed_bytes=math.ceil(DISK_MARGIN * sum(file.bytes * file.count for file in files)),
-        disk_free_bytes=_free_bytes(Path(folder)),
+        disk_free_bytes=free_bytes(folder),
         phases=tuple(phases),
         files=tuple(files),
         setup_seconds=setup_seconds,
@@ -179,9 +180,19 @@ def estimate(
     )
 
 
-def real_cost(wall_seconds: float) -> dict[str, Any]:
+def longer(estimated: CostEstimate, phase: Phase, folder: str | Path) -> CostEstimate:
+    """An estimate of the same run with one more phase."""
+    phases = (*estimated.phases, phase)
+    return estimate(phases, estimated.files, folder, setup_seconds=estimated.setup_seconds, extra=estimated.extra)
+
+
+def real_cost(wall_seconds: float, phase_seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What the run really took, under the keys of ``CostEstimate.to_dict``, for "real" in report.json."""
-    values: dict[str, Any] = {"total_seconds": wall_seconds, "peak_memory_bytes": peak_memory_bytes()}
+    values: dict[str, Any] = {
+        "total_seconds": wall_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "phase_seconds": dict(phase_seconds or {}),
+    }
     gpu = peak_gpu_bytes()
     return values if gpu is None else {**values, "peak_gpu_bytes": gpu}
 
@@ -239,8 +250,9 @@ def _attention_flops(
     return 2 * batch * heads * queries * key[-2] * (channels + value[-1])
 
 
-def _free_bytes(folder: Path) -> int:
-    folder = folder.absolute()
+def free_bytes(folder: str | Path) -> int:
+    """Free space where a folder lies, or will lie."""
+    folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

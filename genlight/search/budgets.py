@@ -59,7 +59,7 @@ class BudgetedSearch:
         cost: which cost of the space they limit.
         collect: candidates measured before the first round, those that a search was given at its start included; each
             random one is drawn for one of the budgets, in turn.
-        rounds: rounds of prediction and measurement.
+        rounds: rounds of prediction and measurement; None: until the budget of the search is spent.
         per_budget: new candidates that a round measures for each budget.
         evolution: its population, children, tournament, operators and edit sizes; on predicted scores only.
         generations: of each evolution; the edits have their last size at the end.
@@ -70,7 +70,7 @@ class BudgetedSearch:
     budgets: tuple[float, ...]
     cost: str = "cost"
     collect: int = 500
-    rounds: int = 1
+    rounds: int | None = 1
     per_budget: int = 10
     evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
     generations: int = 200
@@ -80,15 +80,10 @@ class BudgetedSearch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budgets", _checked_budgets(self.budgets))
         for name in ("collect", "rounds", "per_budget", "generations"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"strategy.{name} = {getattr(self, name)!r} must be 1 or more")
         if not 0 <= self.kappa < float("inf"):
             raise ValueError(f"strategy.kappa = {self.kappa!r} must be finite and not negative")
-
-    @property
-    def evaluations(self) -> int:
-        """Candidates that the whole search measures, unless the space runs out of new ones."""
-        return self.collect + self.rounds * self.per_budget * len(self.budgets)
 
     def ask(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
         """What is missing of the collection, or the next round; nothing after the last."""
@@ -98,7 +93,7 @@ class BudgetedSearch:
             proposals = self._collection(problem, history, self.collect - len(history))
             if proposals:
                 return proposals
-        return self._round(problem, history) if done < self.rounds else []
+        return self._round(problem, history) if self.rounds is None or done < self.rounds else []
 
     def _collection(
         self, problem: Problem[Candidate], history: History[Candidate], count: int

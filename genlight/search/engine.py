@@ -193,7 +193,7 @@ class Search(Generic[Candidate]):
             start -= 1
         while len(records) < budget.evaluations:
             history = History(records[:start])
-            trials = self._number(self._ask(history), history)
+            trials = numbered(self.problem, self._ask(history), history)
             if not trials:
                 if not records:
                     raise UserError(self._nothing_allowed())
@@ -207,32 +207,6 @@ class Search(Generic[Candidate]):
         if self.initial and not len(history):
             return [Proposal(candidate, self.problem.fidelity, INITIAL) for candidate in self.initial]
         return self.strategy.ask(self.problem, history)
-
-    def _number(self, proposals: Sequence[Proposal[Candidate]], history: History[Candidate]) -> list[Trial[Candidate]]:
-        """Trials of the proposals that are new and keep the cost limits, with their places in the archive."""
-        space = self.problem.space
-        trials: list[Trial[Candidate]] = []
-        taken = {(record.key, record.fidelity) for record in history}
-        for proposal in proposals:
-            key = space.key(proposal.candidate)
-            cost = {name: float(value) for name, value in space.cost(proposal.candidate).items()}
-            if (key, proposal.fidelity) in taken or not self.problem.within_limits(cost):
-                continue
-            taken.add((key, proposal.fidelity))
-            index = history.next_index + len(trials)
-            trials.append(
-                Trial(
-                    index,
-                    history.generation,
-                    key,
-                    proposal.candidate,
-                    proposal.fidelity,
-                    proposal.source,
-                    cost,
-                    (self.problem.seed, index),
-                )
-            )
-        return trials
 
     def _check_replay(self, trials: Sequence[Trial[Candidate]], measured: Sequence[Record[Candidate]]) -> None:
         for position, record in enumerate(measured):
@@ -322,3 +296,32 @@ class Search(Generic[Candidate]):
         draws = [self.problem.space.cost(self.problem.space.sample(self.problem.rng(0, n))) for n in range(100)]
         seen = ", ".join(f"{name} from {min(cost[name] for cost in draws):g}" for name in self.problem.cost_limits)
         return f"no candidate keeps search.cost_limits = {dict(self.problem.cost_limits)}; random ones have {seen}"
+
+
+def numbered(
+    problem: Problem[Candidate], proposals: Sequence[Proposal[Candidate]], history: History[Candidate]
+) -> list[Trial[Candidate]]:
+    """Trials of the proposals that are new and keep the cost limits, with their places in the archive."""
+    space = problem.space
+    trials: list[Trial[Candidate]] = []
+    taken = {(record.key, record.fidelity) for record in history}
+    for proposal in proposals:
+        key = space.key(proposal.candidate)
+        cost = {name: float(value) for name, value in space.cost(proposal.candidate).items()}
+        if (key, proposal.fidelity) in taken or not problem.within_limits(cost):
+            continue
+        taken.add((key, proposal.fidelity))
+        index = history.next_index + len(trials)
+        trials.append(
+            Trial(
+                index,
+                history.generation,
+                key,
+                proposal.candidate,
+                proposal.fidelity,
+                proposal.source,
+                cost,
+                (problem.seed, index),
+            )
+        )
+    return trials

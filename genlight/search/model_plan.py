@@ -48,7 +48,7 @@ class BudgetedPlan:
         strategy = BudgetedSearch(
             tuple(budgets),
             collect=len(first) + evaluations - chosen,
-            rounds=self.rounds,
+            rounds=None,  # the budget ends them, and a larger one asks for more
             per_budget=self.per_budget,
             evolution=self.evolution,
             generations=self.generations,

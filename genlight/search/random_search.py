@@ -9,7 +9,11 @@ from genlight.search.records import History, Problem, Proposal
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Independent random candidates, `generation_size` at a time."""
+    """Independent random candidates.
+
+    Attributes:
+        generation_size: candidates that are proposed at a time.
+    """
 
     generation_size: int = 32
 

@@ -1,0 +1,91 @@
+"""What a calibration and all rivals will cost, from a calibration, in a dry run of few samples, and a few layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from genlight.loops.cost import FirstValidation, method_cost, report_line, timed
+from genlight.loops.quantization_bits import BUDGETS, ways_of
+from genlight.loops.quantization_report import LAYERS, VARIANTS, variants_of
+from genlight.loops.quantization_sensitivity import measured_layer, probes_of
+from genlight.loops.quantization_work import QuantizationWork, Variant, checked_work
+from genlight.quantization.accounting import tensor_bytes
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile
+
+if TYPE_CHECKING:
+    from genlight.loops.quantization_calibrate import QuantizationCalibration
+
+_MEASURED = 3
+# tokens that never change are found over so many samples
+_LEAST_SAMPLES = 8
+_SHARE = 8
+
+
+def quantization_cost(
+    method: QuantizationCalibration, trainer: Any, module: Any, datamodule: Any, first: FirstValidation
+) -> CostEstimate:
+    """The cost of a dry run's method: what is measured is a calibration of few samples."""
+    few = min(method.samples, max(_LEAST_SAMPLES, method.samples // _SHARE))
+    work = checked_work(replace(method, samples=few), trainer, module, datamodule)
+    calibrated = _seconds(lambda: work.calibrated)
+    return calibrated_cost(work, first, [Phase("calibration", (calibrated / few,), method.samples - few)])
+
+
+def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequence[Phase] = ()) -> CostEstimate:
+    """What is left once the network is calibrated.
+
+    Args:
+        work: of the run, with nothing quantized.
+        first: validation in full precision.
+        phases: what comes before that.
+    """
+    method, mixed = work.method, work.method.mixed
+    if method.split_shortcuts or method.constant_tokens != "off":
+        work.special  # noqa: B018 - it takes a calibration's time, and only once
+    plain = work.reference("search", 1)
+    work.noise(plain)  # warms up
+    replay = _seconds(lambda: work.noise(plain))
+    # in a network of which every layer is quantized, in the way that takes least time to make
+    layers = work.layers(Variant("dynamic", "none", "nearest"))
+    with work.replaced(layers):
+        slower = max(1.0, _seconds(lambda: work.noise(plain)) / replay)
+        sample = _seconds(lambda: work.images(plain))
+    probes = [] if mixed is None else probes_of(mixed, work.forms)
+    layer: tuple[float, ...] = (0.0,)
+    if mixed is not None:
+        chosen = probes[:: max(1, len(probes) // (_MEASURED + 1))][: _MEASURED + 1]
+        layer = timed([partial(measured_layer, work, mixed, *probe) for probe in chosen])
+    line = report_line(work.evaluations, work.module, work.datamodule)
+    validation = line.seconds(work.datamodule.num_samples) * slower
+    each = validation + (sample + replay * slower) * method.trajectory
+    ways = ways_of(mixed)
+    variants = variants_of(method, {way: {} for way in ways})
+    seconds = tuple(each + _making(work, variant) for variant in variants)
+    tried = len(mixed.ratios) if mixed is not None and BUDGETS in ways else 0
+    images = fmean(seconds) - each + sample * (mixed.samples if mixed is not None else 0)
+    phases = [
+        *phases,
+        Phase(LAYERS, layer, len(probes)),
+        Phase("ratios of budgets", (images,), tried),
+        Phase(VARIANTS, seconds, len(variants)),
+    ]
+    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized)]
+    return method_cost(work.evaluations, first, phases, files, pictures=5)
+
+
+def _making(work: QuantizationWork, variant: Variant) -> float:
+    """Seconds of the layers of a variant, from a few of them; the first of its kind balances its inputs besides."""
+    names = list(work.forms)
+    chosen = names[:: max(1, len(names) // _MEASURED)][:_MEASURED]
+    return _seconds(lambda: work.layers_of(variant, chosen)) * len(names) / len(chosen)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
