@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from genlight.secrets import masked_command
+from genlight.secrets import masked, masked_command
 
 PACKAGES = (
     "genlight",
@@ -58,6 +58,15 @@ def git_state() -> tuple[str | None, bool | None]:
     revision = _git(package, "rev-parse", "HEAD")
     changes = _git(package, "status", "--porcelain")
     return (None, None) if revision is None else (revision.strip(), bool(changes))
+
+
+def git_diff() -> str:
+    """What the running source adds to its revision, as a patch without credentials; empty where nothing does, where it
+    is no tracked checkout, and for files that are new."""
+    if not git_state()[1]:
+        return ""
+    found = _git(Path(__file__).resolve().parents[1], "diff", "HEAD", "--no-color", "--no-ext-diff")
+    return "" if found is None else str(masked(found))
 
 
 def versions() -> dict[str, str]:

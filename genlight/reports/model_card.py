@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genlight.io import atomic_write_text
+from genlight.io import atomic_write_text, read_json
 from genlight.reports.report import Report, title_of, to_markdown
 
 _LOAD_PIPELINE = """\
@@ -31,13 +32,22 @@ weights = load_file("{name}")
 ```"""
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# what a licence's name says of its terms, and what that means for this folder
+_TERMS = {
+    "nd": "does not allow changed copies to be passed on: do not publish this folder",
+    "nc": "does not allow commercial use",
+    "other": "has terms of its own: read them before you publish this folder",
+}
+
+
 def write_model_card(
     folder: str | Path,
     report: Report,
     *,
     dataset: str,
     method: str = "none",
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     license: str | None = None,
     how_to_load: str | None = None,
     tags: Sequence[str] = (),
@@ -46,11 +56,11 @@ def write_model_card(
 
     Args:
         folder: the artifact.
-        report: its measurement.
+        report: its measurement; methods name what it was before beside what it is.
         dataset: the data it was trained and measured on.
         method: how it was made cheaper, "training" for a model trained from nothing, "none" for one only measured.
-        base_model: hub id or path of the model it came from.
-        license: SPDX name; None says that none is known. That of the base model goes on to what is made of it.
+        base_model: hub ids or paths of the models it came from.
+        license: SPDX name; None: that which the cards of all base models state, see `stated_license`.
         how_to_load: text for the section "Load". None takes over the example of a README that lies in the folder (an
             export knows its own arguments), or writes a general one.
         tags: more hub tags.
@@ -58,23 +68,31 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(folder)
-    is_pipeline = (folder / "model_index.json").is_file()
+    bases = [base_model] if isinstance(base_model, str) else list(base_model or ())
+    stated = {base: {"license": license} if license else stated_license(base) for base in bases}
+    every = list(stated.values())
+    # one licence for all of them, or none in the metadata: the text then says which has which
+    shared = every[0] if every and all(each == every[0] for each in every) else {}
+    if not bases and license:
+        shared = {"license": license}
+    on_hub = [base for base in bases if _HUB_ID.fullmatch(base) and not Path(base).exists()]
     data = ModelCardData(
         model_name=report.experiment,
-        base_model=base_model,
-        license=license,
-        library_name="diffusers" if is_pipeline else "genlight",
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
+        library_name=_library(folder),
         tags=["genlight", method, *tags],
-        eval_results=_evaluation(report, dataset) or None,
+        eval_results=_evaluation(report, dataset, _task(folder)) or None,
+        license=shared.get("license"),
+        license_name=shared.get("license_name"),
+        license_link=shared.get("license_link"),
     )
     facts = [
-        f"- Base model: {base_model or 'none, trained from random weights'}",
+        f"- Base model: {', '.join(bases) or 'none, trained from random weights'}",
         f"- Method: {method}",
         f"- Data: {dataset}",
-        f"- Licence: {license or 'not stated'}"
-        + (" (inherited from the base model)" if base_model and license else ""),
+        *(_license_facts(stated) if bases else [f"- Licence: {license or 'not stated'}"]),
     ]
-    load = how_to_load or _load_example(folder, is_pipeline)
+    load = how_to_load or _load_example(folder)
     # the report brings its own title and the command
     body = to_markdown(report).split("\n", 1)[1].strip()
     text = f"---\n{data.to_yaml()}\n---\n\n# {report.experiment}\n\n" + "\n".join(facts)
@@ -82,14 +100,82 @@ def write_model_card(
     atomic_write_text(folder / "README.md", str(ModelCard(text)))
 
 
-def _evaluation(report: Report, dataset: str) -> list[Any]:
+def stated_license(base: str) -> dict[str, str]:
+    """What the card of a model says of its licence: `license`, `license_name`, `license_link` of its metadata.
+
+    Args:
+        base: a run, an artifact or any folder with a README.md; or a hub id, whose card is looked for where downloads
+            are kept, and nowhere else.
+
+    Returns:
+        the keys that are there; none where there is no card, or one that says nothing.
+    """
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    if Path(base).exists():
+        places = [Path(base) / "README.md", Path(base) / "artifact" / "README.md"]
+    elif _HUB_ID.fullmatch(base):
+        places = [Path(str(try_to_load_from_cache(base, "README.md")))]
+    else:
+        places = []
+    for place in places:
+        if not place.is_file():
+            continue
+        try:
+            metadata = ModelCard.load(place, ignore_metadata_errors=True).data.to_dict()
+        except Exception:  # foreign text: YAML and huggingface_hub each raise their own
+            continue
+        keys = ("license", "license_name", "license_link")
+        found = {key: str(metadata[key]) for key in keys if isinstance(metadata.get(key), str)}
+        if found.get("license"):
+            return found
+    return {}
+
+
+def _license_facts(stated: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each base model: its licence goes on to what is made of it, and what its terms forbid."""
+    lines = []
+    for base, found in stated.items():
+        name = found.get("license")
+        of = f" of {base}" if len(stated) > 1 else ""
+        if name is None:
+            lines.append(f"- Licence{of}: not stated by the base model; ask for it before you publish this folder")
+            continue
+        terms = [text for part, text in _TERMS.items() if part in name.lower().split("-")]
+        shown = " ".join(filter(None, [found.get("license_name", name), found.get("license_link", "")]))
+        lines.append(f"- Licence{of}: {'; it '.join([f'{shown} (inherited from the base model)', *terms])}")
+    return lines
+
+
+def _library(folder: Path) -> str:
+    """Which library reads the folder."""
+    if (folder / "model_index.json").is_file():
+        return "diffusers"
+    return "transformers" if _is_language_model(folder) else "genlight"
+
+
+def _task(folder: Path) -> str:
+    """The hub's name of what the folder does."""
+    if _is_language_model(folder):
+        return "text-generation"
+    return "tabular-regression" if (folder / "predictor.json").is_file() else "unconditional-image-generation"
+
+
+def _is_language_model(folder: Path) -> bool:
+    places = [folder / "config.json", *folder.glob("*/config.json")]
+    if (folder / "model_index.json").is_file():
+        return False
+    return any("architectures" in (read_json(place) or {}) for place in places if place.is_file())
+
+
+def _evaluation(report: Report, dataset: str, task: str) -> list[Any]:
     """The metrics as the hub's evaluation results; a name of other features than Inception's says so itself."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
-            task_type="unconditional-image-generation",
-            task_name="image generation",
+            task_type=task,
+            task_name=task.replace("-", " "),
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type=name.rsplit("/", 1)[-1],
@@ -101,14 +187,14 @@ def _evaluation(report: Report, dataset: str) -> list[Any]:
     ]
 
 
-def _load_example(folder: Path, is_pipeline: bool) -> str:
+def _load_example(folder: Path) -> str:
     readme = folder / "README.md"
     before, fence, example = (
         readme.read_text(encoding="utf-8").partition("```python") if readme.is_file() else ("",) * 3
     )
     if fence and not before.startswith("---"):
         return (fence + example).strip()
-    if is_pipeline:
+    if (folder / "model_index.json").is_file():
         return _LOAD_SEARCHED if (folder / "scheduler" / "solver_schedule.py").is_file() else _LOAD_PIPELINE
     tensors = sorted(path.name for path in folder.glob("*.safetensors"))
     return _LOAD_TENSORS.replace("{name}", tensors[0]) if tensors else "See the files of this folder."

@@ -1,4 +1,4 @@
-"""Proofs: the record of an experiment that shows a claim on real data, and the page made of all of them."""
+"""Proofs: the record of an experiment that shows a claim on real data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from genlight.errors import UserError
-from genlight.io import atomic_write_json, atomic_write_text, read_json
+from genlight.io import atomic_write_json, read_json
 from genlight.reports.environment import environment
-from genlight.reports.report import STRICT, cell, duration, escaped, table_lines
+from genlight.reports.report import STRICT
 
 _ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 
@@ -107,35 +107,6 @@ def read_proof(path: str | Path) -> Proof:
         raise UserError(str(error)) from None
 
 
-def results_page(folder: str | Path) -> str:
-    """The page of all proofs of a folder: one row for each bar, then each table."""
-    proofs = {path.stem: read_proof(path) for path in sorted(Path(folder).glob("*.json"))}
-    lines = [
-        "# Results",
-        "",
-        "Made from the JSON files in this folder; a bar that fails stays as it fell.",
-        "",
-        "| proof | bar | what | value | wanted | holds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, proof in proofs.items():
-        for bar in proof.bars:
-            cells = [f"[{name}]({name}.json)", f"`{bar.id}`", bar.what, cell(bar.value), bar.bar]
-            lines.append(
-                "| " + " | ".join(escaped(cell) for cell in cells) + f" | {'yes' if bar.holds else '**no**'} |"
-            )
-    for name, proof in proofs.items():
-        lines += ["", f"## {name}", "", f"    {proof.command}", "", _circumstances(proof)]
-        if proof.table:
-            lines += ["", *table_lines(proof.table)]
-    return "\n".join(lines) + "\n"
-
-
-def write_results_page(folder: str | Path) -> None:
-    """Writes README.md of a folder of proofs."""
-    atomic_write_text(Path(folder) / "README.md", results_page(folder))
-
-
 def _checked(record: Any, path: str | Path) -> Proof:
     try:
         return _adapter().validate_python(record)
@@ -146,13 +117,3 @@ def _checked(record: Any, path: str | Path) -> Proof:
 
 def _own_command() -> list[str]:
     return ["python", *sys.argv]
-
-
-def _circumstances(proof: Proof) -> str:
-    revision = f"revision {proof.git_revision[:12]}" if proof.git_revision else "no revision"
-    machine = f"{proof.machine.get('cpu')}, {proof.machine.get('cores')} cores"
-    gpus = proof.machine.get("gpus")
-    if isinstance(gpus, list) and gpus:
-        machine += ", " + ", ".join(str(gpu) for gpu in gpus)
-    seeds = ", ".join(str(seed) for seed in proof.seeds)
-    return f"{proof.date[:10]}, {revision}, {machine}, {duration(proof.wall_seconds)}, seeds {seeds}."

@@ -32,6 +32,7 @@ _TITLES = {
 }
 _FRECHET = {"fid", "mifid"}
 _INTERVAL = ("low", "high")
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # shown with the total, or of no use to a reader
 _PARTS_OF_OTHERS = ("low_seconds", "high_seconds", "disk_free_bytes")
 
@@ -200,6 +201,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def seconds_of(text: str) -> float:
+    """The seconds that `duration` has put in words.
+
+    Raises:
+        ValueError: other words.
+    """
+    parts = text.split()
+    if len(parts) % 2 or not parts or any(unit not in _SECONDS for unit in parts[1::2]):
+        raise ValueError(f"{text!r} is not a duration such as 3 min 20 s")
+    return sum(float(number) * _SECONDS[unit] for number, unit in zip(parts[::2], parts[1::2], strict=True))
+
+
 def size(count: float) -> str:
     """Bytes in words: 3.4 GB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -305,6 +318,11 @@ def _cost(report: Report) -> str:
             shown += f" ({_amount(key, predicted['low_seconds'])} to {_amount(key, predicted.get('high_seconds'))})"
         name = key.removesuffix("_bytes").replace("total_seconds", "time").removesuffix("_seconds").replace("_", " ")
         rows.append(f"| {name} | {shown} | {_amount(key, found)} |")
+    parts, real = (values.get("phase_seconds") for values in (predicted, report.real))
+    if isinstance(parts, dict) and isinstance(real, dict):
+        for name in dict.fromkeys([*parts, *real]):
+            shown, took = (_amount("seconds", values.get(name)) for values in (parts, real))
+            rows.append(f"| {escaped(name)} | {shown} | {took} |")
     if not rows:
         return ""
     return "\n".join(["## Cost", "", "| | predicted | real |", "|---|---|---|", *rows])

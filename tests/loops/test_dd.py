@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import report_of, the_error, untrained_features
+from command_line import assert_accounted, report_of, the_error, untrained_features
 from modules.tiny_token_teacher import saved_teacher
 
 from genlight.cli import main
@@ -64,6 +64,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
     folder = root / "all" / "validate"
+    assert_accounted(folder)
     rows = rows_of(folder)
     calls = {name: row["calls"] for name, row in rows.items()}
     assert calls == {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import histories, report_of, the_error
+from command_line import added, assert_accounted, copied, histories, report_of, the_error
 from scipy.stats import kendalltau
 
 from genlight import io
@@ -97,6 +97,7 @@ def records_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_the_table_holds_every_predictor_and_every_indicator(root: Path) -> None:
     folder = root / "run" / "validate"
+    assert_accounted(folder)
     report = report_of(folder)
     rows = {(row["labels"], row["predictor"]): row for row in report["table"]}
     assert rows.keys() == {*itertools.product((12, 20), NAMES), *((0, name) for name in SCORES)}
@@ -230,6 +231,14 @@ def test_a_killed_fit_resumes_to_the_same_experts(root: Path) -> None:
         for run in ("run", "dead")
     )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_larger_budget_goes_on_from_the_archives(root: Path, capsys: pytest.CaptureFixture) -> None:
+    longer = copied(root / "run" / "validate", "longer")
+    assert validate(root, "longer", "resume=true", "search.budget=28", "data.higher_is_better=false") != 0
+    assert "data.higher_is_better: was True, now False" in the_error(capsys.readouterr().err)
+    assert validate(root, "longer", "resume=true", "search.budget=28") == 0
+    assert set(added(root / "run" / "validate", longer).values()) == {4}
 
 
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_line import histories, report_of, run_in_own_process, the_error
+from command_line import added, assert_accounted, copied, histories, report_of, run_in_own_process, the_error
 
 from genlight import io
 from genlight.cli import main
@@ -84,6 +84,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_baseline_stands_beside_what_was_found(root: Path) -> None:
     folder = root / "run" / "validate"
+    assert_accounted(folder)
     rows, metrics = rows_of(folder), report_of(folder)["metrics"]
     assert {"full", "random", "EEP prune", "EEP merge", *BASELINES} == rows.keys()
     assert rows["full"]["experts"] == 6 and all(rows[name]["experts"] == 3 for name in BASELINES)
@@ -259,9 +260,17 @@ def test_merging_without_pruning(root: Path) -> None:
     assert config["num_experts_per_tok"] == 1 and config["num_local_experts"] == 6
 
 
+def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
+    longer = copied(root / "run" / "validate", "longer")
+    assert validate(root, "longer", "resume=true", "search.budget=20", "method.objective=val/accuracy") != 0
+    assert "method.objective: was 'val/log_likelihood', now 'val/accuracy'" in the_error(capsys.readouterr().err)
+    assert validate(root, "longer", "resume=true", "search.budget=20") == 0
+    assert added(root / "run" / "validate", longer) == {"experts3": 4}
+
+
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "dry", "dry_run=true") == 0
-    assert "candidates" in capsys.readouterr().out
+    assert "search experts3" in capsys.readouterr().out
     assert not (root / "dry" / "validate" / "report.json").exists()
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import histories, report_of, run_in_own_process, the_error, untrained_features
+from command_line import (
+    added,
+    assert_accounted,
+    copied,
+    histories,
+    report_of,
+    run_in_own_process,
+    the_error,
+    untrained_features,
+)
 from diffusers import DiffusionPipeline
 
 from genlight import io
@@ -75,6 +84,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_average_stands_in_the_table(root: Path) -> None:
     folder = root / "found" / "validate"
+    assert_accounted(folder)
     rows = rows_of(folder)
     kinds = {
         "LCSC",
@@ -180,9 +190,17 @@ def test_other_ways_to_combine(root: Path, words: list[str]) -> None:
         assert content["steps"][-1] == 12
 
 
+def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
+    longer = copied(root / "found" / "validate", "longer")
+    assert validate(root, "longer", "resume=true", "search.budget=15", "method.objective=val/kid_digits") != 0
+    assert "method.objective: was 'val/fd_digits', now" in the_error(capsys.readouterr().err)
+    assert validate(root, "longer", "resume=true", "search.budget=15") == 0
+    assert added(root / "found" / "validate", longer) == {"lcsc": 3, "random-search": 3}
+
+
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "dry", "dry_run=true") == 0
-    assert "combinations" in capsys.readouterr().out
+    assert "search lcsc" in capsys.readouterr().out
     assert not (root / "dry").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from command_line import histories, report_of, the_error
+from command_line import assert_accounted, histories, report_of, the_error
 from modules.test_pipeline import tokenized
 
 from genlight import io
@@ -98,6 +98,7 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
     assert rows["MixDQ"]["bits"] == 8 == rows["MixDQ"]["input_bits"]
     assert rows["MixDQ"]["sqnr"] > rows["naive"]["sqnr"]
     assert rows["MixDQ mixed, one metric"]["sqnr"] > max(rows[f"MixDQ random bits {i}"]["sqnr"] for i in range(3))
+    assert_accounted(root / "run" / "validate")
     metrics = report_of(root / "run" / "validate")["metrics"]
     assert metrics["sqnr_mixdq"] == rows["MixDQ mixed"]["sqnr"]
     assert metrics["optimality_gap"] == 0

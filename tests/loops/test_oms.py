@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import histories, report_of, run_in_own_process, the_error, untrained_features
+from command_line import (
+    added,
+    assert_accounted,
+    copied,
+    histories,
+    report_of,
+    run_in_own_process,
+    the_error,
+    untrained_features,
+)
 from diffusers import DiTTransformer2DModel
 
 from genlight.cli import main
@@ -90,6 +99,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_rule_stands_beside_what_was_chosen(root: Path) -> None:
     folder = root / "run" / "validate"
+    assert_accounted(folder)
     rows, costs = rows_of(folder), read_costs(folder / "search" / "latency.json")
     for budget in BUDGETS:
         mine = [row for row in rows if row["budget"] == budget]
@@ -141,6 +151,16 @@ def test_latency_is_measured_and_kept(root: Path) -> None:
     assert validate(root, "timed", "method.unit=ms", "search.budget=7", "method.rules=[single]") == 0
     costs = read_costs(root / "timed" / "validate" / "artifact" / "latency.json")
     assert costs.unit == "ms" and all(member.latency is not None for member in costs.members.values())
+
+
+def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """What is random and what a predictor chose stays; the predictor chooses more."""
+    longer = copied(root / "run" / "validate", "longer")
+    assert validate(root, "longer", "resume=true", "search.budget=28", "method.objective=val/kid_digits") != 0
+    assert "method.objective: was 'val/fd_digits', now" in the_error(capsys.readouterr().err)
+    assert validate(root, "longer", "resume=true", "search.budget=28") == 0
+    assert added(root / "run" / "validate", longer) == {"schedules": 4}
+    assert all(b'"source":"budgeted' in line for line in histories(longer)["schedules"].splitlines()[-4:])
 
 
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import histories, report_of, run_in_own_process, the_error, untrained_features
+from command_line import (
+    added,
+    assert_accounted,
+    copied,
+    histories,
+    report_of,
+    run_in_own_process,
+    the_error,
+    untrained_features,
+)
 from diffusers import DiffusionPipeline
 
 from genlight import io
@@ -70,6 +79,7 @@ def outcomes(folder: Path) -> list[Any]:
 
 def test_the_report_says_what_was_gained(root: Path) -> None:
     folder = root / "run" / "validate"
+    assert_accounted(folder)
     report = report_of(folder)
     rows = {(row["nfe"], row["sampler"]): row for row in report["table"]}
     for nfe in (2, 3):
@@ -173,7 +183,7 @@ def test_every_strategy_has_the_same_interface(root: Path, search: str) -> None:
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "dry", "dry_run=true") == 0
     out = capsys.readouterr().out
-    assert "candidates, NFE 2" in out and "tuning steps, NFE 3" in out and "teacher" in out
+    assert "search nfe2" in out and "tuning" in out and "teacher" in out
     assert not (root / "dry").exists()
 
 
@@ -203,10 +213,15 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_another_search_does_not_go_on_from_this_one(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "run", "resume=true", "search.fidelity=12") != 0
     assert "search.fidelity: was 16, now 12" in capsys.readouterr().err
-    # S³ spreads its stages over the budget, so another budget is another strategy
-    assert validate(root, "run", "resume=true", "search.budget=13") != 0
-    message = capsys.readouterr().err
-    assert "strategy is" in message and len(message) < 1000
+
+
+def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """S³ spreads its stages over the budget that the search was begun with; the last one is extended."""
+    longer = copied(root / "run" / "validate", "longer")
+    assert validate(root, "longer", "resume=true", "search.budget=15", "method.objective=val/fd_digits") != 0
+    assert "method.objective: was 'teacher', now 'val/fd_digits'" in the_error(capsys.readouterr().err)
+    assert validate(root, "longer", "resume=true", "search.budget=15") == 0
+    assert added(root / "run" / "validate", longer) == {"nfe2": 3, "nfe3": 3}
 
 
 def test_the_method_needs_a_search(root: Path, capsys: pytest.CaptureFixture) -> None:

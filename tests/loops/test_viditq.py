@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import histories, report_of, the_error, untrained_features
+from command_line import assert_accounted, histories, report_of, the_error, untrained_features
 from diffusers import DiTTransformer2DModel
 
 from genlight import io
@@ -81,6 +81,7 @@ def output(network: Any) -> torch.Tensor:
 
 def test_every_rival_stands_in_the_table(root: Path) -> None:
     folder = root / "run" / "validate"
+    assert_accounted(folder)
     rows = rows_of(folder)
     assert list(rows)[:6] == [
         "full precision",
@@ -212,7 +213,7 @@ def test_layers_judged_by_another_metric_keep_their_share(root: Path) -> None:
 
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "dry", "dry_run=true") == 0
-    assert "layer in few bits" in capsys.readouterr().out
+    assert "layers in few bits" in capsys.readouterr().out
     assert not (root / "dry").exists()
 
 

@@ -29,8 +29,10 @@ def test_git_state_of_a_checkout_and_of_a_copy_in_somebody_elses(tmp_path, monke
     git("commit", "-m", "m")
     revision, dirty = env.git_state()
     assert len(revision) == 40 and dirty is False
-    module.write_text("changed")
+    assert env.git_diff() == ""
+    module.write_text("changed = 'hf_abcdefghijklmnop'\n")
     assert env.git_state() == (revision, True)
+    assert "+changed = '***'" in env.git_diff()
 
 
 def test_versions_need_no_import():

@@ -1,5 +1,8 @@
 """The card is one that the Hugging Face hub can read."""
 
+import json
+
+import pytest
 from huggingface_hub import ModelCard
 from reports.test_report import record
 
@@ -54,3 +57,74 @@ def test_a_folder_with_searched_schedules_says_how_it_loads(tmp_path):
     write_model_card(tmp_path, parse_report(record()), dataset="digits")
     text = (tmp_path / "README.md").read_text()
     assert "trust_remote_code=True" in text and "available_steps" in text
+
+
+def card_of(folder, base, **given):
+    folder.mkdir(exist_ok=True)
+    write_model_card(folder, parse_report(record()), dataset="digits", base_model=base, **given)
+    return ModelCard.load(folder / "README.md")
+
+
+def base_model(folder, metadata):
+    """A folder with a card of its own."""
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{metadata}---\n\n# Base\n")
+    return str(folder)
+
+
+def test_the_licence_of_a_base_model_goes_on_and_on(tmp_path):
+    base = base_model(tmp_path / "base", "license: mit\n")
+    first = card_of(tmp_path / "first", base)
+    assert first.data.license == "mit" and "Licence: mit (inherited from the base model)" in first.text
+    assert card_of(tmp_path / "second", str(tmp_path / "first")).data.license == "mit"
+    # a path of this machine is no model of the hub
+    assert first.data.base_model is None and base in first.text
+
+
+def test_the_card_of_a_run_is_that_of_its_artifact(tmp_path):
+    (tmp_path / "run").mkdir()
+    base_model(tmp_path / "run" / "artifact", "license: apache-2.0\n")
+    assert card_of(tmp_path / "made", str(tmp_path / "run")).data.license == "apache-2.0"
+
+
+def test_a_licence_of_its_own_keeps_name_and_link(tmp_path):
+    text = "license: other\nlicense_name: some-community\nlicense_link: https://example.org/l\n"
+    card = card_of(tmp_path / "made", base_model(tmp_path / "base", text))
+    assert (card.data.license, card.data.license_name) == ("other", "some-community")
+    assert "some-community https://example.org/l" in card.text and "terms of its own" in card.text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "warning"),
+    [
+        ("license: cc-by-nc-nd-4.0\n", "do not publish this folder"),
+        ("license: cc-by-nc-4.0\n", "commercial use"),
+        ("tags: [a]\n", "not stated by the base model"),
+        ("license: [mit]\n", "not stated by the base model"),
+        ("license: {a: [\n", "not stated by the base model"),
+    ],
+)
+def test_what_a_licence_forbids_or_leaves_open_is_said(tmp_path, metadata, warning):
+    assert warning in card_of(tmp_path / "made", base_model(tmp_path / "base", metadata)).text
+
+
+def test_licences_that_differ_are_listed_and_none_is_chosen(tmp_path):
+    bases = [base_model(tmp_path / name, f"license: {name}\n") for name in ("mit", "apache-2.0")]
+    card = card_of(tmp_path / "made", bases)
+    assert card.data.license is None
+    assert all(
+        f"Licence of {base}: {name}" in card.text for base, name in zip(bases, ("mit", "apache-2.0"), strict=True)
+    )
+
+
+def test_a_model_of_the_hub_is_named_in_the_metadata(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert card_of(tmp_path / "made", ["a/b", "c/d", "runs/x/fit"]).data.base_model == ["a/b", "c/d"]
+
+
+def test_what_a_folder_is_decides_library_and_task(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+    card = card_of(tmp_path / "made", None)
+    assert card.data.library_name == "transformers"
+    assert {result.task_type for result in card.data.eval_results} == {"text-generation"}

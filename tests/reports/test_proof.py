@@ -1,4 +1,4 @@
-"""Proofs keep failed bars, and the page has a row for each."""
+"""Proofs keep failed bars."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 from genlight.errors import UserError
-from genlight.reports.proof import bar_at_least, bar_at_most, read_proof, results_page, write_proof, write_results_page
+from genlight.reports.proof import bar_at_least, bar_at_most, read_proof, write_proof
 
 BARS = [
     bar_at_most("demo-fd-floor", "distance over the floor", 0.9, 1.5),
@@ -42,20 +42,7 @@ def test_ids_are_plain_and_different(tmp_path, ids):
         write_proof(tmp_path / "a.json", bars=bars, seeds=[], wall_seconds=1.0)
 
 
-def test_page_has_one_row_for_each_bar(tmp_path):
-    write_proof(
-        tmp_path / "digits.json", bars=BARS, seeds=[0, 1], wall_seconds=200.0, table=[{"a": "x|y", "b": 1.23456}]
-    )
-    write_proof(tmp_path / "s3.json", bars=[bar_at_most("s3-nfe", "steps", 5, 10)], seeds=[0], wall_seconds=1.0)
-    write_results_page(tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    assert page == results_page(tmp_path)
-    assert "| [digits](digits.json) | `demo-fd-floor` | distance over the floor | 0.9 | ≤ 1.5 | yes |" in page
-    assert "| [digits](digits.json) | `demo-fd-gain` | gain | 18 | ≥ 20 | **no** |" in page
-    assert "| [s3](s3.json) | `s3-nfe`" in page and "| x\\|y | 1.235 |" in page and "seeds 0, 1" in page
-
-
 def test_a_foreign_file_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"command": "y"}')
     with pytest.raises(UserError, match=r"x\.json"):
-        results_page(tmp_path)
+        read_proof(tmp_path / "x.json")
