@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -29,8 +30,8 @@ RANKS = {
     "context": 4,
     "session": 6,
     "runner": 7,
-    "signatures": 1, "config_check": 2, "config_errors": 3, "help": 4,
-    "cli": 8, "__main__": 9, "__init__": 0, "conf": 0,
+    "guards": 1, "signatures": 1, "config_check": 2, "config_errors": 3, "help": 4, "options": 5,
+    "cli": 8, "sweep": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
 WITHOUT_LIGHTNING = (
     "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "experts",
@@ -40,8 +41,11 @@ WITHOUT_TORCH_AT_TOP = (
     "cli",
     "config_check",
     "config_errors",
+    "guards",
     "signatures",
     "help",
+    "options",
+    "sweep",
     "errors",
     "io",
     "run_folder",
@@ -132,15 +136,48 @@ def test_wheel_claims_one_name_and_holds_the_configs(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"genlight"}
     shipped = {name.removeprefix("genlight/conf/") for name in names if name.endswith(".yaml")}
     assert shipped == {str(p.relative_to(ROOT / "conf")) for p in (ROOT / "conf").rglob("*.yaml")}
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    installed = [*map(str, ("--no-deps", "--no-index", "--no-compile", "-q", "--target", tmp_path / "site", wheel))]
+    subprocess.run([sys.executable, "-m", "pip", "install", *installed], check=True, capture_output=True)
     program = (
-        "import genlight, genlight.callbacks, genlight.conf, sys; from genlight.cli import main;"
-        "assert 'site' in genlight.__file__; sys.exit(main(['fit', '--cfg', 'job']))"
+        "import genlight, genlight.callbacks, genlight.conf, sys; from genlight.cli import accepted, main;"
+        "assert all('site' in m.__file__ for m in (genlight, genlight.callbacks, genlight.conf));"
+        "assert main(['--help']) == 0 and main(['fit', 'trainer.max_stps=3']) == 2;"
+        "sys.exit(main(['fit', '--cfg', 'job']) or accepted(['command=fit', 'experiment=s3/digits']) is None)"
     )
+    elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=tmp_path, env=elsewhere, capture_output=True, text=True, check=True
     )
     assert "max_steps" in done.stdout
+    assert "did you mean 'trainer.max_steps'? (conf/experiment/digits.yaml:" in done.stderr
+    words = [sys.executable, "-m", "genlight", "--help"]
+    assert "s3/digits" in subprocess.run(words, cwd=tmp_path, env=elsewhere, capture_output=True, text=True).stdout
+
+
+def test_installed_packages_agree_with_each_other() -> None:
+    """Every requirement of genlight, and of what it requires, is met by the version that is installed."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    waiting, seen, unmet = ["genlight"], set(), []
+    while waiting:
+        name = waiting.pop()
+        for text in metadata.requires(name) or []:
+            wanted = Requirement(text)
+            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+                continue
+            try:
+                found = metadata.version(wanted.name)
+            except metadata.PackageNotFoundError:
+                unmet.append(f"{name} needs {text}, which is not installed")
+                continue
+            if not wanted.specifier.contains(found, prereleases=True):
+                unmet.append(f"{name} needs {text}, {found} is installed")
+            if wanted.name not in seen:
+                seen.add(wanted.name)
+                waiting.append(wanted.name)
+    assert unmet == []
 
 
 def surface() -> dict[str, list[str]]:

@@ -274,6 +274,11 @@ def save_average(path: Path, average: Average) -> None:
     io.save_tensors(path, average.tensors, labels)
 
 
+def average_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The moving averages of a folder, as files; empty where there is none."""
+    return sorted(Path(folder).glob("rate-*.safetensors"))
+
+
 def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Average]:
     """The averages of a folder by ascending rate; empty where there is none.
 
@@ -285,7 +290,7 @@ def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int
         CorruptFileError: names the file that is damaged, or holds other parameters.
     """
     averages = []
-    for path in sorted(Path(folder).glob("rate-*.safetensors")):
+    for path in average_files(folder):
         tensors, labels = io.load_tensors(path)
         try:
             average = Average(float(labels["rate"]), int(labels["step"]), tensors)

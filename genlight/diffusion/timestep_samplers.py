@@ -54,7 +54,11 @@ class UniformTimesteps(TimestepSampler):
 
 
 class LogNormalTimesteps(TimestepSampler):
-    """ln(σ/α) ~ N(mean, std²), restricted to the schedule's range (Karras et al. 2022, table 1: P_mean, P_std)."""
+    """ln(σ/α) ~ N(mean, std²), restricted to the schedule's range (Karras et al. 2022, table 1: P_mean, P_std).
+
+    Args:
+        mean, std: of ln(σ/α).
+    """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, discrete: bool | None = None) -> None:
         super().__init__(discrete)
@@ -77,7 +81,11 @@ class LogNormalTimesteps(TimestepSampler):
 
 
 class LogitNormalTimesteps(TimestepSampler):
-    """Fraction u of the way with ln(u/(1-u)) ~ N(mean, std²) (Esser et al. 2024, equation 19), then the shift."""
+    """Fraction u of the way with ln(u/(1-u)) ~ N(mean, std²) (Esser et al. 2024, equation 19), then the shift.
+
+    Args:
+        mean, std: of ln(u/(1-u)).
+    """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, discrete: bool | None = None) -> None:
         super().__init__(discrete)

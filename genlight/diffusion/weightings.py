@@ -51,6 +51,9 @@ class EDMWeighting(Weighting):
 
     With the "edm" prediction of equal sigma_data the weight is 1. It grows without bound as α → 0 for epsilon and as
     σ → 0 for sample.
+
+    Args:
+        sigma_data: standard deviation of the data.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:

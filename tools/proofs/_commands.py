@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from genlight.reports.proof import Bar, write_proof, write_results_page
+from genlight.reports.proof import Bar, write_proof
+from genlight.reports.results_page import write_results_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
