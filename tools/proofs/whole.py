@@ -16,10 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from _commands import genlight, record, report, run
+from whole_dry_run import dry_run_bars
+from whole_help import help_bars
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -50,25 +53,29 @@ def save_last(fit: Path, folder: Path) -> None:
     module.save_pretrained(folder)
 
 
+def stack_table(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Both plain models, then the stages."""
+    name, common = f"stack-{seed}", [f"run.root={folder}", f"seed={seed}"]
+    run_folder = folder / name / "validate"
+    if not (run_folder / "report.json").is_file():
+        genlight("validate", "experiment=stack/digits", *common, f"run.name={name}", "resume=true")
+    made = report(run_folder)
+    if made["draw"] != "report":
+        raise RuntimeError(f"{run_folder} was measured on the draw {made['draw']}")
+    last = folder / f"last-{seed}"
+    if not last.is_dir():
+        run(__file__, "--save-last", folder / name / "fit", last)
+    words = ["experiment=stack/digits_stage", f"module.pretrained={last}", f"run.name=last-run-{seed}"]
+    genlight("validate", *words, *common, "run.overwrite=true")
+    plain = made["table"][0]
+    value = report(folder / f"last-run-{seed}" / "validate")["metrics"][f"val/{METRIC}"]
+    return [{**plain, "stage": LAST, METRIC: value, "loss": value - plain[METRIC]}, *made["table"]]
+
+
 def stack(folder: Path, seeds: Sequence[int]) -> Found:
     """The bars of methods that follow each other; runs of an earlier call in the folder are gone on with."""
-    tables: list[list[dict[str, Any]]] = []
-    for seed in seeds:
-        name, common = f"stack-{seed}", [f"run.root={folder}", f"seed={seed}"]
-        run_folder = folder / name / "validate"
-        if not (run_folder / "report.json").is_file():
-            genlight("validate", "experiment=stack/digits", *common, f"run.name={name}", "resume=true")
-        made = report(run_folder)
-        if made["draw"] != "report":
-            raise RuntimeError(f"{run_folder} was measured on the draw {made['draw']}")
-        last = folder / f"last-{seed}"
-        if not last.is_dir():
-            run(__file__, "--save-last", folder / name / "fit", last)
-        words = ["experiment=stack/digits_stage", f"module.pretrained={last}", f"run.name=last-run-{seed}"]
-        genlight("validate", *words, *common, "run.overwrite=true")
-        plain = made["table"][0]
-        value = report(folder / f"last-run-{seed}" / "validate")["metrics"][f"val/{METRIC}"]
-        tables.append([{**plain, "stage": LAST, METRIC: value, "loss": value - plain[METRIC]}, *made["table"]])
+    with ThreadPoolExecutor(2) as pool:
+        tables = list(pool.map(lambda seed: stack_table(folder, seed), seeds))
     return stack_bars(tables), [
         {"seed": seed, **{key: row.get(key) for key in ("stage", METRIC, "nfe", "megabytes", "gain", "loss")}}
         for seed, rows in zip(seeds, tables, strict=True)
@@ -94,7 +101,11 @@ def stack_bars(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[Bar]:
 
 
 # bars by group: what measures them in a folder, for some seeds
-GROUPS: dict[str, Callable[[Path, Sequence[int]], Found]] = {"stack": stack}
+GROUPS: dict[str, Callable[[Path, Sequence[int]], Found]] = {
+    "stack": stack,
+    "dry-run": lambda folder, _: dry_run_bars(folder / "dry-run"),
+    "help": lambda _, seeds: (help_bars(seed=seeds[0]), []),
+}
 
 
 def main() -> None:
