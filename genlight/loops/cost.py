@@ -73,14 +73,14 @@ class SampleLine:
 
 def first_validation(trainer: Any, module: Any, datamodule: Any, *, dry: bool = False) -> FirstValidation:
     """Validate on the report draw; in a dry run on a few batches of it."""
-    timer = timer_of(trainer)
+    timer = _timer(trainer)
     trainer.limit_val_batches = 1 + MEASURED if dry else 1.0
     begun = time.monotonic()
     logged = trainer.validate(module, datamodule=datamodule, verbose=False)
     elapsed = time.monotonic() - begun
     done = sum(int(count) for count in trainer.num_val_batches)
     trainer.limit_val_batches = 1.0
-    first, *others = timer.batches or [elapsed]
+    first, *others = (timer.batches if timer else []) or [elapsed]
     together = int(datamodule.eval_batch_size) * int(trainer.world_size)
     every = -(-int(datamodule.num_samples) // together) if dry else done
     values = {name: float(value) for name, value in logged[0].items()}
@@ -96,10 +96,9 @@ def announce(trainer: Any, predicted: CostEstimate) -> None:
         print_line(predicted.line())
 
 
-def timer_of(trainer: Any) -> StepTimer:
-    """The timer of a run."""
-    found: StepTimer = next(each for each in trainer.callbacks if isinstance(each, StepTimer))
-    return found
+def _timer(trainer: Any) -> StepTimer | None:
+    """The timer of a run; a trainer that a program made by itself has none."""
+    return next((each for each in trainer.callbacks if isinstance(each, StepTimer)), None)
 
 
 def timed(work: Sequence[Callable[[], Any]]) -> tuple[float, ...]:
@@ -171,5 +170,6 @@ def method_cost(
         pictures: how many it draws.
     """
     every = [phase for phase in (first.left, *phases, finishing(pictures)) if phase.count]
-    trainer = evaluations.trainer
-    return estimate(every, files, trainer.default_root_dir, setup_seconds=time.monotonic() - timer_of(trainer).started)
+    trainer, timer = evaluations.trainer, _timer(evaluations.trainer)
+    spent = time.monotonic() - timer.started if timer else sum(first.batch_seconds)
+    return estimate(every, files, trainer.default_root_dir, setup_seconds=spent)

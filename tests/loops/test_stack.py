@@ -10,13 +10,10 @@ from command_line import report_of, the_error, untrained_features
 from safetensors.torch import load_file
 
 from genlight.cli import main
-from genlight.loops.stack import Stack
-from genlight.loops.stack_report import with_gains
 from genlight.modules.consistency import ConsistencyModule
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.zoo_module import ZooModule
 from genlight.quantization.convert import quantized_layers
-from genlight.reports.report import duration, seconds_of
 
 # each stage is a process of its own, which takes its time to start on a machine with other work
 pytestmark = pytest.mark.timeout(900)
@@ -201,26 +198,3 @@ def test_a_one_step_student_has_no_sampler_to_search(root: Path, capsys: pytest.
     student = ["module=consistency", "module.objective=null", "module.class_conditional=null"]
     assert main([*command, *student, "run.name=no-s3-student"]) == 1
     assert "its sampler cannot be searched" in the_error(capsys.readouterr().err)
-
-
-def test_gains_multiply_and_a_loss_has_the_sign_of_the_metric() -> None:
-    rows = [
-        {"stage": "plain", "is": 4.0, "nfe": 20, "megabytes": 3.0},
-        {"stage": "s3", "is": 3.0, "nfe": 5, "megabytes": 1.5},
-    ]
-    assert with_gains(rows, "is", "max")[1] == {**rows[1], "nfe_gain": 4, "bytes_gain": 2, "gain": 8, "loss": 1}
-    assert with_gains(rows, "is", "min")[1]["loss"] == -1
-
-
-@pytest.mark.parametrize("seconds", [0.25, 9.99, 42, 200, 3599, 3600, 7500, 100000])
-def test_durations_are_read_as_they_are_written(seconds: float) -> None:
-    assert seconds_of(duration(seconds)) == pytest.approx(seconds, abs=60 if seconds >= 3600 else 0.5)
-
-
-def test_stages_need_names_and_lists_of_words() -> None:
-    def made(stages: dict[str, Any]) -> Stack:
-        return Stack(stages, "e", "val/fd", DiffusionModule)
-
-    for wrong in ({}, {"a/b": ["x=1"]}, {"plain": ["x=1"]}, {"a": "x=1"}, {"a": ["x"]}):
-        with pytest.raises(ValueError, match=r"method\.stages"):
-            made(wrong)

@@ -7,7 +7,16 @@ from dataclasses import asdict
 import pytest
 
 from genlight.errors import UserError
-from genlight.reports.report import duration, parse_report, read_report, size, title_of, to_markdown, write_report
+from genlight.reports.report import (
+    duration,
+    parse_report,
+    read_report,
+    seconds_of,
+    size,
+    title_of,
+    to_markdown,
+    write_report,
+)
 
 FEATURES = {"name": "digits", "kind": "classifier", "num_features": 64, "fingerprint": "ab", "num_reference": 360}
 
@@ -144,3 +153,8 @@ def test_duration(seconds, text):
 @pytest.mark.parametrize("count, text", [(12, "12 B"), (3_400_000_000, "3.4 GB"), (2e15, "2000.0 TB")])
 def test_size(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize("seconds", [0.25, 9.99, 42, 200, 3599, 3600, 7500, 100000])
+def test_durations_are_read_as_they_are_written(seconds: float) -> None:
+    assert seconds_of(duration(seconds)) == pytest.approx(seconds, abs=60 if seconds >= 3600 else 0.5)

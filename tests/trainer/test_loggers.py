@@ -188,7 +188,6 @@ def test_offline_needs_no_account_and_no_network(outcomes):
         ("closed", "refused"),
         ("silent", "did not answer within 3 s"),
         ("dying", "deadline exceeded"),
-        ("dying after three", ""),
     ],
 )
 def test_a_server_that_cannot_be_reached_costs_one_warning(outcomes, scenario, reason):
@@ -257,3 +256,12 @@ def test_the_configs_keep_csv_on():
     assert csv.csv._target_ == "lightning.pytorch.loggers.CSVLogger"
     assert wandb.defaults[0] == "csv" and wandb.wandb._target_ == "genlight.trainer.loggers.ResilientWandbLogger"
     assert all(path.read_text().startswith("# ") for path in CONF.glob("*.yaml"))
+
+
+def test_a_server_that_dies_in_the_middle_costs_one_warning(outcomes):
+    """Whether it dies before or after the run began there decides which."""
+    _, found = outcomes["dying after three"]
+    assert found["steps"] == 3
+    (warning,) = found["warnings"]
+    assert "the run goes on" in warning
+    assert found["lost"] - outcomes["offline"][1]["lost"] <= WAITED_SECONDS
