@@ -84,7 +84,7 @@ class ResilientWandbLogger(WandbLogger):
         self._wandb_init.pop("anonymous", None)
         self._init_timeout = init_timeout
         self._settings = dict(settings or {})
-        self._warned = False
+        self._warned = self._fell_silent = False
 
     @property
     @override
@@ -150,6 +150,19 @@ class ResilientWandbLogger(WandbLogger):
             self._warn("fails, the run goes on without what it was to log", error)
             return None
 
+    def _while_it_answers(self, action: Callable[[], T]) -> T | None:
+        """As `_safely`, for what waits for the server, up to 20 seconds each time: left out once it is silent."""
+        if self._fell_silent:
+            return None
+        if not self._offline and not isinstance(self._experiment, SilentExperiment | None):
+            try:
+                answers(base_url(), _ANSWER_TIMEOUT)
+            except Exception as error:
+                self._fell_silent = True
+                self._warn("fails, the run goes on without what it was to log", error)
+                return None
+        return self._safely(action)
+
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -179,7 +192,7 @@ class ResilientWandbLogger(WandbLogger):
         step: int | None = None,
     ) -> None:
         """Logs a table, for instance that of a report."""
-        self._safely(lambda: super(ResilientWandbLogger, self).log_table(key, columns, data, dataframe, step))
+        self._while_it_answers(lambda: super(ResilientWandbLogger, self).log_table(key, columns, data, dataframe, step))
 
     @rank_zero_only
     def log_folder(self, folder: str | os.PathLike[str], name: str, kind: str) -> None:
@@ -191,7 +204,7 @@ class ResilientWandbLogger(WandbLogger):
             name: the artifact's name.
             kind: the artifact's type, for instance "model" or "report".
         """
-        self._safely(lambda: self._log_artifact(Path(folder), name, kind))
+        self._while_it_answers(lambda: self._log_artifact(Path(folder), name, kind))
 
     def _log_artifact(self, path: Path, name: str, kind: str) -> None:
         import wandb
@@ -211,15 +224,15 @@ class ResilientWandbLogger(WandbLogger):
 
     @override
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        if not self._offline:
-            self._safely(lambda: super(ResilientWandbLogger, self).after_save_checkpoint(checkpoint_callback))
+        if not self._offline and self._log_model:
+            self._while_it_answers(lambda: super(ResilientWandbLogger, self).after_save_checkpoint(checkpoint_callback))
 
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
         # the run stays open: validate may follow fit on the same logger
-        if not self._offline:
-            self._safely(lambda: super(ResilientWandbLogger, self).finalize(status))
+        if not self._offline and self._log_model:
+            self._while_it_answers(lambda: super(ResilientWandbLogger, self).finalize(status))
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
