@@ -44,15 +44,30 @@ def report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def record(name: str, bars: Sequence[Bar], table: list[dict[str, Any]], seeds: Iterable[int], started: float) -> None:
-    """Write docs/results/<name>.json and the page of all results; print the bars."""
+def record(
+    name: str,
+    bars: Sequence[Bar],
+    table: list[dict[str, Any]],
+    seeds: Iterable[int],
+    started: float,
+    words: Sequence[str] = (),
+) -> None:
+    """Write docs/results/<name>.json and the page of all results; print the bars.
+
+    Args:
+        name: of the proof.
+        bars, table, seeds: what it found.
+        started: ``time.monotonic()`` at its beginning.
+        words: options it was given that change what was measured.
+    """
+    command = ["python", f"tools/proofs/{name}.py", *words] if words else ["make", "proof", f"NAME={name}"]
     write_proof(
         RESULTS / f"{name}.json",
         bars=list(bars),
         seeds=list(seeds),
         wall_seconds=time.monotonic() - started,
         table=table,
-        command=["make", "proof", f"NAME={name}"],
+        command=command,
     )
     write_results_page(RESULTS)
     for bar in bars:

@@ -258,7 +258,8 @@ def main() -> None:
         if options.only:
             return
         bars += alone(Path(folder), options.share)
-    record("faults", bars, table, [0], started)
+    words = ("--share", f"{options.share:g}") if options.share != 1 else ()
+    record("faults", bars, table, [0], started, words)
 
 
 if __name__ == "__main__":
