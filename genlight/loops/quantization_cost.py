@@ -24,6 +24,7 @@ _MEASURED = 3
 # tokens that never change are found over so many samples
 _LEAST_SAMPLES = 8
 _SHARE = 8
+_TOGETHER = 8
 
 
 def quantization_cost(
@@ -47,14 +48,16 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
     method, mixed = work.method, work.method.mixed
     if method.split_shortcuts or method.constant_tokens != "off":
         work.special  # noqa: B018 - it takes a calibration's time, and only once
-    plain = work.reference("search", 1)
+    # a batch of one would take far more than its share
+    count = min(method.trajectory, _TOGETHER)
+    plain = work.reference("search", count)
     work.noise(plain)  # warms up
     replay = _seconds(lambda: work.noise(plain))
     # in a network of which every layer is quantized, in the way that takes least time to make
     layers = work.layers(Variant("dynamic", "none", "nearest"))
     with work.replaced(layers):
         slower = max(1.0, _seconds(lambda: work.noise(plain)) / replay)
-        sample = _seconds(lambda: work.images(plain))
+        sample = _seconds(lambda: work.images(plain)) / count
     probes = [] if mixed is None else probes_of(mixed, work.forms)
     layer: tuple[float, ...] = (0.0,)
     if mixed is not None:
@@ -62,7 +65,7 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
         layer = timed([partial(measured_layer, work, mixed, *probe) for probe in chosen])
     line = report_line(work.evaluations, work.module, work.datamodule)
     validation = line.seconds(work.datamodule.num_samples) * slower
-    each = validation + (sample + replay * slower) * method.trajectory
+    each = validation + (sample + replay / count * slower) * method.trajectory
     ways = ways_of(mixed)
     variants = variants_of(method, {way: {} for way in ways})
     seconds = tuple(each + _making(work, variant) for variant in variants)
