@@ -69,8 +69,9 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
         if process_rank() == 0:
             folder = _open_folder(this)
             this.fingerprint = folder.fingerprint
-            io.atomic_write_json(folder.path / "environment.json", environment(words))
-            if changes := git_diff():
+            surroundings = environment(words)
+            io.atomic_write_json(folder.path / "environment.json", surroundings)
+            if surroundings["git_dirty"] and (changes := git_diff()):
                 io.atomic_write_text(folder.path / "source.diff", changes)
         _carry_out(this)
         state, code = "finished", 0

@@ -61,10 +61,8 @@ def git_state() -> tuple[str | None, bool | None]:
 
 
 def git_diff() -> str:
-    """What the running source adds to its revision, as a patch without credentials; empty where nothing does, where it
-    is no tracked checkout, and for files that are new."""
-    if not git_state()[1]:
-        return ""
+    """What the running source adds to its revision, as a patch without credentials; files that are new are left out.
+    Only for a checkout that `git_state` calls changed: an installed copy may lie in the repository of others."""
     found = _git(Path(__file__).resolve().parents[1], "diff", "HEAD", "--no-color", "--no-ext-diff")
     return "" if found is None else str(masked(found))
 
