@@ -22,7 +22,7 @@ from genlight.loops.checkpoint_gradient import GradientDescent
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
 from genlight.loops.cost import announce, first_validation
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.quantization.convert import quantized_layers
@@ -141,9 +141,7 @@ class CheckpointSearch:
         evaluations = CandidateTrainer(trainer)
         if evaluations.sharded:
             raise UserError("method=lcsc writes whole weights: use strategy=auto or strategy=ddp")
-        if self.objective not in logged:
-            known = ", ".join(name for name in logged if not name.endswith("_std"))
-            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        check_logged(self.objective, logged)
         if self.gradient is not None:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         with in_config("method.trajectory"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +203,19 @@ class MetricObjective:
         return Evaluation(
             as_logged(self.mode, found[self.metric]), {k: v for k, v in found.items() if not k.endswith("_std")}
         )
+
+
+def check_logged(objective: str, logged: Collection[str], *others: str) -> None:
+    """UserError if validate does not log the objective of a method, naming what it does log.
+
+    Args:
+        objective: the value of method.objective.
+        logged: names that validate logs; deviations of metrics are none to choose.
+        others: further objectives that the method knows.
+    """
+    known = [*others, *(name for name in logged if not name.endswith("_std"))]
+    if objective not in (*others, *logged):
+        raise UserError(f"method.objective={objective}: validate does not log it; choose one of {', '.join(known)}")
 
 
 def as_logged(mode: str, score: float) -> float:

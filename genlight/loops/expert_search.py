@@ -16,7 +16,7 @@ from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.loops.cost import FirstValidation, announce, first_validation
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
 from genlight.loops.expert_report import expert_result
@@ -148,10 +148,7 @@ class ExpertSearch:
                 )
             cache = PrefixCache(editor, self.cache_bytes) if self.cache_bytes else None
         first = first_validation(trainer, module, datamodule, dry=dry)
-        if self.objective not in first.logged:
-            raise UserError(
-                f"method.objective={self.objective}: validate does not log it; choose one of {', '.join(first.logged)}"
-            )
+        check_logged(self.objective, first.logged)
         data = datamodule.measuring(names)
         asked = min(self.settings.fidelity, len(data.examples("search")))
         if asked < _FEW and self.objective.rsplit("/", 1)[-1] in _SHARES and trainer.is_global_zero:

@@ -15,7 +15,7 @@ from genlight.data.prompts import PromptsDataModule
 from genlight.diffusion.model_schedule import Kind
 from genlight.errors import UserError
 from genlight.loops.cost import FirstValidation, announce, first_validation
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.model_cost import model_cost
 from genlight.loops.model_report import model_result
 from genlight.loops.model_work import ModelWork
@@ -128,7 +128,5 @@ class ModelSearch:
                 f"[{','.join(rule for rule in self.rules if rule != 'analytic')}]"
             )
         first = first_validation(trainer, module, datamodule, dry=dry)
-        if self.objective not in first.logged:
-            known = ", ".join(name for name in first.logged if not name.endswith("_std"))
-            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        check_logged(self.objective, first.logged)
         return ModelWork(self, CandidateTrainer(trainer), module, datamodule), first

@@ -14,9 +14,8 @@ from typing import Any, Literal
 from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.presets import PRESETS
 from genlight.diffusion.solver.spacings import SPACINGS, End
-from genlight.errors import UserError
 from genlight.loops.cost import announce, first_validation
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.loops.solver_banks import BankSizes, Teacher
@@ -135,9 +134,7 @@ class SolverSearch:
         return {**settings, "finalists": self.settings.finalists, "noise": repr(self.noise)}
 
     def _check(self, logged: dict[str, Any]) -> None:
-        if self.objective != TEACHER and self.objective not in logged:
-            known = ", ".join([TEACHER, *logged])
-            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        check_logged(self.objective, logged, TEACHER)
 
 
 def _check_target(module: Any) -> None:

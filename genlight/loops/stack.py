@@ -12,18 +12,17 @@ from genlight import io
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError
 from genlight.loops.cost import first_validation
-from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.stack_report import measured_row, stack_result
 from genlight.quantization.accounting import tensor_bytes
 from genlight.recipes import fit_run_where_missing, run_command
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
-from genlight.reports.report import read_report, seconds_of
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate, seconds_said
+from genlight.reports.report import read_report
 from genlight.run_folder import RUN_FILE, read_run
 
 PLAIN = "plain"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_ESTIMATE = re.compile(r"about (.+?) in all \((.+?) to (.+?)\)")
 _TIMES = ("total_seconds", "low_seconds", "high_seconds")
 
 
@@ -91,9 +90,7 @@ class Stack:
         self._check(trainer)
         start, folder = self._start(), Path(trainer.default_root_dir) / "stages"
         logged = first_validation(trainer, module, datamodule).logged
-        if self.objective not in logged:
-            known = ", ".join(name for name in logged if not name.endswith("_std"))
-            raise UserError(f"method.objective={self.objective}: validate does not log it; choose one of {known}")
+        check_logged(self.objective, logged)
         artifacts, source = dict[str, Path](), start
         for name in self.stages:
             source = artifacts[name] = self._stage(name, source, folder)
@@ -121,9 +118,9 @@ class Stack:
         for name in self.stages:
             text = run_command("validate", *self._words(name, start), "dry_run=true", show=False)
             print_line(f"stage {name}\n{text}")
-            if (said := _ESTIMATE.search(text)) is None:
+            if (said := seconds_said(text)) is None:
                 raise UserError(f"the dry run of method.stages.{name} gave no estimate: {text.strip()[-200:]}")
-            found[name] = tuple(seconds_of(part) for part in said.groups())
+            found[name] = said
         return _total(found, module, Path(trainer.default_root_dir))
 
     def _check(self, trainer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import shutil
 import statistics
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genlight.reports.report import duration, size
+from genlight.reports.report import duration, seconds_of, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -184,6 +185,18 @@ def longer(estimated: CostEstimate, phase: Phase, folder: str | Path) -> CostEst
     """An estimate of the same run with one more phase."""
     phases = (*estimated.phases, phase)
     return estimate(phases, estimated.files, folder, setup_seconds=estimated.setup_seconds, extra=estimated.extra)
+
+
+_LINE = re.compile(r"about (.+?) in all \((.+?) to (.+?)\)")
+
+
+def seconds_said(text: str) -> tuple[float, float, float] | None:
+    """Total, low and high seconds of the line of a `CostEstimate` somewhere in a text; None without one."""
+    found = _LINE.search(text)
+    if found is None:
+        return None
+    total, low, high = (seconds_of(part) for part in found.groups())
+    return total, low, high
 
 
 def real_cost(wall_seconds: float, phase_seconds: Mapping[str, float] | None = None) -> dict[str, Any]:

@@ -123,6 +123,13 @@ def test_disk_and_memory_are_said(tmp_path):
     assert {"total_seconds", "peak_memory_bytes"} <= set(cost.real_cost(2.0)) & set(values)
 
 
+def test_the_line_of_an_estimate_is_read_as_it_is_written(tmp_path):
+    found = estimate([Phase("training step", (2.0, 3.0), 40)], [], tmp_path, setup_seconds=30.0)
+    said = cost.seconds_said(f"before\n| time | {found.line()} |\nafter")
+    assert said == pytest.approx((found.total_seconds, found.low_seconds, found.high_seconds), abs=0.5)
+    assert cost.seconds_said("nothing of the kind") is None
+
+
 def test_table_warns_of_a_full_disk(tmp_path):
     from rich.console import Console
 

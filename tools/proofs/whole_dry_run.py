@@ -7,7 +7,6 @@ the same settings, a small budget in both. Predicted is what the dry run printed
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 from _commands import genlight, report, run
 
+from genlight.reports.cost import seconds_said
 from genlight.reports.proof import Bar, bar_at_most
 
 # how far predicted / real may be from 1
 TOLERANCE = 0.25
-_UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
 _WIDTHS = (16, 32, 64, 128, 192)
 
 
@@ -147,10 +146,10 @@ def _measured(case: Case, root: Path) -> dict[str, Any]:
 
 def predicted_seconds(printed: str) -> float:
     """The time in what a dry run printed, such as "about 2 min 5 s in all"."""
-    found = re.search(r"about (.+?) in all", printed)
-    if found is None:
+    said = seconds_said(printed)
+    if said is None:
         raise ValueError(f"a dry run printed no time: {printed[-500:]}")
-    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.e+-]+) (h|min|s)\b", found[1]))
+    return said[0]
 
 
 if __name__ == "__main__":
