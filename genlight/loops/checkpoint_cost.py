@@ -13,6 +13,7 @@ from genlight.loops.cost import (
     CHOICE,
     REPORT,
     FirstValidation,
+    artifact_of,
     method_cost,
     rehearsal_of,
     report_line,
@@ -20,7 +21,7 @@ from genlight.loops.cost import (
     search_phase,
     timed,
 )
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile
+from genlight.reports.cost import CostEstimate, Phase
 
 if TYPE_CHECKING:
     from genlight.loops.checkpoint_work import CheckpointWork
@@ -61,6 +62,6 @@ def combination_cost(work: CheckpointWork, first: FirstValidation) -> CostEstima
     if method.gradient is not None:
         step = line.each * _PASSES * method.gradient.samples / shares
         phases.append(Phase(DESCENT, (step,), 2 * method.gradient.steps))
-    weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
-    files = [PlannedFile("artifact", weights)]
-    return method_cost(work.evaluations, first, phases, files, pictures=2 + len(work.searched_kinds))
+    return method_cost(
+        work.evaluations, first, phases, [artifact_of(work.module)], pictures=2 + len(work.searched_kinds)
+    )

@@ -101,6 +101,16 @@ def _timer(trainer: Any) -> StepTimer | None:
     return next((each for each in trainer.callbacks if isinstance(each, StepTimer)), None)
 
 
+def times(seconds: Sequence[float], factor: float) -> tuple[float, ...]:
+    """Each of some seconds, so many times."""
+    return tuple(value * factor for value in seconds)
+
+
+def artifact_of(module: Any) -> PlannedFile:
+    """The artifact of a module: its parameters."""
+    return PlannedFile("artifact", sum(p.numel() * p.element_size() for p in module.parameters()))
+
+
 def timed(work: Sequence[Callable[[], Any]]) -> tuple[float, ...]:
     """Seconds of each piece of work; the first one warms up and is left out, unless there is no other."""
     seconds = []

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from genlight.loops.cost import FirstValidation, method_cost, timed
+from genlight.loops.cost import FirstValidation, artifact_of, method_cost, timed
 from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
 from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
 from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
 from genlight.modules.generation import GRID_IMAGES
 from genlight.nets.few_step import Decoded
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile
+from genlight.reports.cost import CostEstimate, Phase
 
 # samples of the batches that are measured for the estimate
 _PROBES = (16, 64)
@@ -113,8 +113,7 @@ class CurveWork:
         latencies = [sum(_timed_seconds(_at(batch, pair)) for batch in self.latency_batches) for pair in calls]
         if self.latency_batches:
             phases.append(Phase(LATENCIES, tuple(latencies), len(self.variants)))
-        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        return method_cost(self.evaluations, first, phases, [PlannedFile("artifact", weights)], pictures=3)
+        return method_cost(self.evaluations, first, phases, [artifact_of(self.module)], pictures=3)
 
     def _inside(self, function: Any, *arguments: Any) -> Any:
         return self.evaluations.inside(self.module, partial(function, *arguments))

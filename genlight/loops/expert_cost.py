@@ -16,6 +16,7 @@ from genlight.loops.cost import (
     sample_line,
     search_phase,
     timed,
+    times,
 )
 from genlight.loops.expert_work import REPEATS, TIMED_BATCHES, ExpertWork
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile
@@ -60,7 +61,7 @@ def _phases(work: ExpertWork) -> list[Phase]:
     report = (shown * whole + method.random_draws * some) / shares + scored
     ending = f", {work.num_experts} experts"
     return [
-        search_phase(work.name, work.evaluations, tuple(value * each for value in seconds), rehearsal),
+        search_phase(work.name, work.evaluations, times(seconds, each), rehearsal),
         Phase(CHOICE + ending, tuple(judged), chosen),
         Phase(REPORT + ending, tuple(report * value / fmean(seconds) for value in seconds), 1),
     ]

@@ -12,14 +12,16 @@ from genlight.loops.cost import (
     CHOICE,
     REPORT,
     FirstValidation,
+    artifact_of,
     method_cost,
     rehearsal_of,
     report_line,
     sample_line,
     search_phase,
     timed,
+    times,
 )
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile
+from genlight.reports.cost import CostEstimate, Phase
 from genlight.search.spaces.model_rules import evenly, single_models
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
     seconds = timed([partial(work.evaluated, objective, schedule, settings.fidelity) for schedule in schedules])
     costs = [work.space.cost(schedule)["cost"] for schedule in schedules[1:]]
     line = _line(costs, seconds)
+    # what measurements have around the line, for the interval
     spread = [value / line(cost) for cost, value in zip(costs, seconds, strict=False)]
     # what a measurement takes beside its samples, by the cheapest of them
     beside = sample_line(partial(work.evaluated, objective, schedules[0]), settings.fidelity)
@@ -53,7 +56,7 @@ def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
     task = work.task
     rehearsal = rehearsal_of(task.problem, task.plan, fmean(seconds))
     mean_cost = rehearsal.mean([trial.cost["cost"] for trial in rehearsal.trials])
-    phases = [search_phase(task.name, work.evaluations, _spread(line(mean_cost), spread), rehearsal)]
+    phases = [search_phase(task.name, work.evaluations, times(spread, line(mean_cost)), rehearsal)]
     limits, rules = list(work.limits.values()), len(method.rules) + 1
     share, whole = method.select / settings.fidelity, work.datamodule.num_samples / settings.fidelity
     choice = sum(beside.scaled(line(limit), share) for limit in limits) / work.evaluations.shares
@@ -61,16 +64,10 @@ def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
     more = reported.fixed - beside.fixed
     report = sum(more + beside.scaled(line(limit), whole) for limit in limits) / work.evaluations.shares
     phases += [
-        Phase(CHOICE, _spread(choice, spread), settings.finalists + _PER_RULE * rules),
-        Phase(REPORT, _spread(report, spread), rules + 1),
+        Phase(CHOICE, times(spread, choice), settings.finalists + _PER_RULE * rules),
+        Phase(REPORT, times(spread, report), rules + 1),
     ]
-    weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
-    return method_cost(work.evaluations, first, phases, [PlannedFile("artifact", weights)], pictures=4)
-
-
-def _spread(seconds: float, spread: Sequence[float]) -> tuple[float, ...]:
-    """The same with what measurements had around the line, for the interval."""
-    return tuple(seconds * each for each in spread)
+    return method_cost(work.evaluations, first, phases, [artifact_of(work.module)], pictures=4)
 
 
 def _line(costs: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:

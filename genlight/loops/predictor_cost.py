@@ -6,8 +6,8 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from genlight.loops.cost import FirstValidation, method_cost, rehearsal_of, search_phase, timed
-from genlight.reports.cost import CostEstimate, Phase, PlannedFile
+from genlight.loops.cost import FirstValidation, artifact_of, method_cost, rehearsal_of, search_phase, timed
+from genlight.reports.cost import CostEstimate, Phase
 
 if TYPE_CHECKING:
     from genlight.loops.predictor_work import PredictorWork
@@ -31,5 +31,4 @@ def predictor_cost(work: PredictorWork, first: FirstValidation) -> CostEstimate:
         phase = search_phase(task.name, work.evaluations, (_READ,), rehearsal_of(task.problem, task.plan, _READ))
         phases.append(Phase(f"search {name}", phase.seconds, phase.count * method.search_seeds))
     phases.append(Phase(PREDICTOR, (fmean(seconds) / len(method.predictors),), 1 + bool(method.propose)))
-    weights = sum(value.numel() * value.element_size() for value in work.network.parameters())
-    return method_cost(work.evaluations, first, phases, [PlannedFile("artifact", weights)], pictures=3)
+    return method_cost(work.evaluations, first, phases, [artifact_of(work.network)], pictures=3)

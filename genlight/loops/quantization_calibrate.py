@@ -145,6 +145,4 @@ class QuantizationCalibration:
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Calibrate on a few samples, quantize a few layers, and multiply."""
-        checked_work(self, trainer, module, datamodule)
-        first = first_validation(trainer, module, datamodule, dry=True)
-        return quantization_cost(self, trainer, module, datamodule, first)
+        return quantization_cost(self, trainer, module, datamodule)

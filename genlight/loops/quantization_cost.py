@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from genlight.loops.cost import FirstValidation, method_cost, report_line, timed
+from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
 from genlight.loops.quantization_bits import BUDGETS, ways_of
 from genlight.loops.quantization_report import LAYERS, VARIANTS, variants_of
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
@@ -27,13 +26,12 @@ _SHARE = 8
 _TOGETHER = 8
 
 
-def quantization_cost(
-    method: QuantizationCalibration, trainer: Any, module: Any, datamodule: Any, first: FirstValidation
-) -> CostEstimate:
+def quantization_cost(method: QuantizationCalibration, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
     """The cost of a dry run's method: what is measured is a calibration of few samples."""
     few = min(method.samples, max(_LEAST_SAMPLES, method.samples // _SHARE))
     work = checked_work(replace(method, samples=few), trainer, module, datamodule)
-    calibrated = _seconds(lambda: work.calibrated)
+    first = first_validation(trainer, module, datamodule, dry=True)
+    (calibrated,) = timed([lambda: work.calibrated])
     return calibrated_cost(work, first, [Phase("calibration", (calibrated / few,), method.samples - few)])
 
 
@@ -52,12 +50,12 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
     count = min(method.trajectory, _TOGETHER)
     plain = work.reference("search", count)
     work.noise(plain)  # warms up
-    replay = _seconds(lambda: work.noise(plain))
+    (replay,) = timed([lambda: work.noise(plain)])
     # in a network of which every layer is quantized, in the way that takes least time to make
     layers = work.layers(Variant("dynamic", "none", "nearest"))
     with work.replaced(layers):
-        slower = max(1.0, _seconds(lambda: work.noise(plain)) / replay)
-        sample = _seconds(lambda: work.images(plain)) / count
+        slower = max(1.0, timed([lambda: work.noise(plain)])[0] / replay)
+        sample = timed([lambda: work.images(plain)])[0] / count
     probes = [] if mixed is None else probes_of(mixed, work.forms)
     layer: tuple[float, ...] = (0.0,)
     if mixed is not None:
@@ -85,10 +83,4 @@ def _making(work: QuantizationWork, variant: Variant) -> float:
     """Seconds of the layers of a variant, from a few of them; the first of its kind balances its inputs besides."""
     names = list(work.forms)
     chosen = names[:: max(1, len(names) // _MEASURED)][:_MEASURED]
-    return _seconds(lambda: work.layers_of(variant, chosen)) * len(names) / len(chosen)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    begun = time.monotonic()
-    work()
-    return time.monotonic() - begun
+    return timed([lambda: work.layers_of(variant, chosen)])[0] * len(names) / len(chosen)

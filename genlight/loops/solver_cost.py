@@ -12,11 +12,13 @@ from genlight.loops.cost import (
     REPORT,
     FirstValidation,
     SampleLine,
+    artifact_of,
     method_cost,
     rehearsal_of,
     report_line,
     search_phase,
     timed,
+    times,
 )
 from genlight.loops.evaluation import noise_of
 from genlight.loops.solver_banks import TeacherScoring
@@ -44,7 +46,7 @@ def solver_cost(work: SolverWork, first: FirstValidation) -> CostEstimate:
     method, sizes = work.method, work.method.noise
     seconds = _seconds_of_one(work, method.nfe[len(method.nfe) // 2])
     noises = sizes.search + sizes.select + sizes.report
-    phases = [Phase(TEACHER_TIME, _times(seconds, method.teacher.steps), noises)] if work.by_teacher else []
+    phases = [Phase(TEACHER_TIME, times(seconds, method.teacher.steps), noises)] if work.by_teacher else []
     choice = tuning = report = 0.0
     metrics: list[tuple[float, ...]] = []
     measured = getattr(work.module, "metrics", None) is not None
@@ -59,14 +61,13 @@ def solver_cost(work: SolverWork, first: FirstValidation) -> CostEstimate:
             report += sizes.report * (made * compared + nfe * _REPORTED)
         if line is not None:
             metrics.append(_metric_seconds(work, nfe, seconds, line))
-    phases.append(Phase(CHOICE, _times(seconds, choice), 1))
-    phases.append(Phase(TUNING, _times(seconds, tuning), 1))
+    phases.append(Phase(CHOICE, times(seconds, choice), 1))
+    phases.append(Phase(TUNING, times(seconds, tuning), 1))
     # the distances take one sum, the metrics some validations
     values = [sum(parts) * _WITH_METRICS for parts in zip(*metrics, strict=True)] or [0.0] * len(seconds)
-    phases.append(Phase(REPORT, tuple(a + b for a, b in zip(_times(seconds, report), values, strict=False)), 1))
+    phases.append(Phase(REPORT, tuple(a + b for a, b in zip(times(seconds, report), values, strict=False)), 1))
     sample = 4 * noise_of(work.datamodule, "search", 1)[0].numel()
-    weights = sum(p.numel() * p.element_size() for p in work.module.parameters())
-    files = [PlannedFile("teacher banks", 2 * sample * noises), PlannedFile("artifact", weights)]
+    files = [PlannedFile("teacher banks", 2 * sample * noises), artifact_of(work.module)]
     return method_cost(work.evaluations, first, phases, files, pictures=len(method.nfe) + 2)
 
 
@@ -79,7 +80,7 @@ def _search(work: SolverWork, nfe: int, seconds: Sequence[float]) -> Phase:
     made = {space.key(schedule) for _, schedule in work.hand_made(nfe)}
     count = {True: _of_hand_made(work, nfe), False: nfe}
     evaluations = rehearsal.mean([float(t.fidelity * count[t.key in made]) for t in rehearsal.trials])
-    return search_phase(f"nfe{nfe}", work.evaluations, _times(seconds, evaluations), rehearsal)
+    return search_phase(f"nfe{nfe}", work.evaluations, times(seconds, evaluations), rehearsal)
 
 
 def _of_hand_made(work: SolverWork, nfe: int) -> int:
@@ -117,14 +118,10 @@ def _seconds_of_one(work: SolverWork, nfe: int) -> tuple[float, ...]:
         count = min(work.method.settings.fidelity, work.datamodule.num_samples)
         evaluate = work.metric(work.space(nfe), "search").evaluate
     found = timed([partial(evaluate, schedule, count) for schedule in schedules])
-    return _times(found, 1 / (count * nfe))
+    return times(found, 1 / (count * nfe))
 
 
 def _evaluations_of_jacobian(nfe: int, central: bool) -> int:
     """Network evaluations over the bank in one step of Levenberg-Marquardt: each entry of the table is moved, to both
     sides for central differences, and what comes after its row is sampled again."""
     return (1 + central) * sum((row + 2) * (nfe - row) for row in range(1, nfe))
-
-
-def _times(seconds: Sequence[float], factor: float) -> tuple[float, ...]:
-    return tuple(value * factor for value in seconds)
