@@ -6,8 +6,8 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-# up to this many times the wanted pairs, all are listed; otherwise this many times are drawn
-_LISTED, _DRAWN = 4, 3
+# up to this many times the wanted pairs, all are listed
+_LISTED = 4
 
 
 class Pairs(NamedTuple):
@@ -67,11 +67,12 @@ def _hinge(difference: Tensor, signs: Tensor, margin: float) -> tuple[Tensor, Te
 
 
 def sample_pairs(targets: Tensor, limit: int) -> Pairs:
-    """At most `limit` different pairs for each of E targets, drawn uniformly; ties and NaN make no pair.
+    """At most `limit` different pairs for each of E targets, every pair as likely as any other.
 
-    All pairs are listed where they are few. Where they are many, a few times `limit` are drawn and what repeats, ties
-    or is NaN is left out: the work does not grow with n², and a target with many ties may get fewer pairs. Draws from
-    torch's global generator on the CPU, so that a device gets the pairs of any other.
+    All pairs are listed where they are few, and those drawn of them that are no ties and have no NaN. Where they are
+    many, the candidates are put into a ring at random, and each is paired with those that follow it: as many pairs for
+    each, without a search for repeated ones; ties and NaN then make no pair. Draws from torch's global generator on the
+    CPU, so that a device gets the pairs of any other.
 
     Args:
         targets: float [E, n].
@@ -82,28 +83,23 @@ def sample_pairs(targets: Tensor, limit: int) -> Pairs:
     """
     rows, n = targets.shape
     total = n * (n - 1) // 2
-    if total <= _LISTED * limit:
-        keys = torch.rand(rows, total)
-        first, second = (side.expand(rows, total) for side in torch.triu_indices(n, n, offset=1))
-    else:
-        shape = (rows, _DRAWN * limit)
-        keys = torch.rand(shape)
-        a, b = torch.randint(n, shape), torch.randint(n - 1, shape)
-        b = b + (b >= a)  # any other than a
-        first, second = torch.minimum(a, b), torch.maximum(a, b)
-        keys = keys.masked_fill(_repeated(first * n + second), -1.0)
-    first, second, keys = (side.to(targets.device) for side in (first, second, keys))
-    signs = torch.sign(targets.gather(1, first) - targets.gather(1, second)).nan_to_num(0.0)
-    kept = keys.masked_fill(signs == 0, -1.0).topk(min(limit, keys.shape[1]), dim=1)
+    if total > _LISTED * limit:
+        ring = torch.rand(rows, n).argsort(dim=1)
+        reach = -(-limit // n)
+        later = torch.cat([ring.roll(-distance, dims=1) for distance in range(1, reach + 1)], dim=1)
+        first, second = (side[:, :limit].to(targets.device) for side in (ring.repeat(1, reach), later))
+        return Pairs(first, second, _signs(targets, first, second))
+    keys = torch.rand(rows, total).to(targets.device)
+    first, second = (side.expand(rows, total) for side in torch.triu_indices(n, n, offset=1, device=targets.device))
+    signs = _signs(targets, first, second)
+    kept = keys.masked_fill(signs == 0, -1.0).topk(min(limit, total), dim=1)
     chosen = signs.gather(1, kept.indices).masked_fill(kept.values < 0, 0.0)
     return Pairs(first.gather(1, kept.indices), second.gather(1, kept.indices), chosen)
 
 
-def _repeated(codes: Tensor) -> Tensor:
-    """Which entries of each row stand in it before, bool [E, K]."""
-    ordered, places = codes.sort(dim=1, stable=True)
-    repeated = torch.zeros_like(codes, dtype=torch.bool)
-    return repeated.scatter(1, places[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+def _signs(targets: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Which of two candidates scores higher, 0 for a tie or a NaN, [E, P]."""
+    return torch.sign(targets.gather(1, first) - targets.gather(1, second)).nan_to_num(0.0)
 
 
 def difference_quantile(targets: Tensor, quantile: float) -> float:

@@ -97,7 +97,7 @@ def test_kendall_is_tau_b(rows: list[tuple[int, int]]) -> None:
 
 def pair_set(pairs: Pairs, row: int) -> list[tuple[int, int]]:
     real = pairs.signs[row] != 0
-    return list(zip(pairs.first[row][real].tolist(), pairs.second[row][real].tolist()))
+    return [(min(pair), max(pair)) for pair in zip(pairs.first[row][real].tolist(), pairs.second[row][real].tolist())]
 
 
 @given(
@@ -118,13 +118,16 @@ def test_sampled_pairs_are_different_and_of_different_known_targets(rows: list[l
             assert sign in (0, 1 if values[i] > values[j] else -1)
 
 
-@pytest.mark.parametrize(("n", "limit"), [(9, 12), (60, 50)])
-def test_every_pair_is_drawn_equally_often_whether_listed_or_drawn(n: int, limit: int) -> None:
+@pytest.mark.parametrize(("n", "limit"), [(9, 12), (60, 50), (60, 120)])
+def test_every_pair_is_drawn_equally_often_whether_listed_or_in_a_ring(n: int, limit: int) -> None:
     torch.manual_seed(0)
     targets = torch.arange(float(n)).expand(2000, n)
     pairs = sample_pairs(targets, limit)
-    assert bool((pairs.signs == -1).all()) and pairs.first.shape == (2000, limit)
-    counts = torch.bincount((pairs.first * n + pairs.second).flatten(), minlength=n * n).double()
+    first, second = torch.minimum(pairs.first, pairs.second), torch.maximum(pairs.first, pairs.second)
+    assert torch.equal(pairs.signs, torch.sign(pairs.first - pairs.second)) and first.shape == (2000, limit)
+    codes = first * n + second
+    assert all(len(set(row)) == limit for row in codes.tolist())
+    counts = torch.bincount(codes.flatten(), minlength=n * n).double()
     counts = counts.view(n, n)[tuple(torch.triu_indices(n, n, 1))]
     expected = 2000 * limit / (n * (n - 1) / 2)
     deviation = math.sqrt(expected * (1 - limit / (n * (n - 1) / 2)))
