@@ -22,8 +22,8 @@ def on_two_processes(root: Path, *words: str) -> None:
     run_in_own_process(*words, *options, timeout=200)
 
 
-# between the two others in what it splits
-@pytest.mark.parametrize("name", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+# the third splits all that the first two do not
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("ddp", "zero2")), "zero3"])
 def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import DiffusionPipeline
 

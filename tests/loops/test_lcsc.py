@@ -162,6 +162,7 @@ def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
     assert rows_of(root / "killed" / "validate") == rows_of(root / "found" / "validate")
 
 
+@pytest.mark.slow  # in test_s3.py it is not, and the search is the same
 def test_two_processes_give_the_archive_of_one(root: Path) -> None:
     words = [*MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", "run.name=ddp", "strategy=ddp"]
     run_in_own_process("validate", *words, "trainer.devices=2")
@@ -174,13 +175,13 @@ def test_two_processes_give_the_archive_of_one(root: Path) -> None:
         ["search=genetic", "method.basis={_target_: genlight.checkpoints.bases.Raw}"],
         ["method.signed=false"],
         ["method.groups=[conv, .*]"],
-        ["method.until=12", "method.random_search=false"],
+        ["method.until=12"],
     ],
     ids=lambda words: words[0],
 )
 def test_other_ways_to_combine(root: Path, words: list[str]) -> None:
     name = words[0].split("=")[1].strip("[]").replace(", ", "-").replace(".*", "rest")
-    assert validate(root, f"other-{name}", *words) == 0
+    assert validate(root, f"other-{name}", "method.random_search=false", *words) == 0
     content = io.read_json(root / f"other-{name}" / "validate" / "artifact" / "coefficients.json")
     weights = torch.tensor(content["weights"])
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
