@@ -27,7 +27,7 @@ TEACHER, STUDENT = "lcsc/mnist_teacher", "lcsc/mnist_cd"
 SMALL = ("module.network.block_out_channels=[16,32,32]", "module.network.layers_per_block=1", "data.batch_size=64")
 # checkpoints of a falling learning rate differ too little to be combined
 CONSTANT = ("module.lr_scheduler=null",)
-TEACHER_STEPS, STUDENT_STEPS = 2500, 2000
+TEACHER_STEPS, STUDENT_STEPS = 2500, 1000
 FEW, MORE = 6, 9
 TRACKED = ("tracked ema",)
 USUAL = ("tracked ema", "power ema", "lawa", "swa", "single", "ema", "last")
@@ -41,7 +41,14 @@ def steps(count: int) -> tuple[str, ...]:
 def searched(folder: Path, name: str, budget: int, seed: int, *words: str) -> dict[str, Any]:
     """One search on the checkpoints of a training."""
     words = (*words, f"run.root={folder}", f"run.name={name}", f"search.budget={budget}", f"search.seed={seed}")
-    words = (*words, "method.random_search=false", "method.singles=5", "method.select=1000", "metrics.metrics=[fd]")
+    words = (
+        *words,
+        "method.random_search=false",
+        "method.singles=5",
+        "method.select=1000",
+        "metrics.metrics=[fd]",
+        "resume=true",
+    )
     seconds = genlight("validate", *words, "metrics.extractor.dtype=float32", "data.eval_batch_size=500")
     return {"seed": seed, "seconds": seconds, "rows": report(folder / name / "validate")["table"]}
 
