@@ -23,7 +23,6 @@ from typing import Any
 from _commands import genlight, record, report, run
 from whole_dry_run import dry_run_bars
 from whole_help import help_bars
-from whole_newcomer import newcomer_bars
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -106,7 +105,6 @@ GROUPS: dict[str, Callable[[Path, Sequence[int]], Found]] = {
     "stack": stack,
     "dry-run": lambda folder, _: dry_run_bars(folder / "dry-run"),
     "help": lambda _, seeds: (help_bars(seed=seeds[0]), []),
-    "newcomer": lambda folder, _: newcomer_bars(folder / "newcomer"),
 }
 
 
