@@ -39,30 +39,33 @@ def steps(count: int) -> tuple[str, ...]:
 
 
 def searched(folder: Path, name: str, budget: int, seed: int, *words: str) -> dict[str, Any]:
-    """One search on the checkpoints of a training."""
-    words = (*words, f"run.root={folder}", f"run.name={name}", f"search.budget={budget}", f"search.seed={seed}")
-    words = (
-        *words,
-        "method.random_search=false",
-        "method.singles=5",
-        "method.select=1000",
-        "metrics.metrics=[fd]",
-        "resume=true",
-    )
-    seconds = genlight("validate", *words, "metrics.extractor.dtype=float32", "data.eval_batch_size=500")
-    return {"seed": seed, "seconds": seconds, "rows": report(folder / name / "validate")["table"]}
+    """One search on the checkpoints of a training, unless an earlier call finished it; seconds are of all of it."""
+    run = folder / name / "validate"
+    if not (run / "report.json").is_file():
+        words = (*words, f"run.root={folder}", f"run.name={name}", f"search.budget={budget}", f"search.seed={seed}")
+        words = (*words, "resume=true", "method.random_search=false", "method.singles=5", "metrics.metrics=[fd]")
+        genlight("validate", *words, "metrics.extractor.dtype=float32", "data.eval_batch_size=500")
+    found = report(run)
+    return {"seed": seed, "seconds": found["real"]["total_seconds"], "rows": found["table"]}
 
 
 def student(folder: Path, seed: int) -> dict[str, Any]:
     """The student of one step."""
     words = (f"experiment={STUDENT}", f"ckpt_path={folder}/{STUDENT}/fit", "search.fidelity=1000")
-    return searched(folder, f"student-{seed}", 150, seed, *words, "data.num_samples=3000")
+    words = (*words, "method.select=1000", "data.num_samples=3000")
+    return searched(folder, f"student-{seed}", 150, seed, *words)
 
 
 def diffusion(folder: Path, count: int, budget: int) -> dict[str, Any]:
     """The diffusion model at some steps of its sampler."""
     words = (f"experiment={TEACHER}", *SMALL, "method=lcsc", "search=lcsc", f"method.objective=val/{METRIC}")
-    words = (*words, f"ckpt_path={folder}/{TEACHER}/fit", "search.fidelity=500", "data.num_samples=2000")
+    words = (
+        *words,
+        f"ckpt_path={folder}/{TEACHER}/fit",
+        "search.fidelity=250",
+        "method.select=500",
+        "data.num_samples=1000",
+    )
     return searched(folder, f"diffusion-{count}", budget, 0, *words, f"module.num_inference_steps={count}")
 
 
@@ -100,15 +103,12 @@ def main() -> None:
         folder = arguments.folder or Path(name)
         fits = {TEACHER: (*SMALL, *CONSTANT, *steps(TEACHER_STEPS), "callbacks=collector")}
         fits[STUDENT] = ("data.batch_size=64", *steps(STUDENT_STEPS))
-        few = more = None
         for experiment, words in fits.items():
             if not (folder / experiment / "fit" / "artifact").is_dir():
                 genlight("fit", f"experiment={experiment}", *words, f"run.root={folder}", f"run.name={experiment}")
-            if few is None:
-                few, more = pool.submit(diffusion, folder, FEW, 100), pool.submit(diffusion, folder, MORE, 1)
         students = list(pool.map(lambda seed: student(folder, seed), arguments.seeds))
-        assert few is not None and more is not None
-        models = {FEW: few.result(), MORE: more.result()}
+        found = pool.map(lambda settings: diffusion(folder, *settings), ((FEW, 60), (MORE, 1)))
+        models = dict(zip((FEW, MORE), found, strict=True))
     what = "Fréchet distance, largest over search seeds: LCSC / "
     bars: list[Bar] = [
         bar_at_most(
