@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from genlight.diffusion.flow_codes import Method
 from genlight.errors import UserError, in_config
 from genlight.modules.dd_pairs import Pairs, PairSettings, folder_of, make_pairs, pairs_record, read_pairs
 from genlight.modules.token_folder import TokenTeacher, read_token_teacher
+from genlight.nets.autoregressive import check_guidance_range
 
 
 class PairsDataModule(LightningDataModule):
     """Trains on pairs of `genlight.modules.dd_pairs`, made before a fit where they are missing.
 
-    Training batches are {"noise": float32 [B, N, C], "tokens": int64 [B, N], "label": int64 [B]}, in the order of every
-    data module. All else, evaluation noise and real images, is asked of `images`.
+    Training batches are {"noise": float32 [B, N, C], "tokens": int64 [B, N], "label": int64 [B]}, with `guidance_range`
+    "guidance": float32 [B] too, in the order of every data module. All else, evaluation noise and real images, is asked
+    of `images`.
 
     Args:
         images: what the teacher was trained on.
-        teacher: folder of an autoregressive network, or the run folder of its fit; read when it is needed.
-        num_pairs, shard_size, seed, steps, method: as in `genlight.modules.dd_pairs.PairSettings`.
+        teacher: as `genlight.modules.token_folder.read_token_teacher` takes it; read when it is needed.
+        num_pairs, shard_size, seed, steps, method, guidance_range: as in `genlight.modules.dd_pairs.PairSettings`.
         batch_size: pairs in a training batch of one device.
         cache: the pairs are kept below it; None is GENLIGHT_CACHE, or the cache folder of the system.
 
@@ -45,13 +48,15 @@ class PairsDataModule(LightningDataModule):
         shard_size: int = 512,
         steps: int = 32,
         method: Method = "2m",
+        guidance_range: Sequence[float] | None = None,
         cache: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         with in_config("data"):
-            self.settings = PairSettings(num_pairs, seed, shard_size, steps, method)
+            scales = None if guidance_range is None else check_guidance_range(guidance_range)
+            self.settings = PairSettings(num_pairs, seed, shard_size, steps, method, scales)
         self.images = images
         self.name, self.class_names = f"pairs-{images.name}", images.class_names
         self.image_shape, self.num_classes = images.image_shape, images.num_classes

@@ -11,6 +11,7 @@ TRAIN_ORDER = 3
 LABEL_ORDER = 4
 POOL_ORDER = 5
 PAIR_NOISE = 6
+PAIR_GUIDANCE = 7
 
 
 def generator(seed: int, *spawn_key: int) -> np.random.Generator:

@@ -132,13 +132,11 @@ def _frechet(row: dict[str, Any]) -> str | None:
 
 
 def _headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The Fréchet distance of the rows that are asked for most."""
-    name = _frechet(rows[0])
-    if name is None:
-        return {}
+    """The Fréchet distance of the rows that are asked for most; their likelihood where no images are compared."""
+    name = _frechet(rows[0]) or "nll"
     wanted = {"teacher": TEACHER, "student": "student, 1 step", "onestep": "onestep*, by class"}
-    values = {row["variant"]: float(row[name]) for row in rows}
-    return {f"{name}_{short}": values[long] for short, long in wanted.items()}
+    values = {row["variant"]: row[name] for row in rows}
+    return {f"{name}_{short}": float(values[long]) for short, long in wanted.items()}
 
 
 def _pictures(work: CurveWork, found: Sequence[Measured], rows: Sequence[dict[str, Any]], figures: Path) -> None:

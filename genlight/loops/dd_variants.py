@@ -75,7 +75,7 @@ def variants_of(
     module: DistilledDecodingModule, choices: Choices, marginals: Marginals, unconditional: Marginals
 ) -> list[Variant]:
     """All of them, the teacher first; `marginals` are those of each class."""
-    teacher, settings = module.teacher.model, module.teacher.settings
+    teacher, settings = module.teacher.model, module.settings
     groups, codebook = len(teacher.group_sizes), teacher.codebook
     found = [Variant(TEACHER, "teacher", groups, _teacher(module, choices, groups))]
     for name, seed in _SEEDS.items():
@@ -91,7 +91,7 @@ def variants_of(
 
         def involved(noise: Tensor, label: Tensor, first: int = first, last: int = last) -> Decoded:
             choose = _flow(module, choices, noise)
-            return teacher_involved(module.student, teacher, settings, noise, label, choose, first, last)
+            return teacher_involved(module.told_student(), teacher, settings, noise, label, choose, first, last)
 
         calls = (first > 1) + (last - first) + (last <= groups)
         found.append(Variant(f"teacher for {first} to {last - 1}", "teacher involved", calls, involved))
@@ -124,7 +124,7 @@ def _teacher(module: DistilledDecodingModule, choices: Choices, num_groups: int)
 
     def run(noise: Tensor, label: Tensor) -> Decoded:
         model = module.teacher.model
-        tokens = decode(model, label, module.teacher.settings, _flow(module, choices, noise), num_groups=num_groups)
+        tokens = decode(model, label, module.settings, _flow(module, choices, noise), num_groups=num_groups)
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
 
     return run
@@ -138,7 +138,7 @@ def _drawn(module: DistilledDecodingModule, seed: int) -> Callable[[Tensor, Tens
         if noise.device not in generators:
             generators[noise.device] = torch.Generator(noise.device).manual_seed(seed)
         model = module.teacher.model
-        tokens = decode(model, label, module.teacher.settings, multinomial(generators[noise.device]))
+        tokens = decode(model, label, module.settings, multinomial(generators[noise.device]))
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
 
     return run

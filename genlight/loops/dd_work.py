@@ -64,7 +64,8 @@ class CurveWork:
         """Noise [M, N, C] and labels [M] of the draw that is reported."""
         draw, every = str(self.datamodule.draw), self.datamodule.num_samples
         noise, conditions = noise_of(self.datamodule, draw, every if count is None else count)
-        return noise, conditions["label"]
+        # a network that knows no classes is asked for its only one
+        return noise, conditions.get("label", torch.zeros(len(noise), dtype=torch.long))
 
     def measure(self) -> list[Measured]:
         """Every variant, spread over the processes."""
@@ -120,7 +121,7 @@ class CurveWork:
 
     def _one(self, variant: Variant, noise: Tensor, label: Tensor) -> Measured:
         module, metrics = self.module, self.module.metrics
-        teacher, size = module.teacher, self.datamodule.eval_batch_size
+        teacher, settings, size = module.teacher, module.settings, self.datamodule.eval_batch_size
         synced = getattr(metrics, "sync", None)
         if metrics is not None:
             metrics.to(module.device)
@@ -138,7 +139,7 @@ class CurveWork:
             if metrics is not None:
                 metrics.update(images, torch.arange(start, start + len(part), device=module.device))
             if decoded.tokens.shape[1] == noise.shape[1]:
-                scores = negative_log_likelihood(teacher.model, decoded.tokens, classes, teacher.settings)
+                scores = negative_log_likelihood(teacher.model, decoded.tokens, classes, settings)
                 nll.append(scores.cpu())
             tokens.append(decoded.tokens.cpu())
             kept.append(images[: GRID_IMAGES - sum(len(each) for each in kept)].cpu())

@@ -1,8 +1,9 @@
 """Pairs of noise and the tokens that a teacher carries it to: what the student of Distilled Decoding learns from.
 
 Noise is not kept: that of pair i is drawn again from (seed, i), and its label is i modulo the number of classes. So a
-pair takes four bytes a token. Pairs are made in shards, each decoded in one batch and kept in one file, so that the
-bytes of a shard depend neither on the number of processes nor on whether the making was interrupted.
+pair takes four bytes a token, and four for its guidance scale where each has its own. Pairs are made in shards, each
+decoded in one batch and kept in one file, so that the bytes of a shard depend neither on the number of processes nor on
+whether the making was interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from genlight import io
 from genlight.data.cache import fingerprint_of, with_progress
-from genlight.data.sampling import PAIR_NOISE, Indices, generator
+from genlight.data.sampling import PAIR_GUIDANCE, PAIR_NOISE, Indices, generator
 from genlight.diffusion.flow_codes import Method, flow_choice
 from genlight.errors import UserError
 from genlight.modules.token_folder import TokenTeacher
-from genlight.nets.autoregressive import decode
+from genlight.nets.autoregressive import check_guidance_range, decode
 
 INDEX = "index.json"
 
@@ -35,6 +36,12 @@ def pair_noise(seed: int, indices: Sequence[int] | Indices, shape: Sequence[int]
     return torch.from_numpy(noise)
 
 
+def pair_guidance(seed: int, indices: Sequence[int] | Indices, guidance_range: tuple[float, float]) -> Tensor:
+    """Guidance scales of pairs, [B] float32, uniform in the range: each from its own stream of (seed, index)."""
+    drawn = [generator(seed, PAIR_GUIDANCE, int(index)).uniform(*guidance_range) for index in indices]
+    return torch.tensor(drawn, dtype=torch.float32)
+
+
 @dataclass(frozen=True)
 class PairSettings:
     """Which pairs, and by which solver.
@@ -44,9 +51,11 @@ class PairSettings:
         seed: of their noise.
         shard_size: pairs decoded in one batch and kept in one file; the last may have fewer.
         steps, method: of the flow, see `genlight.diffusion.flow_codes.final_log_weights`.
+        guidance_range: lowest and highest guidance scale, each pair has its own, in place of the teacher's; None: all
+            have the teacher's (Meng et al. 2022, arXiv 2210.03142, section 3.1, for students that are told the scale).
 
     Raises:
-        ValueError: a number below 1, or a negative seed.
+        ValueError: a number below 1, a negative seed, or no range.
     """
 
     num_pairs: int
@@ -54,6 +63,7 @@ class PairSettings:
     shard_size: int = 512
     steps: int = 32
     method: Method = "2m"
+    guidance_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_pairs", "shard_size", "steps"):
@@ -61,6 +71,8 @@ class PairSettings:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed} must not be negative")
+        if self.guidance_range is not None:
+            check_guidance_range(self.guidance_range)
 
     @property
     def num_shards(self) -> int:
@@ -77,31 +89,34 @@ class Pairs:
 
     Attributes:
         tokens: [num_pairs, N] int32.
-        num_classes, code_dim: of the teacher.
+        num_classes, code_dim: of the teacher; 1 class where it knows none.
         seed: of the noise.
+        guidance: [num_pairs] float32, the guidance scale of each; None: all have the teacher's.
     """
 
     tokens: Tensor
     num_classes: int
     code_dim: int
     seed: int
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitems__(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
-        """noise float32 [B, N, C], tokens int64 [B, N] and label int64 [B]."""
+        """noise float32 [B, N, C], tokens int64 [B, N], label int64 [B], and with own scales guidance float32 [B]."""
         index = torch.as_tensor(np.asarray(indices, np.int64))
-        return {
+        batch = {
             "noise": pair_noise(self.seed, index.tolist(), (self.tokens.shape[1], self.code_dim)),
             "tokens": self.tokens[index].long(),
             "label": index % self.num_classes,
         }
+        return batch if self.guidance is None else batch | {"guidance": self.guidance[index]}
 
 
 def pairs_record(teacher: TokenTeacher, settings: PairSettings) -> dict[str, Any]:
     """What decides the pairs; its fingerprint names their folder."""
-    return {
+    record = {
         "kind": "pairs",
         "version": 1,
         "teacher": teacher.fingerprint,
@@ -113,6 +128,8 @@ def pairs_record(teacher: TokenTeacher, settings: PairSettings) -> dict[str, Any
         "steps": settings.steps,
         "method": settings.method,
     }
+    # named only where it is used: pairs that were made before there were ranges are still the same
+    return record if settings.guidance_range is None else record | {"guidance_range": list(settings.guidance_range)}
 
 
 @torch.no_grad()
@@ -142,8 +159,9 @@ def make_pairs(
         io.atomic_write_json(folder / INDEX, record)
     missing = [shard for shard in range(rank, settings.num_shards, world_size) if not _is_whole(folder, shard)]
     for shard in with_progress(missing, len(missing), "pairs"):
-        tokens = _decode(teacher.to(device), settings, shard, device)
-        io.save_tensors(_file(folder, shard), {"tokens": tokens.cpu().int()}, {"shard": str(shard)})
+        io.save_tensors(
+            _file(folder, shard), _decode(teacher.to(device), settings, shard, device), {"shard": str(shard)}
+        )
     return len(missing)
 
 
@@ -159,13 +177,17 @@ def read_pairs(folder: str | Path, teacher: TokenTeacher, settings: PairSettings
     _check(folder, pairs_record(teacher, settings))
     length, code_dim = teacher.noise_shape
     tokens = torch.empty(settings.num_pairs, length, dtype=torch.int32)
+    guidance = None if settings.guidance_range is None else torch.empty(settings.num_pairs)
     for shard in range(settings.num_shards):
+        part = slice(shard * settings.shard_size, (shard + 1) * settings.shard_size)
         try:
-            found = io.load_tensors(_file(folder, shard))[0]["tokens"]
+            found, _ = io.load_tensors(_file(folder, shard))
+            tokens[part] = found["tokens"]
+            if guidance is not None:
+                guidance[part] = found["guidance"]
         except (FileNotFoundError, KeyError) as error:
             raise UserError(f"{folder} lacks shard {shard} of {settings.num_shards}: not all pairs are made") from error
-        tokens[shard * settings.shard_size : (shard + 1) * settings.shard_size] = found
-    return Pairs(tokens, teacher.num_classes, code_dim, settings.seed)
+    return Pairs(tokens, teacher.num_classes or 1, code_dim, settings.seed, guidance)
 
 
 def folder_of(cache: str | Path, teacher: TokenTeacher, settings: PairSettings) -> Path:
@@ -173,14 +195,19 @@ def folder_of(cache: str | Path, teacher: TokenTeacher, settings: PairSettings) 
     return Path(cache) / "pairs" / fingerprint_of(pairs_record(teacher, settings))[:24]
 
 
-def _decode(teacher: TokenTeacher, settings: PairSettings, shard: int, device: torch.device | str) -> Tensor:
+def _decode(teacher: TokenTeacher, settings: PairSettings, shard: int, device: torch.device | str) -> dict[str, Tensor]:
+    """What is kept of a shard."""
     indices = settings.indices(shard)
     noise = pair_noise(settings.seed, indices, teacher.noise_shape).to(device)
-    label = torch.from_numpy(indices % teacher.num_classes).to(device)
+    label = torch.from_numpy(indices % (teacher.num_classes or 1)).to(device)
+    scales = settings.guidance_range
+    guidance = None if scales is None else pair_guidance(settings.seed, indices, scales)
     model = teacher.model
     choose = flow_choice(noise, model.codebook, model.group_sizes, steps=settings.steps, method=settings.method)
     with torch.autocast(noise.device.type, enabled=False):
-        return decode(model, label, teacher.settings, choose)
+        told = None if guidance is None else guidance.to(device)
+        tokens = decode(model, label, teacher.settings, choose, guidance=told).cpu().int()
+    return {"tokens": tokens} if guidance is None else {"tokens": tokens, "guidance": guidance}
 
 
 def _file(folder: Path, shard: int) -> Path:
@@ -197,7 +224,8 @@ def _is_whole(folder: Path, shard: int) -> bool:
 
 def _check(folder: Path, record: dict[str, Any]) -> None:
     found = io.read_json(folder / INDEX)
-    for key, value in record.items():
-        if not isinstance(found, dict) or found.get(key) != value:
-            shown = found.get(key) if isinstance(found, dict) else None
-            raise UserError(f"{folder} holds other pairs: {key} is {shown!r}, {value!r} is wanted")
+    found = found if isinstance(found, dict) else {}
+    for key in {**record, **found}:
+        if found.get(key) != record.get(key):
+            shown, wanted = found.get(key), record.get(key)
+            raise UserError(f"{folder} holds other pairs: {key} is {shown!r}, {wanted!r} is wanted")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from genlight.diffusion.distances import Distance, distance
-from genlight.errors import UserError
+from genlight.errors import UserError, in_config
 from genlight.modules.data_check import check_classes, check_images
 from genlight.modules.described import DescribedWeights
 from genlight.modules.distilled_folder import save_student
@@ -26,8 +27,10 @@ from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.teacher import ensure_teacher
 from genlight.modules.token_folder import TokenTeacher, read_token_teacher
-from genlight.nets.dd_student import Student, student_of, take_from
-from genlight.nets.few_step import Decoded, check_timesteps, ends_of, few_steps, mix
+from genlight.nets.autoregressive import SamplingSettings, check_guidance_range
+from genlight.nets.captions import texts_of
+from genlight.nets.dd_student import Student, ToldStudent, student_of, take_from
+from genlight.nets.few_step import Decoded, StudentNetwork, check_timesteps, ends_of, few_steps, mix
 
 
 class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimization, LightningModule):
@@ -36,12 +39,14 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
     Training shows the codes of the first groups and noise in the place of the others, and asks for the others: by
     cross-entropy, and by the squared error (or the perceptual distance of images) of the vectors that stand for them.
     What the published training weighs them with is not known; these are our own. Guidance is part of what the
-    teacher's tokens are made with, so the student needs one pass and knows no other scale.
+    teacher's tokens are made with, so the student needs one pass: it knows the teacher's scale and no other, or with
+    `guidance_range` is told one of the scales that its pairs were made with.
 
     The teacher is no submodule: neither trained, nor averaged, nor part of the checkpoint.
 
     Args:
-        teacher: the folder of an autoregressive network, or of its fit; it decides the student's architecture.
+        teacher: the folder of an autoregressive network, of its fit, or the folder or hub id of an ImageGPT of
+            transformers; it decides the student's architecture.
         teacher_recipe: the experiment whose fit makes that folder where it is missing.
         timesteps: how many groups of tokens (tokens, or scales) are decided in what the student learns from,
             increasing from 0; each is as likely. Sampling in n steps uses the first n.
@@ -52,11 +57,16 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         perceptual_weight: of the LPIPS distance between images of the student's and of the pair's vectors; above 0 it
             needs the weights of VGG-16.
         init_from_teacher: begin with the teacher's weights.
+        guidance_range: lowest and highest guidance scale that the student is told, those of the pairs; null: it is
+            told none and learns the teacher's.
+        guidance_scale: with a range, the scale of samples; null: the teacher's.
         optimizer, lr_scheduler: partials, as in DiffusionModule.
         compile: compile the student with ``torch.compile``.
 
     Raises:
-        ValueError: timesteps that do not increase from 0, more steps than timesteps, or a negative weight.
+        ValueError: timesteps that do not increase from 0, more steps than timesteps, a negative weight, or a guidance
+            scale without a range.
+        UserError: not 1 ≤ lowest ≤ highest guidance scale.
     """
 
     def __init__(
@@ -70,6 +80,8 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         embedding_weight: float = 0.5,
         perceptual_weight: float = 0.0,
         init_from_teacher: bool = True,
+        guidance_range: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
         optimizer: Callable[..., Any] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
@@ -86,6 +98,11 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 f"module.embedding_weight = {embedding_weight} and module.perceptual_weight = {perceptual_weight} must "
                 "not be negative"
             )
+        if guidance_scale is not None and guidance_range is None:
+            raise ValueError(f"module.guidance_scale = {guidance_scale} needs module.guidance_range")
+        with in_config("module"):
+            self.guidance_range = None if guidance_range is None else check_guidance_range(guidance_range)
+        self.guidance_scale = guidance_scale
         self.teacher_source, self.teacher_recipe = teacher, teacher_recipe
         self.num_inference_steps, self.split_timestep = num_inference_steps, split_timestep
         self.embedding_weight, self.perceptual_weight = embedding_weight, perceptual_weight
@@ -106,7 +123,8 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         """The frozen teacher, read if need be, on the module's device.
 
         Raises:
-            UserError: it cannot be read, or has fewer groups of tokens than ``timesteps`` or ``split_timestep`` say.
+            UserError: it cannot be read, has fewer groups of tokens than ``timesteps`` or ``split_timestep`` say, or
+                the guidance scale of samples is not in the range.
         """
         if self._teacher is None:
             teacher = read_token_teacher(self.teacher_source)
@@ -118,10 +136,33 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 )
             if self.split_timestep is not None and not 0 <= self.split_timestep <= groups:
                 raise UserError(f"module.split_timestep = {self.split_timestep} must be from 0 to {groups}")
+            with in_config("module"):
+                self._scale_of(teacher, None)
             self._teacher = teacher
-        if self._teacher.tokenizer.post_quant_conv.weight.device != self.device:
+        if next(self._teacher.model.transformer.parameters()).device != self.device:
             self._teacher.to(self.device)
         return self._teacher
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """The teacher's, with the guidance scale of this module's samples."""
+        return replace(self.teacher.settings, guidance_scale=self._scale_of(self.teacher, None))
+
+    def _scale_of(self, teacher: TokenTeacher, guidance_scale: float | None) -> float:
+        """The guidance scale of samples where `guidance_scale` is asked for; ValueError if it was not learned."""
+        if self.guidance_range is None:
+            own = teacher.settings.guidance_scale
+            if guidance_scale is not None and guidance_scale != own:
+                raise ValueError(f"guidance_scale = {guidance_scale}: the student has learned {own} and knows no other")
+            return own
+        default = teacher.settings.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = default if guidance_scale is None else guidance_scale
+        low, high = self.guidance_range
+        if not low <= scale <= high:
+            raise ValueError(
+                f"guidance_scale = {scale} must be from {low} to {high}, the range that the student learns"
+            )
+        return float(scale)
 
     @property
     def student(self) -> Student:
@@ -137,7 +178,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
             return
         teacher = self.teacher
         try:
-            network = student_of(teacher.model)
+            network = student_of(teacher.model, self.guidance_range)
             if self.init_from_teacher:
                 take_from(network, teacher.model)
         except ValueError as error:
@@ -161,6 +202,12 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         where = "module.teacher"
         check_images(datamodule, self.image_shape, f"the channels of {where}", f"the image size of {where}")
         check_classes(datamodule, self.teacher.num_classes, f"the number of classes of {where}")
+        found = getattr(getattr(datamodule, "settings", None), "guidance_range", None)
+        if found != self.guidance_range:
+            raise UserError(
+                f"data.guidance_range = {_shown(found)}, but module.guidance_range = {_shown(self.guidance_range)}: "
+                "set them equal"
+            )
 
     def on_fit_start(self) -> None:
         """Read the weights of the perceptual distance before the first step, if it has a weight."""
@@ -168,7 +215,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
             self._perceptual = distance("lpips")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
-        losses = self.losses(batch["noise"], batch["tokens"], batch["label"])
+        losses = self.losses(batch["noise"], batch["tokens"], batch["label"], batch.get("guidance"))
         total = losses["cross_entropy"] + self.embedding_weight * losses["embedding"]
         if "perceptual" in losses:
             total = total + self.perceptual_weight * losses["perceptual"]
@@ -177,19 +224,23 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=size)
         return total
 
-    def losses(self, noise: Tensor, tokens: Tensor, label: Tensor) -> dict[str, Tensor]:
+    def losses(self, noise: Tensor, tokens: Tensor, label: Tensor, guidance: Tensor | None = None) -> dict[str, Tensor]:
         """The parts of the loss, and the share of tokens that are right, over places that are not decided yet.
 
         Args:
             noise: [B, N, C].
             tokens: [B, N] int64, the teacher's from this noise.
-            label: [B]. Draws the timesteps from torch's global generator.
+            label: [B], classes or numbers of captions. Draws the timesteps from torch's global generator.
+            guidance: [B], the guidance scale of each, of a student that is told it.
         """
         codebook, ends = self.teacher.model.codebook, ends_of(self.student.group_sizes)
         decided = torch.tensor([ends[timestep] for timestep in self.timesteps])
         decided = decided[torch.randint(len(self.timesteps), (len(noise),))].to(noise.device)
         is_data = torch.arange(noise.shape[1], device=noise.device) < decided[:, None]
-        logits, vectors = self.student(mix(noise, tokens, codebook, is_data), is_data, label)
+        captions = self.teacher.captions
+        label = label if captions is None else texts_of(captions, label)
+        told = () if guidance is None else (guidance,)
+        logits, vectors = self.student(mix(noise, tokens, codebook, is_data), is_data, label, *told)
         is_open = ~is_data
         codes = functional.embedding(tokens, codebook)
         losses = {
@@ -213,23 +264,20 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
     def decode_noise(
         self,
         noise: Tensor,
-        label: Tensor,
+        label: Tensor | None,
         *,
         timesteps: Sequence[int] | None = None,
         split_timestep: int | None = None,
         guidance_scale: float | None = None,
     ) -> Decoded:
-        """Tokens and vectors of noise [B, N, C] and labels [B]; arguments as in :meth:`sample`."""
-        scale = self.teacher.settings.guidance_scale
-        if guidance_scale is not None and guidance_scale != scale:
-            raise ValueError(f"guidance_scale = {guidance_scale}: the student has learned {scale} and knows no other")
-        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.teacher.num_classes:
-            raise ValueError(f"label must be from 0 to {self.teacher.num_classes - 1}")
+        """Tokens and vectors of noise [B, N, C] and labels or texts; arguments as in :meth:`sample`."""
+        label = self._checked(label, len(noise), noise.device)
+        told = self.told_student(guidance_scale)
         student, training = self.student, self.student.training
         student.eval()
         try:
             return few_steps(
-                student,
+                told,
                 self.teacher.model.codebook,
                 noise,
                 label,
@@ -239,19 +287,44 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         finally:
             student.train(training)
 
+    def _checked(self, label: Tensor | None, count: int, device: torch.device) -> Tensor:
+        """Labels or texts that the student knows; of a teacher without classes there is one label."""
+        classes = self.teacher.num_classes
+        if label is None:
+            if classes is not None:
+                raise ValueError("label: sampling a class-conditional module needs labels")
+            return torch.zeros(count, dtype=torch.long, device=device)
+        if label.is_floating_point():
+            if self.teacher.captions is None:
+                raise ValueError("label must be whole numbers: the student knows no texts")
+        elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < (classes or 1):
+            raise ValueError(f"label must be from 0 to {(classes or 1) - 1}")
+        return label
+
+    def told_student(self, guidance_scale: float | None = None) -> StudentNetwork:
+        """The student at a guidance scale; None: that of the module's samples.
+
+        Raises:
+            ValueError: a scale that was not learned.
+        """
+        scale = self._scale_of(self.teacher, guidance_scale)
+        return ToldStudent(self.student, None if self.guidance_range is None else scale, self.teacher.captions)
+
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] from noise [B, *sample_shape] and labels [B].
 
         Args:
+            label: classes, or numbers of the teacher's captions; a student of texts also takes the features of any
+                texts, [B, T, D].
             options: ``timesteps``, groups that are decided before each pass; ``split_timestep``, the first group whose
-                vectors are used as they are; ``guidance_scale``, which must be the teacher's. Defaults: the module's.
+                vectors are used as they are; ``guidance_scale``, which must be in the range that was learned, or
+                the teacher's. Defaults: the module's.
 
         Raises:
-            ValueError: no labels, a label that is not known, timesteps out of range, or another guidance scale.
+            ValueError: no labels of a teacher of classes, a label that is not known, timesteps out of range, or another
+                guidance scale.
         """
-        if label is None:
-            raise ValueError("label: sampling a class-conditional module needs labels")
         return self.images_of(self.decode_noise(noise, label, **options))
 
     @torch.no_grad()
@@ -274,3 +347,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that samples with torch alone; see :mod:`genlight.modules.distilled_folder`."""
         save_student(self, Path(folder))
+
+
+def _shown(guidance_range: tuple[float, float] | None) -> str:
+    return "null" if guidance_range is None else str(list(guidance_range))

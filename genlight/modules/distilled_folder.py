@@ -9,8 +9,10 @@ from torch import nn
 
 from genlight import io
 from genlight.modules import exported_student
+from genlight.modules.artifact_kind import STUDENT
 from genlight.modules.exported_student import CONFIG, WEIGHTS
 from genlight.nets.residual_vq import ResidualQuantizer
+from genlight.nets.vq_tokenizer import VQTokenizer
 
 if TYPE_CHECKING:
     from genlight.modules.distilled_decoding import DistilledDecodingModule
@@ -20,13 +22,10 @@ PROGRAM = "sample.py"
 
 def save_student(module: DistilledDecodingModule, folder: Path) -> None:
     """Write ``student.safetensors``, ``config.json`` and ``sample.py``: all that samples, the decoder included."""
-    tokenizer, student = module.teacher.tokenizer, module.student
-    quantizer = tokenizer.quantizer
-    parts: dict[str, nn.Module] = {
-        "student": student,
-        "decoder": tokenizer.decoder,
-        "post_quant_conv": tokenizer.post_quant_conv,
-    }
+    tokenizer, quantizer = module.teacher.tokenizer, module.teacher.model.quantizer
+    parts: dict[str, nn.Module] = {"student": module.student}
+    if isinstance(tokenizer, VQTokenizer):
+        parts |= {"decoder": tokenizer.decoder, "post_quant_conv": tokenizer.post_quant_conv}
     described: dict[str, Any] = {"class": type(quantizer).__name__}
     if isinstance(quantizer, ResidualQuantizer):
         parts["quantizer.phi"] = quantizer.phi
@@ -39,16 +38,16 @@ def save_student(module: DistilledDecodingModule, folder: Path) -> None:
 
 
 def _record(module: DistilledDecodingModule) -> dict[str, Any]:
-    groups = len(module.student.group_sizes)
+    groups, tokenizer = len(module.student.group_sizes), module.teacher.tokenizer
     return {
-        "kind": "distilled_decoding_student",
+        "kind": STUDENT,
         "version": 1,
         **module.description(),
         "timesteps": list(module.sampling_timesteps()),
         "trained_timesteps": list(module.timesteps),
         "split_timestep": groups if module.split_timestep is None else module.split_timestep,
-        "norm_num_groups": module.teacher.tokenizer.config["norm_num_groups"],
+        "norm_num_groups": tokenizer.config.get("norm_num_groups"),
         "image_shape": list(module.image_shape),
-        # what the student has learned and cannot be told again
-        "guidance_scale": module.teacher.settings.guidance_scale,
+        # what samples have unless the student can be told another: see student.guidance_range
+        "guidance_scale": module.settings.guidance_scale,
     }

@@ -4,6 +4,9 @@
     student = Student(".")
     images = student.sample(student.noise(4, seed=0), torch.tensor([0, 1, 2, 3]))
 
+A student that was told guidance scales, ``config["student"]["guidance_range"]``, takes one: ``guidance_scale=2.0``.
+That of an ImageGPT needs no labels, that of a network of texts takes features of texts in place of them.
+
 `genlight fit` writes this file beside the weights, so it imports nothing of genlight. It computes the same numbers as
 `genlight.nets.dd_student` and the decoder of `genlight.nets.vq_tokenizer`, for inference only.
 """
@@ -52,10 +55,13 @@ class Student:
         self.codebook = self.weights["codebook"]
         options = self.config["student"]["transformer"]
         self.scales = options.get("scales")
-        self.num_heads, self.num_layers, self.num_classes = (
-            options[key] for key in ("num_heads", "num_layers", "num_classes")
-        )
-        sizes = [scale * scale for scale in self.scales] if self.scales else [1] * options["grid_size"] ** 2
+        self.is_imagegpt = "n_positions" in options
+        names = ("n_head", "n_layer") if self.is_imagegpt else ("num_heads", "num_layers")
+        self.num_heads, self.num_layers = (options[name] for name in names)
+        self.num_classes = options.get("num_classes", 1)
+        self.is_textual = options.get("text_dim") is not None
+        count = options["n_positions"] if self.is_imagegpt else options.get("grid_size", 0) ** 2
+        sizes = [scale * scale for scale in self.scales] if self.scales else [1] * count
         # how many tokens the first k groups have
         self.ends = list(itertools.accumulate(sizes, initial=0))
 
@@ -65,64 +71,127 @@ class Student:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, labels: Tensor, timesteps: list[int] | None = None) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        timesteps: list[int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
         """Images [B, channels, H, W] in [-1, 1].
 
         Args:
             noise: [B, N, C].
-            labels: classes [B].
+            labels: classes [B]; features [B, T, D] of a student of texts; None: of a student that knows neither.
             timesteps: how many groups of tokens are decided before each pass; None: as the student was saved.
+            guidance_scale: in the range that the student was told; None: as the student was saved.
 
         Raises:
-            ValueError: a class that is not known, or timesteps that do not increase from 0 within the groups.
+            ValueError: no class, or one that is not known, timesteps that do not increase from 0 within the groups, or
+                a guidance scale that was not learned.
         """
+        scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
+        low, high = self.config["student"].get("guidance_range", [self.config["guidance_scale"]] * 2)
+        if not low <= scale <= high:
+            raise ValueError(f"guidance_scale = {scale} must be from {low} to {high}")
+        if labels is None and self.is_imagegpt:
+            labels = torch.zeros(len(noise), dtype=torch.long)
+        if labels is None:
+            raise ValueError("labels must be given")
         steps = self.config["timesteps"] if timesteps is None else timesteps
         if not steps or steps[0] != 0 or any(a >= b for a, b in itertools.pairwise([*steps, len(self.ends) - 1])):
             raise ValueError(f"timesteps = {steps} must increase from 0 to less than {len(self.ends) - 1}")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+        if not self.is_textual and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(f"labels must be from 0 to {self.num_classes - 1}")
         noise, labels = noise.to(self.device), labels.to(self.device)
+        is_text = (labels != 0).any(-1) if self.is_textual else None
+        condition = self._condition(labels, scale)
         place = torch.arange(noise.shape[1], device=self.device)
         x, known = noise, noise.new_zeros(noise.shape[:2], dtype=torch.long)
         for step in steps:
             is_data = (place < self.ends[step]).expand(len(noise), -1)
             x = torch.where(is_data[..., None], self.codebook[known], noise)
-            logits, free = self._predict(x, is_data, labels)
+            logits, free = self._predict(x, is_data, condition, is_text)
             known = torch.where(is_data, known, logits.argmax(-1))
         split = max(self.ends[self.config["split_timestep"]], self.ends[steps[-1]])
         return self._decode(torch.where((place < split)[:, None], self.codebook[known], free)).clamp(-1, 1)
 
-    def _predict(self, vectors: Tensor, is_data: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        condition = self.weights["student.backbone.class_embedding.weight"][labels]
-        state = self.weights["student.state_embedding.weight"][functional.pad(is_data.long(), (1, 0), value=1)]
+    def _condition(self, labels: Tensor, guidance_scale: float) -> Tensor:
+        """What stands before all tokens, [B, T, width]."""
+        if self.is_imagegpt:
+            return self.weights["student.start_embedding"].expand(len(labels), 1, -1)
+        if self.is_textual:
+            hidden = self._linear(labels, "student.backbone.text_projection.0")
+            condition = self._linear(functional.gelu(hidden, approximate="tanh"), "student.backbone.text_projection.2")
+        else:
+            condition = self.weights["student.backbone.class_embedding.weight"][labels][:, None]
+        if "guidance_range" not in self.config["student"]:
+            return condition
+        low, high = self.config["student"]["guidance_range"]
+        place = (guidance_scale - low) / max(high - low, 1e-6)
+        angles = place * math.pi * 2.0 ** torch.arange(4, device=self.device)
+        hidden = self._linear(torch.cat((angles.cos(), angles.sin())), "student.guidance_embedding.first")
+        return condition + self._linear(functional.silu(hidden), "student.guidance_embedding.last")
+
+    def _predict(
+        self, vectors: Tensor, is_data: Tensor, prefix: Tensor, is_text: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        flags = functional.pad(is_data.long(), (prefix.shape[1], 0), value=1)
+        state, condition = self.weights["student.state_embedding.weight"][flags], prefix[:, 0]
+        if is_text is not None:
+            share = is_text[..., None].to(prefix.dtype)
+            condition = (prefix * share).sum(1) / share.sum(1).clamp(min=1)
         if self.scales:
             hidden = self._by_scale(vectors, condition, state)
             two = self._linear(functional.silu(condition), "student.backbone.head_modulation")
             scale, shift = two.view(len(condition), 1, 2, -1).unbind(2)
             logits = self._linear(_norm(hidden) * (1 + scale) + shift, "student.backbone.head")
+        elif self.is_imagegpt:
+            hidden = self._by_pixel(vectors, condition, state)
+            logits = self._linear(hidden, "student.backbone.lm_head")
         else:
-            hidden = self._in_raster_order(vectors, condition, state)
+            hidden = self._in_raster_order(vectors, prefix, state, is_text)
             logits = self._linear(self._rms(hidden, "student.backbone.norm"), "student.backbone.head")
         table = self.weights["student.vector_head.shift_scale"] + condition[:, None]
         free = self._linear(_norm(hidden) * (1 + table[:, 1:]) + table[:, :1], "student.vector_head.linear")
         return logits, free
 
-    def _in_raster_order(self, vectors: Tensor, condition: Tensor, state: Tensor) -> Tensor:
+    def _in_raster_order(self, vectors: Tensor, prefix: Tensor, state: Tensor, is_text: Tensor | None) -> Tensor:
         x = self._linear(vectors, "student.backbone.token_embedding")
-        x = torch.cat((condition[:, None], x), 1) + state
-        head_dim = x.shape[2] // self.num_heads
-        turn = _rotations(math.isqrt(vectors.shape[1]), head_dim).to(x.device)
+        x = torch.cat((prefix, x), 1) + state
+        length, head_dim = x.shape[1], x.shape[2] // self.num_heads
+        turn = _rotations(math.isqrt(vectors.shape[1]), head_dim, prefix.shape[1]).to(x.device)
+        mask = None
+        if is_text is not None:
+            # padding is read by nothing but itself
+            readable = functional.pad(is_text, (0, vectors.shape[1]), value=True)[:, None, None]
+            whole = torch.ones(length, length, dtype=torch.bool, device=x.device)
+            mask = (whole.tril() & readable) | torch.eye(length, dtype=torch.bool, device=x.device)
         for layer in range(self.num_layers):
             name = f"student.backbone.blocks.{layer}"
             qkv = self._linear(self._rms(x, f"{name}.attention_norm"), f"{name}.attention.qkv")
             query, key, value = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
             query, key = (_turned(part, turn) for part in (query, key))
-            attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
             x = x + self._linear(attended.transpose(1, 2).flatten(2), f"{name}.attention.output")
             y = self._rms(x, f"{name}.feed_forward_norm")
             gate, up = (self._linear(y, f"{name}.feed_forward.{part}") for part in ("gate", "up"))
             x = x + self._linear(functional.silu(gate) * up, f"{name}.feed_forward.down")
-        return x[:, 1:]
+        return x[:, prefix.shape[1] :]
+
+    def _by_pixel(self, vectors: Tensor, condition: Tensor, state: Tensor) -> Tensor:
+        root, epsilon = "student.backbone.transformer", self.config["student"]["transformer"]["layer_norm_epsilon"]
+        x = torch.cat((condition[:, None], self._linear(vectors, f"{root}.wte")), 1) + state
+        x = x + self.weights[f"{root}.wpe.weight"]
+        for layer in range(self.num_layers):
+            name = f"{root}.h.{layer}"
+            qkv = self._transposed(self._rms(x, f"{name}.ln_1", epsilon), f"{name}.attn.c_attn")
+            query, key, value = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + self._transposed(attended.transpose(1, 2).flatten(2), f"{name}.attn.c_proj")
+            y = self._transposed(self._rms(x, f"{name}.ln_2", epsilon), f"{name}.mlp.c_fc")
+            x = x + self._transposed(y * torch.sigmoid(1.702 * y), f"{name}.mlp.c_proj")
+        return self._rms(x, f"{root}.ln_f", epsilon)[:, 1:]
 
     def _by_scale(self, vectors: Tensor, condition: Tensor, state: Tensor) -> Tensor:
         root, weights = "student.backbone", self.weights
@@ -156,6 +225,8 @@ class Student:
         return (x + self._linear(state, f"student.layer_state.{self.num_layers}"))[:, 1:]
 
     def _decode(self, vectors: Tensor) -> Tensor:
+        if self.is_imagegpt:
+            return _grid(vectors)
         x = self._conv(self._conv(self._features(vectors), "post_quant_conv"), "decoder.conv_in")
         x = self._residual(x, "decoder.mid_block.resnets.0")
         x = self._residual(self._attention(x, "decoder.mid_block.attentions.0"), "decoder.mid_block.resnets.1")
@@ -191,8 +262,12 @@ class Student:
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
-    def _rms(self, x: Tensor, name: str) -> Tensor:
-        return functional.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], 1e-5)
+    def _transposed(self, x: Tensor, name: str) -> Tensor:
+        """A linear layer whose weight is stored as [inputs, outputs]."""
+        return x @ self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def _rms(self, x: Tensor, name: str, epsilon: float = 1e-5) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], epsilon)
 
     def _conv(self, x: Tensor, name: str) -> Tensor:
         weight = self.weights[f"{name}.weight"]
@@ -223,13 +298,13 @@ def _grid(vectors: Tensor) -> Tensor:
     return vectors.transpose(1, 2).reshape(len(vectors), -1, size, size)
 
 
-def _rotations(grid_size: int, head_dim: int) -> Tensor:
-    """Cosine and sine of each place, [1 + N, head_dim / 2, 2]; zeros for the class."""
+def _rotations(grid_size: int, head_dim: int, before: int) -> Tensor:
+    """Cosine and sine of each place, [before + N, head_dim / 2, 2]; zeros for those of class or text."""
     speeds = 10000.0 ** -(torch.arange(head_dim // 4) * 4 / head_dim)
     angles = torch.arange(grid_size).float()[:, None] * speeds
     rows, columns = angles.repeat_interleave(grid_size, 0), angles.repeat(grid_size, 1)
     both = torch.cat((rows, columns), 1)
-    return functional.pad(torch.stack((both.cos(), both.sin()), -1), (0, 0, 0, 0, 1, 0))
+    return functional.pad(torch.stack((both.cos(), both.sin()), -1), (0, 0, 0, 0, before, 0))
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

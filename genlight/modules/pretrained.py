@@ -14,6 +14,7 @@ from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.schedulers import SEARCHED, build_scheduler, read_scheduler
 from genlight.errors import UserError
 from genlight.io import parse_json, read_json, verify_folder
+from genlight.modules.artifact_kind import told_kind
 from genlight.modules.exported_pipeline import Network, network_style
 from genlight.modules.latents import FrozenVAE
 from genlight.modules.networks import check_label_rows, differences, first_of, label_rows, plain_config, prepare_network
@@ -190,7 +191,9 @@ def local_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{source} is not a diffusers pipeline folder: it has no model_index.json")
+            raise UserError(
+                f"{source} is not a diffusers pipeline folder: it has no model_index.json{told_kind(folder)}"
+            )
         if (folder / "manifest.json").is_file():
             verify_folder(folder)
         return folder

@@ -11,6 +11,7 @@ import torch
 
 from genlight.errors import UserError
 from genlight.io import verify_folder
+from genlight.modules.artifact_kind import told_kind
 from genlight.modules.networks import first_of
 from genlight.modules.pretrained import downloaded, first_line, read_object
 
@@ -36,6 +37,8 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
     folder = language_model_folder(source, trust_remote_code)
     config = read_object(folder / "config.json")
     kind = config.get("model_type")
+    if kind is None and (other := told_kind(folder)):
+        raise UserError(f"{source} is no language model of transformers{other}")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         raise UserError(
             f"{source} is of type {kind}, which transformers does not know; module.trust_remote_code=true runs the "
@@ -57,15 +60,20 @@ def load_language_model(source: str, dtype: str = "auto", trust_remote_code: boo
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise UserError(f"{source} cannot be loaded as a causal language model: {first_line(error)}") from error
+    check_loaded(info, source)
+    if unpacked:
+        # else `save_pretrained` would write the numbers under the names that their codes had
+        network._weight_conversions = None
+    return network
+
+
+def check_loaded(info: Mapping[str, Any], source: str) -> None:
+    """UserError naming the first keys if the loading info of `from_pretrained` says that not every key was used."""
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
     problems += [f"{entry[0]} has another shape" for entry in sorted(info["mismatched_keys"])]
     if problems:
         raise UserError(f"the weights of {source} do not fit its config.json: {first_of(problems)}")
-    if unpacked:
-        # else `save_pretrained` would write the numbers under the names that their codes had
-        network._weight_conversions = None
-    return network
 
 
 def _unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
             )
         folder = downloaded(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{source} is no folder of transformers: it has no config.json")
+        raise UserError(f"{source} is no folder of transformers: it has no config.json{told_kind(folder)}")
     if (folder / "manifest.json").is_file():
         verify_folder(folder)
     return folder

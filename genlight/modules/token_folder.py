@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ImageGPTConfig
 
 from genlight import io
 from genlight.errors import UserError
 from genlight.modules.described import add_weights
+from genlight.modules.imagegpt_folder import imagegpt_folder, read_imagegpt
 from genlight.modules.networks import check_state_dict
 from genlight.nets.autoregressive import SamplingSettings
+from genlight.nets.captions import CaptionedLlamaGen
+from genlight.nets.imagegpt import ColourClusters, ImageGPT, imagegpt_options
 from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
 from genlight.nets.residual_vq import ResidualQuantizer
 from genlight.nets.var import VAR, VARTransformer
@@ -27,6 +32,7 @@ from genlight.nets.vq_tokenizer import VQTokenizer
 
 Transformer = LlamaGenTransformer | VARTransformer
 TOKENIZER, AUTOREGRESSIVE = "tokenizer", "autoregressive"
+CAPTIONS = "captions.safetensors"
 _QUANTIZERS = {kind.__name__: kind for kind in (VectorQuantizer, ResidualQuantizer)}
 _TRANSFORMERS = {kind.__name__: kind for kind in (LlamaGenTransformer, VARTransformer)}
 
@@ -56,11 +62,11 @@ class TokenTeacher:
         tokenizer: turns tokens into images.
         settings: how its samples are drawn.
         image_shape: (C, H, W).
-        num_classes: labels are 0 … num_classes - 1.
+        num_classes: labels are 0 … num_classes - 1, classes or captions; None if the network knows neither.
     """
 
-    model: LlamaGen | VAR
-    tokenizer: VQTokenizer
+    model: LlamaGen | VAR | ImageGPT
+    tokenizer: VQTokenizer | ColourClusters
     settings: SamplingSettings
     image_shape: tuple[int, int, int]
 
@@ -68,31 +74,42 @@ class TokenTeacher:
         return self  # an averaged copy of a student's module shares it
 
     @property
-    def num_classes(self) -> int:
-        return self.model.transformer.num_classes
+    def num_classes(self) -> int | None:
+        if self.captions is not None:
+            return len(self.captions)
+        return None if isinstance(self.model, ImageGPT) else self.model.transformer.num_classes
+
+    @property
+    def captions(self) -> Tensor | None:
+        """[P, T, D], the texts that labels are the numbers of, of a network of texts."""
+        return self.model.captions if isinstance(self.model, CaptionedLlamaGen) else None
 
     @property
     def noise_shape(self) -> tuple[int, int]:
         """(N, C) of the noise of one sample: one vector for each token, in the space of the codes."""
-        return sum(self.model.group_sizes), self.tokenizer.quantizer.code_dim
+        return sum(self.model.group_sizes), self.model.codebook.shape[1]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over architectures, settings and all weights."""
-        digest = hashlib.sha256(json.dumps([_tokenizer_record(self._saved), _record(self)], sort_keys=True).encode())
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, VQTokenizer):
+            described = _tokenizer_record(SavedTokenizer(tokenizer, self.image_shape))
+        else:
+            described = _described(tokenizer)
+        digest = hashlib.sha256(json.dumps([described, _record(self)], sort_keys=True).encode())
         for network in (self.model.transformer, self.tokenizer):
             add_weights(digest, network.state_dict())
+        if self.captions is not None:
+            add_weights(digest, {"captions": self.captions})
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> TokenTeacher:
         """Moves the networks; returns the same object."""
-        self.model.transformer.to(device)
-        self.tokenizer.to(device)
+        networks: tuple[nn.Module, ...] = (self.model.transformer, self.tokenizer)
+        for network in networks:
+            network.to(device)
         return self
-
-    @property
-    def _saved(self) -> SavedTokenizer:
-        return SavedTokenizer(self.tokenizer, self.image_shape)
 
 
 def model_of(transformer: Transformer, tokenizer: VQTokenizer) -> LlamaGen | VAR:
@@ -139,17 +156,34 @@ def read_tokenizer(source: str | Path) -> SavedTokenizer:
 
 
 def save_token_teacher(folder: str | Path, teacher: TokenTeacher) -> None:
-    """Write autoregressive.safetensors, autoregressive.json and the tokenizer in a folder of its own."""
+    """Write autoregressive.safetensors, autoregressive.json, captions.safetensors where there are captions, and the
+    tokenizer in a folder of its own.
+
+    Raises:
+        ValueError: an ImageGPT, whose folder is that of transformers.
+    """
+    if not isinstance(teacher.tokenizer, VQTokenizer):
+        raise ValueError("teacher.tokenizer must be a VQTokenizer: an ImageGPT is saved by transformers")
+    if teacher.captions is not None:
+        io.save_tensors(Path(folder) / CAPTIONS, {"captions": teacher.captions})
     _save(Path(folder), AUTOREGRESSIVE, teacher.model.transformer, _record(teacher))
-    save_tokenizer(Path(folder) / TOKENIZER, teacher._saved)
+    save_tokenizer(Path(folder) / TOKENIZER, SavedTokenizer(teacher.tokenizer, teacher.image_shape))
 
 
 def read_token_teacher(source: str | Path) -> TokenTeacher:
-    """The network of a folder that `save_token_teacher` wrote, or of the run folder of its fit; frozen, on the CPU.
+    """An autoregressive network over tokens, frozen, on the CPU.
+
+    Args:
+        source: a folder that `save_token_teacher` wrote, the run folder of its fit, or a folder or hub id of an
+            ImageGPT of transformers.
 
     Raises:
-        UserError: not such a folder, damaged, or of another version.
+        UserError: not such a folder, damaged, of another version, or of texts and without captions.
     """
+    if not (Path(source) / f"{AUTOREGRESSIVE}.json").is_file() and (found := imagegpt_folder(source)) is not None:
+        gpt, plain = read_imagegpt(found)
+        size = math.isqrt(len(gpt.group_sizes))
+        return TokenTeacher(gpt, gpt.quantizer, plain, (3, size, size))
     folder, record, state = _read(source, AUTOREGRESSIVE)
     tokenizer = read_tokenizer(folder / TOKENIZER)
     with _as_user_error(folder):
@@ -157,11 +191,19 @@ def read_token_teacher(source: str | Path) -> TokenTeacher:
         settings = SamplingSettings(**record["sampling"])
         model = model_of(transformer, tokenizer.network)
     _load(transformer, state, folder)
+    if isinstance(model, LlamaGen) and model.transformer.is_text_conditional:
+        try:
+            captions = io.load_tensors(folder / CAPTIONS)[0]["captions"]
+        except (FileNotFoundError, KeyError) as error:
+            raise UserError(f"{folder} is a network of texts and has no {CAPTIONS}, the features of texts") from error
+        with _as_user_error(folder):
+            model = CaptionedLlamaGen(model.transformer, model.quantizer, captions)
     return TokenTeacher(model, tokenizer.network, settings, tokenizer.image_shape)
 
 
 def _described(network: nn.Module) -> dict[str, Any]:
-    return {"class": type(network).__name__, "config": network.config}
+    config = imagegpt_options(network.config) if isinstance(network.config, ImageGPTConfig) else network.config
+    return {"class": type(network).__name__, "config": config}
 
 
 def _tokenizer_record(tokenizer: SavedTokenizer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -44,7 +44,7 @@ class AutoregressiveModel(Protocol):
         ...
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """The condition that stands for none, in the shape of `condition`."""
+        """The condition that stands for none, in the shape of `condition`; ValueError if there are no conditions."""
         ...
 
     def begin(self, condition: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -91,13 +91,25 @@ class SamplingSettings:
             raise ValueError(f"top_p = {self.top_p} must be in (0, 1]")
 
 
+def check_guidance_range(guidance_range: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest guidance scale that a student learns.
+
+    Raises:
+        ValueError: not two numbers, 1 ≤ lowest ≤ highest.
+    """
+    found = tuple(float(scale) for scale in guidance_range)
+    if len(found) != 2 or not 1 <= found[0] <= found[1] < math.inf:
+        raise ValueError(f"guidance_range = {list(found)} must be two scales, 1 ≤ lowest ≤ highest")
+    return found
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Guided logits (Ho & Salimans 2022, arXiv 2207.12598, equation 6), of any shape that `scale` broadcasts to."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def group_guidance(model: AutoregressiveModel, scale: float) -> tuple[float, ...]:
-    """The guidance scale of each group."""
+def group_guidance(model: AutoregressiveModel, scale: float | Tensor) -> tuple[float | Tensor, ...]:
+    """The guidance scale of each group, where that of the whole is `scale`, or one for each row."""
     last = len(model.group_sizes) - 1
     if not model.guidance_ramp or last == 0:
         return (scale,) * (last + 1)
@@ -149,6 +161,7 @@ def decode(
     choose: Choose,
     prefix: Tensor | None = None,
     num_groups: int | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
     """Decide tokens group by group.
 
@@ -159,6 +172,7 @@ def decode(
         choose: what makes tokens of probabilities, such as `multinomial()`.
         prefix: [B, m], tokens of the first groups, which are kept.
         num_groups: how many groups to end with, those of the prefix among them; None is all.
+        guidance: [B], the guidance scale of each row, in place of that of `settings`.
 
     Returns:
         [B, n] int64, the tokens of the first `num_groups` groups.
@@ -174,8 +188,8 @@ def decode(
     first, last = ends.index(length), len(ends) - 1 if num_groups is None else num_groups
     if not first < last < len(ends):
         raise ValueError(f"num_groups = {last} must be from {first + 1} to {len(ends) - 1}")
-    guided = settings.guidance_scale > 1
-    scales = group_guidance(model, settings.guidance_scale)
+    guided = guidance is not None or settings.guidance_scale > 1
+    scales = group_guidance(model, settings.guidance_scale if guidance is None else guidance[:, None, None])
     rows = torch.cat((condition, model.null_condition(condition))) if guided else condition
     logits, state = model.begin(rows, _repeated(prefix, guided) if prefix is not None else None)
     chosen = [] if prefix is None else [prefix]

@@ -25,7 +25,7 @@ class StudentNetwork(Protocol):
         ...
 
     def __call__(self, vectors: Tensor, is_data: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, V] and vectors [B, N, C] of vectors [B, N, C], flags [B, N] and labels [B]."""
+        """Logits [B, N, V] and vectors [B, N, C] of vectors [B, N, C], flags [B, N] and B labels or texts."""
         ...
 
 
@@ -80,7 +80,7 @@ def few_steps(
         student: the network.
         codebook: [V, C].
         noise: [B, N, C], the same in every pass.
-        labels: [B] int64.
+        labels: [B] int64, or texts [B, T, D], as the student takes them.
         timesteps: how many groups are decided before each pass, increasing; 0 is pure noise.
         split_timestep: the groups from this one on are vectors of the last pass in place of codes; None: all are codes.
         tokens: [B, m], the groups that are decided before the first pass; None where that begins at 0.
@@ -95,7 +95,7 @@ def few_steps(
     split = num_groups if split_timestep is None else split_timestep
     if not 0 <= split <= num_groups:
         raise ValueError(f"split_timestep = {split} must be from 0 to {num_groups}, the number of groups")
-    known = labels.new_zeros(len(noise), 0) if tokens is None else tokens
+    known = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device) if tokens is None else tokens
     if known.shape[1] != ends[first]:
         raise ValueError(f"tokens {list(known.shape)} must be the {ends[first]} before timesteps[0] = {first}")
     known = functional.pad(known, (0, ends[-1] - known.shape[1]))

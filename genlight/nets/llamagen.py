@@ -220,7 +220,7 @@ class LlamaGenTransformer(nn.Module):
         end = start + embeddings.shape[1]
         if end > len(self.rotation):
             raise ValueError(f"embeddings of positions {start} to {end} must end at {len(self.rotation)}")
-        rotation, mask = self.rotation[start:end], _mask(start, end, is_text, embeddings.device)
+        rotation, mask = self.rotation[start:end], attention_mask(start, end, is_text, embeddings.device)
         x = self.dropout(embeddings)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, mask, cache, layer)
@@ -229,8 +229,17 @@ class LlamaGenTransformer(nn.Module):
         return logits
 
 
-def _mask(start: int, end: int, is_text: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which of the positions up to `end` those from `start` may attend to, [..., end - start, end] bool."""
+def attention_mask(start: int, end: int, is_text: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of the positions up to `end` those from `start` may attend to.
+
+    Args:
+        start, end: positions.
+        is_text: [B, T], as of `LlamaGenTransformer.embed_condition`.
+        device: of the mask.
+
+    Returns:
+        [..., end - start, end] bool; None where each attends to itself and those before, or one to all.
+    """
     if is_text is None and (start == 0 or end - start == 1):
         return None
     keys = torch.arange(end, device=device)

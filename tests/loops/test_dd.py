@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import assert_accounted, report_of, the_error, untrained_features
+from modules.tiny_imagegpt import saved_imagegpt
 from modules.tiny_token_teacher import saved_teacher
 
 from genlight.cli import main
@@ -133,6 +134,48 @@ def test_the_artifact_samples_without_genlight(root: Path) -> None:
         assert done.stdout.strip() == "[2, 1, 8, 8]", done.stderr
     config = json.loads((root / "all" / "validate" / "artifact" / "config.json").read_text())
     assert config["split_timestep"] == 8 and config["trained_timesteps"] == [0, 5]
+
+
+def test_a_student_that_is_told_scales_is_measured_at_the_one_asked_for(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["module.guidance_range=[1,3]", f"module.teacher={root}/teacher-llamagen", f"run.root={root}"]
+    assert main(["fit", *MODEL, *FIT, *told, "run.name=told"]) == 0
+    few = ["method.refine=[16]", "method.skip=[8]", "method.latency_batches=[]", f"ckpt_path={root}/told/fit"]
+    measure = ["validate", *MODEL, *told, *few, "method.involved=[[1,6]]", "run.overwrite=true"]
+    assert main([*measure, "run.name=told-high", "module.guidance_scale=2.5"]) == 0
+    rows, others = rows_of(root / "told-high" / "validate"), rows_of(root / "all" / "validate")
+    refined = rows["student + 16 passes of the teacher"]
+    assert refined["agreement"] == 1.0 and refined["nll"] == pytest.approx(rows["teacher"]["nll"])
+    # the teacher of "all" has its own scale, 1.5
+    assert rows["teacher"]["nll"] != others["teacher"]["nll"]
+    config = json.loads((root / "told-high" / "validate" / "artifact" / "config.json").read_text())
+    assert config["guidance_scale"] == 2.5 and config["student"]["guidance_range"] == [1.0, 3.0]
+    for words, message in (
+        (["module.guidance_scale=3.5"], "guidance_scale = 3.5 must be from 1.0 to 3.0"),
+        (["data.guidance_range=null"], "data.guidance_range = null, but module.guidance_range = [1.0, 3.0]"),
+    ):
+        capsys.readouterr()
+        assert main([*measure, "run.name=mistake", *words]) != 0
+        assert message in the_error(capsys.readouterr().err)
+
+
+def test_an_imagegpt_of_transformers_is_distilled_and_measured(root: Path) -> None:
+    """64 pixels of 9 colours, no classes; the teacher for all groups is the teacher."""
+    words = ["experiment=dd/digits", "metrics=none", "module.teacher_recipe=null", "trainer.accelerator=cpu"]
+    words += ["data.images.num_classes=null", "data.images.channels=3", "data.images.num_samples=8"]
+    words += [f"module.teacher={saved_imagegpt(root / 'gpt', size=8)}", f"run.root={root}"]
+    words += ["data.num_pairs=20", "data.shard_size=20", "data.batch_size=10"]
+    assert main(["fit", *words, *FIT, "run.name=gpt-student"]) == 0
+    few = ["method.refine=[64]", "method.skip=[32]", "method.latency_batches=[]", "method.involved=[[1,65]]"]
+    assert main(["validate", *words, *few, "run.name=gpt-all", f"ckpt_path={root}/gpt-student/fit"]) == 0
+    rows = rows_of(root / "gpt-all" / "validate")
+    assert rows["teacher"]["calls"] == 64 and rows["student, 2 steps"]["calls"] == 2
+    for name in ("teacher for 1 to 64", "student + 64 passes of the teacher"):
+        assert rows[name]["agreement"] == 1.0
+    assert rows["skip-32"]["agreement"] >= 0.5 and rows["skip-32"]["agreement_first_quarter"] == 1.0
+    # without images to compare with, likelihood is what is told first
+    assert report_of(root / "gpt-all" / "validate")["metrics"]["nll_student"] == rows["student, 1 step"]["nll"]
 
 
 def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

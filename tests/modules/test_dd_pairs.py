@@ -132,3 +132,46 @@ def test_numbers_below_one_are_named(key: str) -> None:
         dataclasses.replace(SETTINGS, **{key: 0})
     with pytest.raises(ValueError, match="seed = -1"):
         dataclasses.replace(SETTINGS, seed=-1)
+
+
+def test_each_pair_has_a_guidance_scale_of_its_own(teacher: TokenTeacher, tmp_path: Path) -> None:
+    """It is kept with the pair, and the tokens are what the teacher says at this scale."""
+    settings = dataclasses.replace(SETTINGS, guidance_range=(1.0, 3.0))
+    for rank in range(2):
+        make_pairs(tmp_path / "two", teacher, settings, rank=rank, world_size=2)
+    make_pairs(tmp_path / "one", teacher, settings)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    batch = read_pairs(tmp_path / "one", teacher, settings).__getitems__(range(50))
+    scales = batch["guidance"]
+    assert scales.shape == (50,) and scales.dtype == torch.float32
+    assert scales.min() >= 1 and scales.max() <= 3 and scales.std() > 0.4 and len(scales.unique()) == 50
+    length, equal = teacher.noise_shape[0], 0
+    for row in range(50):
+        tokens, label = batch["tokens"][row : row + 1], batch["label"][row : row + 1]
+        own = dataclasses.replace(teacher.settings, guidance_scale=float(scales[row]))
+        chances = parallel_probabilities(teacher.model, tokens, label, own)
+        equal += int((transport(batch["noise"][row], chances[0].log(), teacher.model.codebook)[1] == tokens[0]).sum())
+    assert equal >= 0.99 * 50 * length
+    # at one scale for all many of them would be others
+    make_pairs(tmp_path / "plain", teacher, SETTINGS)
+    plain = read_pairs(tmp_path / "plain", teacher, SETTINGS).__getitems__(range(50))
+    assert "guidance" not in plain and torch.equal(plain["noise"], batch["noise"])
+    assert not torch.equal(plain["tokens"], batch["tokens"])
+
+
+def test_a_range_of_one_scale_is_the_teacher_at_that_scale(teacher: TokenTeacher, tmp_path: Path) -> None:
+    """Else equal in all that a student is given."""
+    fixed = dataclasses.replace(SETTINGS, guidance_range=(1.5, 1.5))
+    assert teacher.settings.guidance_scale == 1.5
+    make_pairs(tmp_path / "fixed", teacher, fixed)
+    make_pairs(tmp_path / "plain", teacher, SETTINGS)
+    found = read_pairs(tmp_path / "fixed", teacher, fixed).__getitems__(range(50))
+    plain = read_pairs(tmp_path / "plain", teacher, SETTINGS).__getitems__(range(50))
+    assert found.pop("guidance").eq(1.5).all()
+    assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+    for folder, settings in (("fixed", SETTINGS), ("plain", fixed)):
+        with pytest.raises(UserError, match="other pairs: guidance_range is"):
+            read_pairs(tmp_path / folder, teacher, settings)
+    for wrong in ((0.5, 2.0), (3.0, 2.0), (2.0,)):
+        with pytest.raises(ValueError, match="guidance_range = "):
+            dataclasses.replace(SETTINGS, guidance_range=wrong)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from modules.tiny_token_teacher import CLASSES, CODES, DIM, saved_teacher
+from modules.tiny_token_teacher import CLASSES, CODES, DIM, saved_teacher, tiny_captions
 from nets.test_teachers import randomised
 from torch.nn import functional
 
+from genlight.data.digits import DigitsDataModule
+from genlight.data.pairs import PairsDataModule
 from genlight.diffusion.flow_codes import flow_choice
 from genlight.errors import UserError
 from genlight.io import read_json
@@ -134,6 +136,8 @@ def test_wrong_arguments_are_named(folders: dict[str, str], tmp_path: Path) -> N
         # the class that stands for none is not one that a student knows
         with pytest.raises(ValueError, match="from 0 to 9"):
             module.sample(noise, torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="knows no texts"):
+        module.sample(noise, torch.randn(2, 5, 6))
     with pytest.raises(ValueError, match=r"has learned 1\.5"):
         module.sample(noise, label, guidance_scale=3.0)
     assert torch.equal(module.sample(noise, label, guidance_scale=1.5), module.sample(noise, label))
@@ -228,3 +232,114 @@ def test_an_image_distance_is_asked_for_only_with_a_weight(
     codes = functional.embedding(batch["tokens"], decoder.quantizer.codebook)
     expected = (decoder.decode_vectors(vectors) - decoder.decode_vectors(codes)).square().mean()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "var"])
+def test_a_guidance_scale_is_chosen_in_sampling(kind: str, folders: dict[str, str], tmp_path: Path) -> None:
+    """One pass whatever the scale, the teacher's where none is asked for, and the folder knows it too."""
+    module = module_of(folders[kind], timesteps=(0, 2), guidance_range=(1, 3))
+    batch = pairs(module, 4)
+    noise, label = batch["noise"], batch["label"]
+    calls: list[int] = []
+    module.student.register_forward_hook(lambda *found: calls.append(1))
+    made = {scale: module.sample(noise, label, guidance_scale=scale) for scale in (1.0, 1.5, 3.0)}
+    assert len(calls) == 3
+    assert not torch.equal(made[1.0], made[1.5]) and not torch.equal(made[1.5], made[3.0])
+    assert torch.equal(module.sample(noise, label), made[1.5]) and module.settings.guidance_scale == 1.5
+    for wrong in (0.5, 3.1):
+        with pytest.raises(ValueError, match=rf"guidance_scale = {wrong} must be from 1\.0 to 3\.0"):
+            module.sample(noise, label, guidance_scale=wrong)
+    other = module_of(folders[kind], timesteps=(0, 2), guidance_range=(1, 3), guidance_scale=3.0)
+    assert torch.equal(other.sample(noise, label), made[3.0]) and other.settings.guidance_scale == 3.0
+    other.save_pretrained(tmp_path / "student")
+    given = {"noise": noise, "label": label.float(), "images": made[3.0]}
+    given["two"] = other.sample(noise, label, timesteps=(0, 2))
+    given["low"] = other.sample(noise, label, guidance_scale=1.25)
+    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    program = ALONE.replace(
+        'print("equal")',
+        """
+found = student.sample(given["noise"], label, guidance_scale=1.25)
+assert (found - given["low"]).abs().max() < 1e-4
+try:
+    student.sample(given["noise"], label, guidance_scale=3.5)
+except ValueError as error:
+    assert "from 1.0 to 3.0" in str(error)
+    print("equal")
+""",
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "student"), str(tmp_path / "given.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_the_scales_of_pairs_are_what_the_student_is_told(folders: dict[str, str]) -> None:
+    module = module_of(folders["llamagen"], guidance_range=(1, 3))
+    batch = pairs(module, 6) | {"guidance": torch.linspace(1, 3, 6)}
+    found = module.losses(**batch)
+    flags = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    logits, _ = module.student(batch["noise"], flags, batch["label"], batch["guidance"])
+    expected = functional.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten())
+    torch.testing.assert_close(found["cross_entropy"], expected)
+    with pytest.raises(UserError, match="of another model"):
+        checkpoint: dict = {}
+        module.on_save_checkpoint(checkpoint)
+        module_of(folders["llamagen"]).on_load_checkpoint(checkpoint)
+
+
+def test_guidance_that_does_not_fit_is_named(folders: dict[str, str]) -> None:
+    folder = folders["llamagen"]
+    with pytest.raises(UserError, match=r"module: guidance_range = \[3.0, 1.0\]"):
+        DistilledDecodingModule(folder, guidance_range=(3, 1))
+    with pytest.raises(ValueError, match=r"module\.guidance_scale = 2.0 needs module\.guidance_range"):
+        DistilledDecodingModule(folder, guidance_scale=2.0)
+    # the teacher's own scale is 1.5
+    with pytest.raises(UserError, match=r"module: guidance_scale = 1\.5 must be from 2\.0 to 3\.0"):
+        DistilledDecodingModule(folder, guidance_range=(2, 3)).configure_model()
+    images = DigitsDataModule(
+        image_size=8, channels=1, num_classes=10, batch_size=4, eval_batch_size=8, num_samples=8, seed=0
+    )
+    data = PairsDataModule(images, folder, num_pairs=8, batch_size=4, seed=0, guidance_range=[1, 3])
+    module_of(folder, guidance_range=(1, 3)).check_data(data)
+    for guidance_range, shown in ((None, "null"), ((1, 4), r"\[1.0, 4.0\]")):
+        message = rf"data\.guidance_range = \[1.0, 3.0\], but module\.guidance_range = {shown}"
+        with pytest.raises(UserError, match=message):
+            module_of(folder, guidance_range=guidance_range).check_data(data)
+
+
+def test_a_teacher_of_texts_is_distilled(tmp_path: Path) -> None:
+    """Captions by number through pairs and training; the student then takes any text, in its folder too."""
+    folder = str(saved_teacher(tmp_path / "teacher", "captioned"))
+    images = DigitsDataModule(
+        image_size=8, channels=1, num_classes=10, batch_size=4, eval_batch_size=8, num_samples=8, seed=0
+    )
+    data = PairsDataModule(
+        images,
+        folder,
+        num_pairs=12,
+        batch_size=6,
+        seed=1,
+        shard_size=12,
+        cache=str(tmp_path / "c"),
+        guidance_range=[1, 3],
+    )
+    module = module_of(folder, timesteps=(0, 2), guidance_range=(1, 3))
+    module.check_data(data)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    texts = tiny_captions()[batch["label"]]
+    torch.manual_seed(0)
+    found = module.losses(**batch)
+    assert all(torch.isfinite(value) for value in found.values()) and len(batch["label"].unique()) > 2
+    noise, label = batch["noise"], batch["label"]
+    made = module.sample(noise, label)
+    assert torch.equal(made, module.sample(noise, texts)) and not torch.equal(made, module.sample(noise, texts.flip(0)))
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        module.sample(noise, label + 10)
+    module.save_pretrained(tmp_path / "student")
+    given = {"noise": noise, "label": texts, "images": made, "two": module.sample(noise, label, timesteps=(0, 2))}
+    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    program = ALONE.replace('given["label"].long()', 'given["label"]')
+    words = [sys.executable, "-c", program, str(tmp_path / "student"), str(tmp_path / "given.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() == "equal", done.stderr

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from modules.tiny_token_teacher import tiny_captions
+from modules.tiny_token_teacher import tiny_teacher as captioned_teacher
 from modules.tiny_tokens import CLASSES, CODE_DIM, saved, tiny_teacher, tiny_tokenizer, tiny_transformer
 
 from genlight.errors import UserError
+from genlight.io import save_tensors
 from genlight.modules.token_folder import (
     SavedTokenizer,
     model_of,
@@ -52,6 +55,24 @@ def test_a_teacher_comes_back_from_its_folder_or_its_run(kind: str, tmp_path: Pa
         assert torch.equal(found.model.logits(tokens, label), teacher.model.logits(tokens, label))
         assert found.fingerprint == teacher.fingerprint
         assert copy.deepcopy(found) is found
+
+
+def test_a_teacher_of_texts_brings_its_captions(tmp_path: Path) -> None:
+    teacher = captioned_teacher("captioned")
+    save_token_teacher(tmp_path, teacher)
+    found = read_token_teacher(tmp_path)
+    assert found.fingerprint == teacher.fingerprint and found.num_classes == 10
+    assert found.captions is not None and torch.equal(found.captions, tiny_captions())
+    label, tokens = torch.tensor([9, 4]), torch.zeros(2, 16, dtype=torch.long)
+    assert torch.equal(found.model.logits(tokens, label), teacher.model.logits(tokens, label))
+    save_tensors(tmp_path / "captions.safetensors", {"captions": tiny_captions().flip(0)})
+    assert read_token_teacher(tmp_path).fingerprint != teacher.fingerprint
+    save_tensors(tmp_path / "captions.safetensors", {"captions": tiny_captions()[:, 1:]})
+    with pytest.raises(UserError, match=r"captions \[10, 4, 6\] must be \[P, 5, 6\]"):
+        read_token_teacher(tmp_path)
+    (tmp_path / "captions.safetensors").unlink()
+    with pytest.raises(UserError, match=r"is a network of texts and has no captions\.safetensors"):
+        read_token_teacher(tmp_path)
 
 
 def test_the_fingerprint_is_of_weights_and_settings() -> None:

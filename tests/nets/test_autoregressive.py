@@ -144,6 +144,26 @@ def test_guidance_grows_from_none_or_is_the_same_and_scale_1_is_none(model: Bigr
     torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
 
 
+@pytest.mark.parametrize("ramp", [False, True])
+def test_a_scale_of_each_row_is_the_scale_of_all_where_the_row_is_alone(model: Bigram, ramp: bool) -> None:
+    model.guidance_ramp = ramp
+    condition, scales = torch.tensor([1, 2, 1, 2]), torch.tensor([1.0, 1.5, 4.0, 8.0])
+    seen: list[Tensor] = []
+
+    def likeliest(probabilities: Tensor, group: int) -> Tensor:
+        seen.append(probabilities)
+        return probabilities.argmax(-1)
+
+    tokens = decode(model, condition, SamplingSettings(guidance_scale=2.0), likeliest, guidance=scales)
+    together = seen.copy()
+    for row, scale in enumerate(scales.tolist()):
+        seen.clear()
+        alone = decode(model, condition[row : row + 1], SamplingSettings(guidance_scale=scale), likeliest)
+        assert torch.equal(alone[0], tokens[row])
+        for mine, its in zip(seen, together, strict=True):
+            torch.testing.assert_close(mine[0], its[row])
+
+
 def test_scale_1_asks_only_for_the_condition(model: Bigram) -> None:
     model.table[0] = torch.nan
     tokens = decode(model, torch.tensor([1, 2]), SamplingSettings(), multinomial())

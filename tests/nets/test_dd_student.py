@@ -6,12 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 from nets.published_layout import linear, llamagen_layout, random_state, var_layout
-from nets.test_teachers import CLASSES, CODES, make, random_tokens, randomised
+from nets.test_teachers import CLASSES, CODES, condition_of, make, random_tokens, randomised
 from torch import nn
 
 from genlight.errors import UserError
 from genlight.nets import published
-from genlight.nets.dd_student import RasterStudent, ScaleStudent, Student, student_of, take_from
+from genlight.nets.dd_student import RasterStudent, ScaleStudent, Student, ToldStudent, student_of, take_from
 from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
 from genlight.nets.published import load_published, published_shapes
 from genlight.nets.var import VAR
@@ -39,6 +39,20 @@ def test_a_place_sees_itself_and_the_groups_before_its_own(kind: str) -> None:
             expected = group < group[place]
             expected[place] = True
             assert torch.equal(seen, expected)
+
+
+def test_every_place_sees_all_of_the_text_and_none_of_its_padding() -> None:
+    network, texts = student("llamagen-text"), condition_of("llamagen-text").requires_grad_()
+    vectors = torch.randn(3, 9, 6)
+    flags = torch.zeros(3, 9, dtype=torch.bool)
+    for output in network(vectors, flags, texts):
+        for place in range(9):
+            (gradient,) = torch.autograd.grad(output[:, place].square().sum(), texts, retain_graph=True)
+            assert torch.equal(gradient.abs().sum(-1) > 0, (texts != 0).any(-1))
+    told = ToldStudent(network, captions=texts.detach())
+    numbers = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(told(vectors, flags, numbers)[0], network(vectors, flags, texts[numbers])[0])
+    assert torch.equal(told(vectors, flags, texts)[0], network(vectors, flags, texts)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,6 +104,36 @@ def test_a_scale_student_keeps_the_classes_place_and_moves_the_others(kind: str)
             assert torch.equal(own[name], value), name
 
 
+@pytest.mark.parametrize("kind", ["llamagen", "var"])
+@torch.no_grad()
+def test_a_student_that_is_told_a_scale_begins_as_one_that_is_not(kind: str) -> None:
+    """Same weights, same outputs at any scale; once the embedding has learned, each scale has its own."""
+    torch.manual_seed(0)
+    plain = student_of(make(kind)).eval()
+    torch.manual_seed(0)
+    told = student_of(make(kind), (1.0, 4.0)).eval()
+    vectors, label = torch.randn(3, sum(plain.group_sizes), 6), torch.tensor([0, 1, 2])
+    inputs = vectors, torch.zeros(vectors.shape[:2], dtype=torch.bool), label
+    scales = torch.tensor([1.0, 2.5, 4.0])
+    for found, expected in zip(told(*inputs, scales), plain(*inputs), strict=True):
+        assert torch.equal(found, expected)
+    randomised(told)
+    grid = torch.linspace(1, 4, 13)
+    embedded = told.guidance_embedding(grid)
+    assert torch.pdist(embedded).min() > 1e-3
+    logits = told(*inputs, scales)[0]
+    for row, scale in enumerate(scales):
+        # a row hears its own scale, and reads the same one alone
+        alone = ToldStudent(told, float(scale))(*(value[row : row + 1] for value in inputs))[0]
+        torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-5)
+    assert (told(*inputs, scales.flip(0))[0] - logits)[0].abs().max() > 1e-2
+    for network, given in ((told, ()), (plain, (scales,))):
+        with pytest.raises(ValueError, match="guidance_range"):
+            network(*inputs, *given)
+    with pytest.raises(ValueError, match="guidance_range"):
+        student_of(make(kind), (0.0, 2.0))
+
+
 def test_all_parameters_learn() -> None:
     for kind in KINDS:
         network = student(kind)
@@ -102,8 +146,6 @@ def test_all_parameters_learn() -> None:
 
 
 def test_students_of_what_is_not_known_are_refused() -> None:
-    with pytest.raises(ValueError, match="text_dim"):
-        student_of(make("llamagen-text"))
     with pytest.raises(ValueError, match="must begin with 1"):
         ScaleStudent(4, {"num_codes": 4, "code_dim": 4, "scales": [2], "width": 8, "num_layers": 1, "num_heads": 2})
     with pytest.raises(ValueError, match="cannot begin as"):
