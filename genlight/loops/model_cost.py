@@ -60,8 +60,8 @@ def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
     limits, rules = list(work.limits.values()), len(method.rules) + 1
     share, whole = method.select / settings.fidelity, work.datamodule.num_samples / settings.fidelity
     choice = sum(beside.scaled(line(limit), share) for limit in limits) / work.evaluations.shares
-    # the report has more metrics
-    more = reported.fixed - beside.fixed
+    # the report has more metrics; what two short measurements differ by may fall below nothing
+    more = max(0.0, reported.fixed - beside.fixed)
     report = sum(more + beside.scaled(line(limit), whole) for limit in limits) / work.evaluations.shares
     phases += [
         Phase(CHOICE, times(spread, choice), settings.finalists + _PER_RULE * rules),

@@ -15,6 +15,8 @@ from genlight.loops.cost import first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.stack_report import measured_row, stack_result
+from genlight.modules.artifact_kind import schedule_files
+from genlight.modules.scheduled_zoo import read_scheduled_zoo
 from genlight.quantization.accounting import tensor_bytes
 from genlight.recipes import fit_run_where_missing, run_command
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate, seconds_said
@@ -23,6 +25,7 @@ from genlight.run_folder import RUN_FILE, read_run
 
 PLAIN = "plain"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_SOURCE = re.compile(r"<([\w.-]+)>")
 _TIMES = ("total_seconds", "low_seconds", "high_seconds")
 
 
@@ -32,8 +35,12 @@ class Stack:
     A stage is `validate experiment=<experiment> module.pretrained=<artifact of the stage before> <its words>`, in the
     folder `stages/<name>/validate` of the run. One that has finished is not done again; one that was stopped goes on.
 
+    A stage of OMS takes turns between networks of others: its words have ``module.members={a: <lcsc>, b: <w8a8>}`` in
+    place of the artifact before. What it leaves are members and schedules, so it must be the last.
+
     Args:
-        stages: by name, the words of each stage's command, in order.
+        stages: by name, the words of each stage's command, in order. ``<name>`` in a word is the artifact of that
+            stage, ``<plain>`` the model to begin with.
         ckpt_path: of the command: the run folder, or the diffusers folder, of the model to begin with.
         experiment: what the stages stand on: data, metrics, and a module that reads ``module.pretrained``.
         reader: called with ``pretrained``, an artifact, gives the module that is measured.
@@ -43,7 +50,8 @@ class Stack:
         mode: "min", or "max" for a metric where more is better.
 
     Raises:
-        ValueError: no stage, a name that is none for a folder, or words that are not a list.
+        ValueError: no stage, a name that is none for a folder, words that are not a list or name a stage that does not
+            come before, or members before the last stage.
     """
 
     predicts_cost = True
@@ -61,11 +69,20 @@ class Stack:
     ) -> None:
         if not stages:
             raise ValueError("method.stages is empty: name the methods that are to follow each other")
-        for name, words in stages.items():
+        for number, (name, words) in enumerate(stages.items()):
             if name == PLAIN or not _NAME.fullmatch(name):
                 raise ValueError(f"method.stages: {name!r} must be a name for a folder, and not {PLAIN}")
             if isinstance(words, str) or not all(isinstance(word, str) and "=" in word for word in words):
                 raise ValueError(f"method.stages.{name} = {words!r} must be a list of words key=value of a command")
+            known = (PLAIN, *list(stages)[:number])
+            if unknown := [source for word in words for source in _SOURCE.findall(word) if source not in known]:
+                raise ValueError(
+                    f"method.stages.{name}: <{unknown[0]}> must be one of {', '.join(known)}, which come before"
+                )
+            if _has_members(words) and number < len(stages) - 1:
+                raise ValueError(
+                    f"method.stages.{name} leaves members and schedules, which no stage reads: it must be the last"
+                )
         if mode not in ("min", "max"):
             raise ValueError(f"method.mode = {mode!r} must be min or max")
         self.stages = {name: tuple(words) for name, words in stages.items()}
@@ -91,18 +108,18 @@ class Stack:
         start, folder = self._start(), Path(trainer.default_root_dir) / "stages"
         logged = first_validation(trainer, module, datamodule).logged
         check_logged(self.objective, logged)
-        artifacts, source = dict[str, Path](), start
+        artifacts = dict[str, Path]()
         for name in self.stages:
-            source = artifacts[name] = self._stage(name, source, folder)
+            artifacts[name] = self._stage(name, {PLAIN: start, **artifacts}, folder)
         evaluations, metrics = CandidateTrainer(trainer), module.metrics
         rows = [measured_row(PLAIN, evaluations, module, datamodule)]
         images = {PLAIN: module.grid_images}
         for name, artifact in artifacts.items():
-            made = self.reader(pretrained=str(artifact))
-            made.metrics = metrics
-            made.check_data(datamodule)
-            rows.append(measured_row(name, evaluations, made, datamodule))
-            images[name] = made.grid_images
+            for row, made in self._made(name, artifact).items():
+                made.metrics = metrics
+                made.check_data(datamodule)
+                rows.append(measured_row(row, evaluations, made, datamodule))
+                images[row] = made.grid_images
         said: dict[str, Any] = {
             name: read_report(path.parent / "report.json").predicted for name, path in artifacts.items()
         }
@@ -114,9 +131,9 @@ class Stack:
         """The dry run of each stage, all on the model to begin with, and their sum."""
         self._check(trainer)
         first_validation(trainer, module, datamodule, dry=True)
-        start, found = self._start(), dict[str, tuple[float, ...]]()
+        found, sources = dict[str, tuple[float, ...]](), dict.fromkeys((PLAIN, *self.stages), self._start())
         for name in self.stages:
-            text = run_command("validate", *self._words(name, start), "dry_run=true", show=False)
+            text = run_command("validate", *self._words(name, sources), "dry_run=true", show=False)
             print_line(f"stage {name}\n{text}")
             if (said := seconds_said(text)) is None:
                 raise UserError(f"the dry run of method.stages.{name} gave no estimate: {text.strip()[-200:]}")
@@ -141,21 +158,35 @@ class Stack:
             raise UserError(f"ckpt_path={self.ckpt_path} is a run without an artifact: its fit has not finished")
         return folder
 
-    def _words(self, name: str, source: Path) -> tuple[str, ...]:
-        own = (f"experiment={self.experiment}", f"module.pretrained={source}", f"run.name={name}")
-        return (*own, *self.shared, *self.stages[name])
+    def _words(self, name: str, sources: Mapping[str, Path]) -> tuple[str, ...]:
+        """The command of a stage that reads the last of `sources`, or its members among them."""
+        words = [_SOURCE.sub(lambda found: str(sources[found[1]]), word) for word in self.stages[name]]
+        read = () if _has_members(words) else (f"module.pretrained={list(sources.values())[-1]}",)
+        return (f"experiment={self.experiment}", *read, f"run.name={name}", *self.shared, *words)
 
-    def _stage(self, name: str, source: Path, folder: Path) -> Path:
-        """The artifact of a stage that reads `source`; done unless it has finished."""
+    def _made(self, name: str, artifact: Path) -> dict[str, Any]:
+        """What a stage made, to be measured: by name of the row, its folder, or its zoo by each model schedule."""
+        files = schedule_files(artifact)
+        if not files:
+            return {name: self.reader(pretrained=str(artifact))}
+        rows = [name] if len(files) == 1 else [f"{name}, {file.stem.rsplit('_', 1)[-1]} calls" for file in files]
+        return {row: read_scheduled_zoo(file) for row, file in zip(rows, files, strict=True)}
+
+    def _stage(self, name: str, sources: Mapping[str, Path], folder: Path) -> Path:
+        """The artifact of a stage; done unless it has finished."""
         run = folder / name / "validate"
         finished = (run / RUN_FILE).is_file() and read_run(run)["status"] == "finished"
         if not finished:
             print_line(f"stage {name}: {' '.join(self.stages[name])}")
             io.create_folder(folder)
-            run_command("validate", *self._words(name, source), f"run.root={folder}", "resume=true")
+            run_command("validate", *self._words(name, sources), f"run.root={folder}", "resume=true")
         if not (run / "artifact").is_dir():
             raise UserError(f"method.stages.{name} leaves no artifact: its words name a method that only measures")
         return run / "artifact"
+
+
+def _has_members(words: Sequence[str]) -> bool:
+    return any(word.startswith("module.members=") for word in words)
 
 
 def _total(seconds: Mapping[str, tuple[float, ...]], module: Any, folder: Path) -> CostEstimate:

@@ -11,6 +11,7 @@ from torch import Tensor
 from genlight import io
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
 from genlight.loops.result import MethodResult
+from genlight.modules.zoo_module import ZooModule
 from genlight.quantization.accounting import tensor_bytes
 from genlight.quantization.calls import first_input
 from genlight.reports.cost import CostEstimate
@@ -27,23 +28,28 @@ def measured_row(name: str, evaluations: CandidateTrainer, module: Any, datamodu
     row: dict[str, Any] = {"stage": name}
     row |= {key.removeprefix("val/"): value for key, value in found.items() if not key.endswith("_std")}
     row["nfe"] = evaluations.inside(module, lambda: evaluations_of_one(module, datamodule))
-    return row | {"megabytes": tensor_bytes(module.net) / 1e6}
+    return row | {"megabytes": sum(tensor_bytes(network) for network in _networks(module)) / 1e6}
 
 
 def evaluations_of_one(module: Any, datamodule: Any) -> int:
-    """How many rows the network is given to make one sample."""
+    """How many rows the network, or all of a zoo together, is given to make one sample."""
     noise, conditions = noise_of(datamodule, "report", 1)
     label, rows = conditions.get("label"), list[int]()
 
     def count(_: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         rows.append(len(first_input(arguments, options)))
 
-    handle = module.net.register_forward_pre_hook(count, with_kwargs=True)
+    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in _networks(module)]
     try:
         module.sample(noise.to(module.device), None if label is None else label.to(module.device))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return sum(rows)
+
+
+def _networks(module: Any) -> list[Any]:
+    return list(module.members.values()) if isinstance(module, ZooModule) else [module.net]
 
 
 def with_gains(rows: Sequence[Mapping[str, Any]], metric: str, mode: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.schedulers import SEARCHED, read_scheduler
 from genlight.errors import UserError
 from genlight.io import resolve_below, verify_folder
+from genlight.modules.artifact_kind import told_kind
 from genlight.modules.exported_pipeline import Network
 from genlight.modules.pipeline_calls import DTYPES, weights_digest
 from genlight.modules.pretrained import (
@@ -245,7 +246,9 @@ def _network_folder(name: str, entry: ZooEntry, root: Path, index: Mapping[str, 
             raise UserError(f"members.{name}.component = {entry.component}: model_index.json names none such")
         folder = root if key is None else component_folder(root, key)
     if not (folder / "config.json").is_file():
-        raise UserError(f"members.{name}: {folder} holds no config.json of a network")
+        raise UserError(f"members.{name}: {folder} holds no config.json of a network{told_kind(folder)}")
+    if "_class_name" not in read_object(folder / "config.json"):
+        raise UserError(f"members.{name}: {folder} is no network of diffusers{told_kind(folder)}")
     return folder
 
 

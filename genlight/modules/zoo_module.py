@@ -223,6 +223,7 @@ class ZooModule(DiffusionModule):
                     label_dropout=0.0,
                     scheduler=self.scheduler,
                     num_inference_steps=self.num_inference_steps,
+                    guidance_scale=self.guidance_scale,
                 )
                 alone.save_pretrained(resolve_below(Path(folder) / "members", name))
 

@@ -134,6 +134,25 @@ def test_plain_transformers_load_the_artifact(root: Path) -> None:
     assert found["val/written/accuracy"] == pytest.approx(chosen["written/accuracy"])
 
 
+def test_what_was_pruned_is_pruned_again(root: Path) -> None:
+    """The model of three experts, read from its folder, is the whole one of the second search."""
+    artifact = root / "run" / "validate" / "artifact"
+    words = [f"module.pretrained={artifact}", "method.num_experts=2", "method.baselines=[frequency]"]
+    words += ["method.random_draws=1", "search.budget=4", "search.strategy.prune_evaluations=3"]
+    assert validate(root, "twice", *words) == 0
+    before = next(row for row in rows_of(root / "run" / "validate").values() if row["chosen"])
+    rows = rows_of(root / "twice" / "validate")
+    whole, (chosen,) = rows["full"], [row for row in rows.values() if row["chosen"]]
+    assert (whole["experts"], chosen["experts"]) == (3, 2) and whole["parameters"] == before["parameters"]
+    assert whole["letters/log_likelihood"] == pytest.approx(before["letters/log_likelihood"], rel=1e-5)
+    assert whole["tokens per second"] > 0 < chosen["tokens per second"]
+    found = root / "twice" / "validate" / "artifact"
+    model = transformers.AutoModelForCausalLM.from_pretrained(found)
+    assert model.config.num_local_experts == 2
+    assert sum(weight.numel() for weight in model.parameters()) == chosen["parameters"] < whole["parameters"]
+    assert io.read_json(found / "expert_maps.json")["num_experts"] == [3, 2]
+
+
 def test_states_that_are_kept_change_no_score(root: Path) -> None:
     assert validate(root, "cached", "method.cache_bytes=100000000") == 0
     assert histories(root / "cached" / "validate") == histories(root / "run" / "validate")

@@ -25,3 +25,13 @@ def test_stages_need_names_and_lists_of_words() -> None:
     for wrong in ({}, {"a/b": ["x=1"]}, {"plain": ["x=1"]}, {"a": "x=1"}, {"a": ["x"]}):
         with pytest.raises(ValueError, match=r"method\.stages"):
             made(wrong)
+
+
+def test_a_stage_names_those_before_it_and_members_come_last() -> None:
+    def made(stages: dict[str, Any]) -> Stack:
+        return Stack(stages, "e", "val/fd", DiffusionModule)
+
+    made({"a": ["x=<plain>"], "b": ["module.members={one: <a>}"]})
+    for wrong in ({"a": ["x=<b>"], "b": ["x=1"]}, {"a": ["x=<a>"]}, {"a": ["module.members={}"], "b": ["x=1"]}):
+        with pytest.raises(ValueError, match=r"method\.stages\.a"):
+            made(wrong)
