@@ -24,6 +24,7 @@ from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.recipe import BalanceKind, BalanceSettings
+from genlight.quantization.uniform import Numbers
 from genlight.reports.cost import CostEstimate
 
 
@@ -35,6 +36,7 @@ class QuantizationCalibration:
         title: name of the method in the table, and of its rivals: MixDQ's if inputs have parts of their own, which
             `split_shortcuts` and `constant_tokens` say, else ViDiT-Q's.
         weight_bits, activation_bits: 2 to 8, or 16 for floating point.
+        numbers: what codes are: "integer"; or "float8" (e4m3) in eight bits, for GPUs from compute capability 8.9.
         weight_symmetric, activation_symmetric: whether zero has code 0.
         activation_mode: "dynamic" measures the range of each token as it comes, "static" takes one range for each input
             from the calibration.
@@ -68,6 +70,7 @@ class QuantizationCalibration:
     title: str = "ViDiT-Q"
     weight_bits: int = 8
     activation_bits: int = 8
+    numbers: Numbers = "integer"
     weight_symmetric: bool = False
     activation_symmetric: bool = True
     activation_mode: Literal["dynamic", "static"] = "dynamic"
@@ -103,6 +106,8 @@ class QuantizationCalibration:
             raise ValueError(f"constant_tokens = {self.constant_tokens!r} must be off, warn or raise")
         if self.split_shortcuts and self.form.weight.needs_hessian:
             raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
+        if self.numbers == "float8" and self.mixed is not None:
+            raise ValueError("numbers = 'float8' has eight bits only: mixed must be null")
         self.form  # noqa: B018 - its parts check themselves
         self.balancing  # noqa: B018
 
@@ -117,11 +122,12 @@ class QuantizationCalibration:
         group = self.weight_group_size
         weight = WeightFormat(
             self.weight_bits, self.weight_symmetric, "channel" if group is None else "group", group,
-            self.rounding, self.clip,
+            self.rounding, self.clip, numbers=self.numbers,
         )  # fmt: skip
         granularity: Literal["tensor", "token"] = "tensor" if self.activation_mode == "static" else "token"
         mode, symmetric = self.activation_mode, self.activation_symmetric
-        return LayerFormat(weight, ActivationFormat(self.activation_bits, symmetric, mode, granularity))
+        activation = ActivationFormat(self.activation_bits, symmetric, mode, granularity, self.numbers)
+        return LayerFormat(weight, activation)
 
     @cached_property
     def balancing(self) -> BalanceSettings:

@@ -25,7 +25,8 @@ from genlight.quantization.calls import sampling_calls
 from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
 from genlight.quantization.context import SamplingContext
 from genlight.quantization.convert import quantize_split, replace_layers
-from genlight.quantization.formats import ActivationFormat, LayerFormat
+from genlight.quantization.float8 import require_float8
+from genlight.quantization.formats import LayerFormat
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.observers import layers_by_input
 from genlight.quantization.recipe import (
@@ -333,8 +334,7 @@ class QuantizationWork:
         if variant.rounding == "nearest":
             form = replace(form, weight=replace(form.weight, rounding="nearest", clip="none"))
         if variant.static:
-            bits, symmetric = form.activation.bits, form.activation.symmetric
-            form = replace(form, activation=ActivationFormat(bits, symmetric, "static", "tensor"))
+            form = replace(form, activation=replace(form.activation, mode="static", granularity="tensor"))
         return form
 
     def _noise(self, draw: str, count: int) -> tuple[Tensor, Tensor | None]:
@@ -368,11 +368,15 @@ def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, dat
     """The work of a run.
 
     Raises:
-        UserError: weights that are sharded, several processes, or patterns that do not fit the network.
+        UserError: weights that are sharded, several processes, a GPU without float8 where that is asked for, or
+            patterns that do not fit the network.
     """
     evaluations = CandidateTrainer(trainer)
     if evaluations.sharded or trainer.world_size > 1:
         raise UserError("method: one process quantizes the whole network: use strategy=auto and trainer.devices=1")
+    if method.numbers == "float8":
+        with in_config("method"):
+            require_float8(trainer.strategy.root_device)
     work = QuantizationWork(method, evaluations, module, datamodule)
     work.forms  # noqa: B018 - patterns are checked before anything is sampled
     return work

@@ -35,9 +35,9 @@ def dynamic_grid(values: Tensor, form: ActivationFormat) -> Grid:
         dims = list(range(1 if form.granularity == "sample" else 0, values.ndim))
     if form.symmetric:
         greatest = values.abs().amax(dim=dims, keepdim=True)
-        return grid_from_range(-greatest, greatest, form.bits, symmetric=True)
+        return grid_from_range(-greatest, greatest, form.bits, symmetric=True, numbers=form.numbers)
     least, greatest = values.amin(dim=dims, keepdim=True), values.amax(dim=dims, keepdim=True)
-    return grid_from_range(least, greatest, form.bits, symmetric=False)
+    return grid_from_range(least, greatest, form.bits, symmetric=False, numbers=form.numbers)
 
 
 def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context: SamplingContext) -> Grid:
@@ -57,4 +57,4 @@ def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context
             chosen = chosen.repeat_interleave(branch_parts(len(values), context), dim=0)
     by_channel = chosen.shape[2:]
     chosen = chosen.reshape(len(chosen), 2, *by_channel, *[1] * (values.ndim - 1 - len(by_channel)))
-    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric)
+    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)

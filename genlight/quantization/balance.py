@@ -9,7 +9,7 @@ kernel of 1. Layers that share their input share the balance.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -207,9 +207,7 @@ def _rounded_input(sample: Tensor, form: ActivationFormat) -> Tensor:
     if form.bits == FLOAT_BITS:
         return sample
     # rows of a sample are no members of a batch; one range for all stands for static ones and those per member
-    one_range = ActivationFormat(
-        form.bits, form.symmetric, "dynamic", "token" if form.granularity == "token" else "tensor"
-    )
+    one_range = replace(form, mode="dynamic", granularity="token" if form.granularity == "token" else "tensor")
     return fake_quantize(sample, dynamic_grid(sample, one_range))
 
 

@@ -1,6 +1,6 @@
 """A convolution over quantized parts: codes are multiplied as one matrix product over patches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ class Geometry:
 class QuantizedConv2d(QuantizedLayer):
     """Stands in for `torch.nn.Conv2d`, with any stride, padding, dilation and groups.
 
-    Padding is with zeros as numbers, not as codes. With more than one group the numbers that codes stand for are
-    convolved.
+    Padding is with zeros as numbers, not as codes. With more than one group, and in float8, the numbers that codes
+    stand for are convolved.
 
     Attributes:
         geometry: where it looks.
@@ -98,7 +98,9 @@ class QuantizedConv2d(QuantizedLayer):
         """[batch, channels, height, width] to [batch, outputs, height', width'], in the type of the input."""
         inputs = self.balanced(values, dim=1)
         height, width = self.geometry.output_size(*inputs.shape[2:])
-        if self.geometry.groups == 1 and self.uses_integers(len(inputs) * height * width):
+        # patches are made of codes that are integers
+        foldable = self.geometry.groups == 1 and self.form.activation.numbers == "integer"
+        if foldable and self.uses_integers(len(inputs) * height * width):
             output = self._integer_convolution(inputs, height, width)
         else:
             rounded = self.rounded(inputs)
@@ -130,4 +132,4 @@ class QuantizedConv2d(QuantizedLayer):
 def _of_patches(grid: Grid) -> Grid:
     """A grid [batch | 1, 1, 1, 1] for pixels as one [batch | 1, 1, 1] for patches."""
     zero_point = grid.zero_point
-    return Grid(grid.scale[..., 0], None if zero_point is None else zero_point[..., 0], grid.bits)
+    return replace(grid, scale=grid.scale[..., 0], zero_point=None if zero_point is None else zero_point[..., 0])

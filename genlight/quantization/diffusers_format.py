@@ -29,7 +29,7 @@ METHOD = "viditq"
 VERSION = 1
 _PLANS: TypeAdapter[dict[str, LayerPlan]] = TypeAdapter(dict[str, LayerPlan])
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.int8, torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float32, torch.float16, torch.bfloat16, torch.float64,
 )}  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genlight.quantization.uniform import BITS
+from genlight.quantization.uniform import BITS, Numbers
 
 FLOAT_BITS = 16
 
@@ -24,6 +24,7 @@ class WeightFormat:
             diagonal of the Hessian ("hessian").
         act_order: GPTQ rounds the inputs with the largest Hessian first.
         damping: share of the mean of the Hessian's diagonal that GPTQ adds to it.
+        numbers: what codes are, "integer" or, with eight bits, "float8" (e4m3), which is symmetric in any case.
 
     Raises:
         ValueError: a value outside what is said here.
@@ -37,9 +38,10 @@ class WeightFormat:
     clip: Literal["none", "mse", "hessian"] = "none"
     act_order: bool = False
     damping: float = 0.01
+    numbers: Numbers = "integer"
 
     def __post_init__(self) -> None:
-        _check_bits("weight", self.bits)
+        _check_bits("weight", self.bits, self.numbers)
         _check_choice("weight.granularity", self.granularity, ("tensor", "channel", "group"))
         _check_choice("weight.rounding", self.rounding, ("nearest", "gptq"))
         _check_choice("weight.clip", self.clip, ("none", "mse", "hessian"))
@@ -69,6 +71,7 @@ class ActivationFormat:
         granularity: what shares a scale. "token" is one row of the input of a linear layer, so that neither the batch
             nor another token changes a result; "sample" is one member of the batch; "tensor" is all. Static ranges are
             per tensor, possibly one for each sampling step and guidance branch.
+        numbers: what codes are, as in `WeightFormat`.
 
     Raises:
         ValueError: a value outside what is said here.
@@ -78,9 +81,10 @@ class ActivationFormat:
     symmetric: bool = True
     mode: Literal["dynamic", "static"] = "dynamic"
     granularity: Literal["tensor", "sample", "token"] = "token"
+    numbers: Numbers = "integer"
 
     def __post_init__(self) -> None:
-        _check_bits("activation", self.bits)
+        _check_bits("activation", self.bits, self.numbers)
         _check_choice("activation.mode", self.mode, ("dynamic", "static"))
         _check_choice("activation.granularity", self.granularity, ("tensor", "sample", "token"))
         if self.mode == "static" and self.granularity != "tensor":
@@ -98,11 +102,14 @@ class LayerFormat:
     activation: ActivationFormat = field(default_factory=ActivationFormat)
 
 
-def _check_bits(name: str, bits: int) -> None:
+def _check_bits(name: str, bits: int, numbers: str) -> None:
+    _check_choice(f"{name}.numbers", numbers, ("integer", "float8"))
     if isinstance(bits, bool) or (bits not in BITS and bits != FLOAT_BITS):
         raise ValueError(
             f"{name}.bits = {bits!r} must be {BITS[0]} to {BITS[-1]}, or {FLOAT_BITS} for floating point as it is"
         )
+    if numbers == "float8" and bits in BITS[:-1]:
+        raise ValueError(f"{name}.bits = {bits} must be 8 where {name}.numbers is 'float8', or {FLOAT_BITS}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

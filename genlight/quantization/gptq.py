@@ -5,10 +5,12 @@ U_ii is spread along row i of U, at once within a block of columns and once per 
 beforehand, so that groups keep their scales in any order of columns.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from genlight.quantization.uniform import Grid, dequantize, quantize
+from genlight.quantization.uniform import FLOAT8, Grid, dequantize, quantize
 
 
 def gptq_codes(
@@ -20,7 +22,7 @@ def gptq_codes(
     act_order: bool = False,
     block_size: int = 128,
 ) -> Tensor:
-    """Codes int8 [rows, columns] of a weight matrix. Row by row, never worse than rounding to nearest.
+    """Codes [rows, columns] of a weight matrix. Row by row, never worse than rounding to nearest.
 
     The rows of a layer are independent problems, and the greedy order loses some of them to the nearest levels; those
     rows are rounded to nearest.
@@ -83,7 +85,7 @@ def _spread(weight: Tensor, factor: Tensor, grid: Grid, block_size: int) -> Tens
     """Algorithm 1 on a copy of `weight`, columns in their order."""
     rest = weight.clone()
     columns = rest.shape[1]
-    codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
+    codes = torch.empty(rest.shape, dtype=FLOAT8 if grid.numbers == "float8" else torch.int8, device=rest.device)
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         block, inner = rest[:, start:end], factor[start:end, start:end]
@@ -103,4 +105,5 @@ def _columns(grid: Grid, columns: Tensor | slice) -> Grid:
     if grid.scale.shape[1] == 1:
         return grid
     zero_point = grid.zero_point
-    return Grid(grid.scale[:, columns], None if zero_point is None else zero_point[:, columns], grid.bits)
+    chosen = None if zero_point is None else zero_point[:, columns]
+    return replace(grid, scale=grid.scale[:, columns], zero_point=chosen)

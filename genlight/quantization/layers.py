@@ -10,7 +10,7 @@ same parts: see `conv`.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from genlight.quantization.activations import activation_grid
 from genlight.quantization.balance import Balance, balance_input, unbalance_weight
+from genlight.quantization.float8 import float8_is_valid, float8_linear
 from genlight.quantization.formats import FLOAT_BITS, LayerFormat
 from genlight.quantization.hadamard import Rotation
 from genlight.quantization.integer import integer_is_valid, integer_linear
@@ -27,10 +28,11 @@ from genlight.quantization.uniform import Grid, fake_quantize, quantize
 from genlight.quantization.weights import QuantizedWeight
 
 _NOT_FASTER = (
-    "a quantized layer cannot multiply in integers here, for its scales per group, its shape or its device: "
+    "a quantized layer cannot multiply its codes here, for its scales per group, its shape or its device: "
     "it takes the memory of its bits, and nothing is faster"
 )
-_KEEP_FLOAT32 = ("weight_scale", "input_scale", "activation_range")
+# whatever type the model is cast to
+_KEPT_TYPES = ("weight_codes", "weight_scale", "input_scale", "activation_range")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,8 @@ class QuantizedLayer(nn.Module):
         rotation_factors: orders of the Hadamard matrices of R, () without a rotation.
         outputs: rows of the weight's matrix.
         columns: inputs of one output, channels × kernel.
-        execution: "integer" multiplies codes where that is valid, else, as "fake" always, the numbers they stand for.
+        execution: "integer" multiplies codes (those in float8 too) where that is valid, else, as "fake" always, the
+            numbers they stand for.
     """
 
     weight_codes: Tensor | None
@@ -114,7 +117,7 @@ class QuantizedLayer(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: getattr(self, name) for name in _KEEP_FLOAT32}
+        kept = {name: getattr(self, name) for name in _KEPT_TYPES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             moved = getattr(self, name)
@@ -134,7 +137,7 @@ class QuantizedLayer(nn.Module):
         if self.weight_codes is None or self.weight_scale is None:
             return None
         form = self.form.weight
-        grid = Grid(self.weight_scale, self.weight_zero_point, form.bits)
+        grid = Grid(self.weight_scale, self.weight_zero_point, form.bits, form.numbers)
         return QuantizedWeight(self.weight_codes, grid, self.columns, form.group_size)
 
     @property
@@ -154,12 +157,18 @@ class QuantizedLayer(nn.Module):
         return unbalance_weight(matrix, self.balance)
 
     def uses_integers(self, rows: int) -> bool:
-        """Whether an input of `rows` rows is multiplied in integers; where it cannot be, a warning says so."""
+        """Whether the codes of an input of `rows` rows are multiplied; where they cannot be, a warning says so.
+
+        Raises:
+            ValueError: codes in float8 on a GPU that has no float8.
+        """
         weight = self.quantized_weight
         if self.execution != "integer" or self.form.activation.bits == FLOAT_BITS or weight is None:
             return False
         by_channel = self.activation_range is not None and self.activation_range.ndim == 4
-        valid = integer_is_valid(rows, weight) and not by_channel
+        numbers = self.form.activation.numbers
+        fits = float8_is_valid if numbers == "float8" else integer_is_valid
+        valid = numbers == weight.grid.numbers and not by_channel and fits(rows, weight)
         if not valid and rows and not torch.compiler.is_compiling():
             # of one text, so that Python shows it once
             warnings.warn(_NOT_FASTER, stacklevel=3)
@@ -205,7 +214,7 @@ class QuantizedLinear(QuantizedLayer):
         """[…, in_features] to […, out_features], in the type of the input."""
         rows = values.numel() // max(1, self.columns)
         if self.uses_integers(rows):
-            return self._integer_product(values, rows)
+            return self._product_of_codes(values, rows)
         inputs = self.balanced(values)
         rounded = self.rounded(inputs)
         output = functional.linear(rounded, self.weight_matrix.to(rounded.dtype))
@@ -214,7 +223,7 @@ class QuantizedLinear(QuantizedLayer):
             output = output + functional.linear(*low_rank)
         return (output if self.bias is None else output + self.bias).to(values.dtype)
 
-    def _integer_product(self, values: Tensor, rows: int) -> Tensor:
+    def _product_of_codes(self, values: Tensor, rows: int) -> Tensor:
         weight, form = self.quantized_weight, self.form.activation
         assert weight is not None
         sums, inputs = None, None
@@ -227,7 +236,12 @@ class QuantizedLinear(QuantizedLayer):
             codes, grid = quantize(inputs, grid).reshape(rows, -1), row_grid(grid, inputs)
             inputs = inputs.reshape(rows, -1)
         low_rank = None if inputs is None else self._low_rank(inputs)
-        output = integer_linear(codes, grid, weight, sums=sums, low_rank=low_rank, bias=self.bias, dtype=values.dtype)
+        if grid.numbers == "float8":
+            output = float8_linear(codes, grid, weight, low_rank=low_rank, bias=self.bias, dtype=values.dtype)
+        else:
+            output = integer_linear(
+                codes, grid, weight, sums=sums, low_rank=low_rank, bias=self.bias, dtype=values.dtype
+            )
         return output.reshape(*values.shape[:-1], -1)
 
     def _low_rank(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -243,4 +257,5 @@ def row_grid(grid: Grid, inputs: Tensor) -> Grid:
     def rows(part: Tensor) -> Tensor:
         return part.reshape(1, 1) if part.numel() == 1 else part.expand(*inputs.shape[:-1], 1).reshape(-1, 1)
 
-    return Grid(rows(grid.scale), None if grid.zero_point is None else rows(grid.zero_point), grid.bits)
+    zero_point = None if grid.zero_point is None else rows(grid.zero_point)
+    return replace(grid, scale=rows(grid.scale), zero_point=zero_point)

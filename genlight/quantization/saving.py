@@ -81,7 +81,7 @@ def layer_from(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedLayer
     constant = (rest.pop("constant_inputs", None), rest.pop("constant_outputs", None))
     form, weight = plan.form.weight, kept
     if codes is not None and scale is not None:
-        grid = Grid(scale, zero_point, form.bits)
+        grid = Grid(scale, zero_point, form.bits, form.numbers)
         quantized: QuantizedWeight | Tensor = QuantizedWeight(codes, grid, plan.columns, form.group_size)
     elif weight is not None:
         quantized = weight

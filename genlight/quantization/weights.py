@@ -5,7 +5,7 @@ channel, [rows, groups] per group of consecutive columns. Where the group size d
 group is shorter: it is filled up with zeros, which every range holds anyway, and they are dropped again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class QuantizedWeight:
     """A weight matrix in storage.
 
     Attributes:
-        codes: packed, [rows, bytes]: int8 above four bits, else uint8.
+        codes: packed, [rows, bytes]: int8 above four bits, else uint8; or float8.
         grid: scale and zero point [1, 1], [rows, 1] or [rows, groups].
         columns: numbers in a row.
         group_size: columns of a group, None where a row has one scale.
@@ -36,7 +36,7 @@ class QuantizedWeight:
     group_size: int | None = None
 
     def unpacked(self) -> Tensor:
-        """The codes, int8 [rows, columns]."""
+        """The codes, int8 or float8 [rows, columns]."""
         return unpack_codes(self.codes, self.grid.bits, self.columns)
 
     def dequantized(self) -> Tensor:
@@ -86,7 +86,7 @@ def weight_grid(weight: Tensor, form: WeightFormat, importance: Tensor | None = 
     """
     groups = _grouped(weight.float(), form)
     minimum, maximum = groups.amin(dim=-1), groups.amax(dim=-1)
-    full = grid_from_range(minimum, maximum, form.bits, symmetric=form.symmetric)
+    full = grid_from_range(minimum, maximum, form.bits, symmetric=form.symmetric, numbers=form.numbers)
     if form.clip == "none":
         return full
     weights = torch.ones_like(groups)
@@ -96,13 +96,14 @@ def weight_grid(weight: Tensor, form: WeightFormat, importance: Tensor | None = 
         weights = _grouped(importance.float().to(weight.device).expand_as(weight), form)
     best, scale, zero_point = torch.full_like(minimum, torch.inf), full.scale, full.zero_point
     for ratio in _CLIP_RATIOS:
-        grid = grid_from_range(minimum * ratio, maximum * ratio, form.bits, symmetric=form.symmetric)
+        least, greatest = minimum * ratio, maximum * ratio
+        grid = grid_from_range(least, greatest, form.bits, symmetric=form.symmetric, numbers=form.numbers)
         error = (weights * (fake_quantize(groups, _unsqueezed(grid)) - groups).square()).sum(dim=-1)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, grid.scale, scale)
         if zero_point is not None and grid.zero_point is not None:
             zero_point = torch.where(better, grid.zero_point, zero_point)
-    return Grid(scale, zero_point, form.bits)
+    return replace(full, scale=scale, zero_point=zero_point)
 
 
 def expand_groups(grid: Grid, group_size: int | None, columns: int) -> Grid:
@@ -110,10 +111,10 @@ def expand_groups(grid: Grid, group_size: int | None, columns: int) -> Grid:
     if group_size is None:
         return grid
     zero_point = grid.zero_point
-    return Grid(
-        grid.scale.repeat_interleave(group_size, dim=1)[:, :columns],
-        None if zero_point is None else zero_point.repeat_interleave(group_size, dim=1)[:, :columns],
-        grid.bits,
+    return replace(
+        grid,
+        scale=grid.scale.repeat_interleave(group_size, dim=1)[:, :columns],
+        zero_point=None if zero_point is None else zero_point.repeat_interleave(group_size, dim=1)[:, :columns],
     )
 
 
@@ -129,4 +130,5 @@ def _grouped(weight: Tensor, form: WeightFormat) -> Tensor:
 
 def _unsqueezed(grid: Grid) -> Grid:
     zero_point = grid.zero_point
-    return Grid(grid.scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1), grid.bits)
+    unsqueezed = None if zero_point is None else zero_point.unsqueeze(-1)
+    return replace(grid, scale=grid.scale.unsqueeze(-1), zero_point=unsqueezed)

@@ -230,6 +230,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.groups=[]"], "no pattern matches"),
         (["method.statistics=nowhere.safetensors"], "nowhere.safetensors"),
         (["method.samples=0"], "samples = 0"),
+        (["method.numbers=float8"], "mixed must be null"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -244,3 +245,12 @@ def test_several_processes_are_refused() -> None:
     trainer = SimpleNamespace(strategy=None, world_size=2)
     with pytest.raises(UserError, match="one process"):
         checked_work(QuantizationCalibration(), trainer, None, None)
+
+
+def test_a_gpu_without_float8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"method: numbers = 'float8' needs a GPU of compute capability 8\.9"):
+        checked_work(
+            QuantizationCalibration(numbers="float8"), SimpleNamespace(strategy=strategy, world_size=1), None, None
+        )

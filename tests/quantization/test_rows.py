@@ -24,13 +24,13 @@ def test_a_block_of_a_transformer_is_quantized_as_its_modules_compute(symmetric:
     norm, balance = nn.LayerNorm(24, eps=1e-5), Balance(randn(24, seed=1).exp(), random_rotation(24, "full", 1))
     norm.weight.data, norm.bias.data = randn(24, seed=2), randn(24, seed=3)
     values, scale, shift = 3 * randn(2, 5, 24) + 1, randn(2, 24, seed=4), randn(2, 24, seed=5)
-    before = Before(Norm("layer", 1e-5, norm.weight.detach(), norm.bias.detach()), (scale, shift), gelu=True)
+    before = Before(Norm("layer", 1e-5, norm.weight.detach(), norm.bias.detach()), (scale, shift), gelu="tanh")
     found = quantize_rows(values, ActivationFormat(8, symmetric), before=before, balance=balance, keep=True)
     rows = [nn.functional.gelu(norm(v) * (1 + a) + b, approximate="tanh") for v, a, b in zip(values, scale, shift)]
     expected = balance_input(torch.cat(rows), balance).detach()
     assert found.inputs is not None and torch.allclose(found.inputs, expected, atol=1e-5)
     assert bool(((dequantize(found.codes, found.grid) - expected).abs() <= 0.501 * found.grid.scale + 1e-5).all())
-    assert torch.equal(found.sums.long(), found.codes.long().sum(1))
+    assert found.sums is not None and torch.equal(found.sums.long(), found.codes.long().sum(1))
 
 
 def test_root_mean_square_norm_has_its_module() -> None:

@@ -1,4 +1,4 @@
-"""What a quantized linear layer takes against the same layer in floating point, in one run.
+"""What a quantized linear layer takes against the same layer in floating point, with what stands before it, in one run.
 
 Sides in alternating rounds, so that a change of the machine's speed meets all of them, on random numbers:
 
@@ -6,10 +6,14 @@ Sides in alternating rounds, so that a change of the machine's speed meets all o
 - w8a8: codes per token and per output channel, multiplied in integers;
 - w4a8: the same with weights of four bits, stored packed;
 - w8a8_balanced: scale and block rotation of the input on top;
-- product: the integer product of w8a8 alone, on codes that are there already.
+- float8: weight and input in float8, on a GPU that has it;
+- product: the integer product of w8a8 alone, on codes that are there already;
+- norm_… and gelu_…: a norm with modulation, or GELU, and then the layer: bf16; w8a8_balanced; and the latter with what
+  stands before it taken into the kernel (fused), with `--compile` on a GPU with Triton's kernels.
 
 With `--compile` all layers are compiled, which is how they should be compared on a GPU. Quantized layers take and
-give float32 on the CPU, and bf16 on CUDA. Printed is one line of JSON: device, versions, threads, whether Triton's
+give float32 on the CPU, and bf16 on CUDA. A kernel is worth keeping where its side is faster than the one without.
+Printed is one line of JSON: device, versions, threads, whether Triton's
 kernels ran, median milliseconds of each side, and for each quantized side the ratios fp32 / side and bf16 / side: above
 1 the quantized layer is faster. Ratios are medians over the rounds of the ratio within a round.
 
@@ -28,10 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from genlight.quantization.balance import Balance
 from genlight.quantization.convert import quantize_layer
+from genlight.quantization.float8 import require_float8
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.fusion import fused
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.integer import integer_linear
 from genlight.quantization.kernels.available import triton_runs_on
@@ -39,6 +46,23 @@ from genlight.quantization.layers import QuantizedLinear
 from genlight.quantization.rows import quantize_rows
 
 FLOATS = ("fp32", "bf16")
+FLOAT8 = LayerFormat(WeightFormat(numbers="float8"), ActivationFormat(numbers="float8"))
+
+
+class Prologue(nn.Module):
+    """A linear layer after a norm with modulation, or after GELU, as in a block of a transformer."""
+
+    def __init__(self, layer: nn.Module, kind: str, width: int) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, kind
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.register_buffer("modulation", torch.randn(2, 1, 1, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.kind == "gelu":
+            return self.layer(functional.gelu(values, approximate="tanh"))
+        scale, shift = self.modulation
+        return self.layer(self.norm(values) * (1 + scale) + shift)
 
 
 def sides(width: int, outputs: int, tokens: int, device: torch.device, compiled: bool) -> dict[str, Callable[[], Any]]:
@@ -54,11 +78,20 @@ def sides(width: int, outputs: int, tokens: int, device: torch.device, compiled:
         "w4a8": (quantize_layer(layer, LayerFormat(WeightFormat(4), ActivationFormat(8))), kind),
         "w8a8_balanced": (quantize_layer(layer, form, balance=balance), kind),
     }
+    if has_float8(device):
+        layers["float8"] = (quantize_layer(layer, FLOAT8), kind)
+    for before in ("norm", "gelu"):
+        plain = nn.Linear(width, outputs)
+        layers[f"{before}_bf16"] = (Prologue(plain, before, width), torch.bfloat16)
+        for side in ("w8a8_balanced", *(["fused"] if compiled and triton_runs_on(device) else [])):
+            made = quantize_layer(layer, form, balance=balance)
+            layers[f"{before}_{side}"] = (Prologue(made, before, width), kind)
     runs: dict[str, Callable[[], Any]] = {}
     for name, (module, dtype) in layers.items():
         module = module.to(device, dtype).eval()
-        call = torch.compile(module, fullgraph=True) if compiled else module
-        inputs = values.to(device, dtype)
+        backend = fused if name.endswith("fused") else "inductor"
+        call = torch.compile(module, fullgraph=True, backend=backend) if compiled else module
+        inputs = values.to(device, dtype)[None]
         runs[name] = lambda call=call, inputs=inputs: call(inputs)
     quantized = layers["w8a8"][0]
     assert isinstance(quantized, QuantizedLinear)
@@ -71,6 +104,15 @@ def sides(width: int, outputs: int, tokens: int, device: torch.device, compiled:
     multiply = torch.compile(product, fullgraph=True) if compiled else product
     runs["product"] = lambda: multiply(found.codes, found.grid.scale)
     return runs
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether it multiplies such numbers."""
+    try:
+        require_float8(device)
+    except ValueError:
+        return False
+    return device.type == "cuda"
 
 
 def timed(run: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -12,8 +12,8 @@ import torch
 
 from genlight.quantization.kernels.available import INTERPRETED, triton_runs_on
 
-KERNELS = ("row_quantization", "integer_product")
 HERE = Path(__file__).parent
+KERNELS = (HERE / "test_row_quantization.py", HERE / "test_integer_product.py", HERE.parent / "test_fusion.py")
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -28,7 +28,7 @@ def test_interpreted_kernels() -> None:
         pytest.skip("Triton is not installed: pip install triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *(str(HERE / f"test_{name}.py") for name in KERNELS)],
+        [sys.executable, "-m", "pytest", "-q", *map(str, KERNELS)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

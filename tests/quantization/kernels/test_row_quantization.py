@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from typing import Literal
 
 import pytest
 import torch
 from quantization.kernels.kernel_device import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
+from genlight.quantization.activations import dynamic_grid
 from genlight.quantization.balance import Balance
 from genlight.quantization.formats import ActivationFormat
 from genlight.quantization.hadamard import hadamard_matrix, random_rotation
@@ -47,8 +49,23 @@ def test_codes_are_those_of_the_reference(
     assert (found.grid.zero_point is None) == symmetric
     if found.grid.zero_point is not None and grid.zero_point is not None:
         assert torch.equal(found.grid.zero_point.cpu(), grid.zero_point)
-    assert found.sums.dtype == torch.int32 and found.inputs is None
+    assert found.sums is not None and found.sums.dtype == torch.int32 and found.inputs is None
     assert torch.equal(found.sums.cpu().long(), found.codes.cpu().long().sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_in_float8_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    values = (randn(6, 129) * torch.logspace(-3, 3, 6)[:, None]).to(dtype)
+    values[0], values[1, 3] = 0.0, torch.nan
+    # halfway between neighbours, and below the least normal number, 2^-6
+    values[2, :4], values[2, 4:] = torch.tensor([448.0, 17.0, 19.0, -17.0]), 2.0**-10 * torch.arange(125)
+    found = by_kernel(values, ActivationFormat(8, numbers="float8"))
+    expected = dynamic_grid(values, ActivationFormat(8, numbers="float8"))
+    assert found.sums is None and found.grid.zero_point is None and found.codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(found.grid.scale.cpu()[[0, 2, 3, 4, 5]], expected.scale[[0, 2, 3, 4, 5]])
+    codes, reference = found.codes.cpu().float(), quantize(values, expected).float()
+    assert torch.equal(codes[2:], reference[2:]) and not bool(codes[0].any())
+    assert bool(dequantize(found.codes, found.grid)[1].isnan().all())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -84,7 +101,9 @@ def exact(values: Tensor, before: Before, balance: Balance, samples: int) -> Ten
     if before.modulation is not None:
         scale, shift = (part.double().reshape(samples, 1, -1) for part in before.modulation)
         x = (x.reshape(samples, -1, x.shape[-1]) * (1 + scale) + shift).reshape(x.shape)
-    if before.gelu:
+    if before.gelu == "exact":
+        x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    elif before.gelu == "tanh":
         x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     x = x if balance.scale is None else x / balance.scale.double()
     if balance.rotation is not None:
@@ -101,6 +120,8 @@ NORMS = [
     Norm("layer", 1e-5, randn(WIDTH, seed=1), randn(WIDTH, seed=2)),
     Norm("rms", 1e-6, randn(WIDTH, seed=3)),
 ]
+Gelu = Literal["exact", "tanh"] | None
+GELUS: tuple[Gelu, ...] = (None, "exact", "tanh")
 BALANCES = [
     Balance(),
     Balance(randn(WIDTH, seed=4).exp()),
@@ -108,9 +129,9 @@ BALANCES = [
 ]
 
 
-@pytest.mark.parametrize(("norm", "modulated", "gelu"), itertools.product(range(4), [False, True], [False, True]))
+@pytest.mark.parametrize(("norm", "modulated", "gelu"), itertools.product(range(4), [False, True], GELUS))
 @pytest.mark.parametrize(("balance", "symmetric"), [(0, True), (1, False), (2, True)])
-def test_fused_codes_differ_at_ties_only(norm: int, modulated: bool, gelu: bool, balance: int, symmetric: bool) -> None:
+def test_fused_codes_differ_at_ties_only(norm: int, modulated: bool, gelu: Gelu, balance: int, symmetric: bool) -> None:
     modulation = (randn(2, WIDTH, seed=5), randn(2, WIDTH, seed=6)) if modulated else None
     before, chosen = Before(NORMS[norm], modulation, gelu), BALANCES[balance]
     values = 2 * randn(2, 5, WIDTH, seed=7) + 0.5
@@ -179,7 +200,8 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         by_kernel(torch.zeros(2, 8), ActivationFormat(8, granularity="sample"))
 
     def codes(values: Tensor, norm: str = "none", order: int = 1, scale: Tensor | None = None) -> None:
-        row_codes(values.to(DEVICE), 8, True, norm, 0.0, None, None, scale, scale, False, None, None, order, False)
+        rest = (norm, 0.0, None, None, scale, scale, "none", None, None, order, False)
+        row_codes(values.to(DEVICE), 8, True, "integer", *rest)
 
     for values, rest, word in (
         (torch.zeros(0, 8), {}, "at least one"),
@@ -187,7 +209,7 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         (torch.zeros(1, WIDEST_ROW + 1), {}, "columns"),
         (torch.zeros(1, 24), {"order": 16}, "power of two that divides"),
         (torch.zeros(1, 24), {"order": 12}, "power of two that divides"),
-        (torch.zeros(1, 24), {"norm": "group"}, "'rms'"),
+        (torch.zeros(1, 24), {"norm": "group"}, "layer, rms, none"),
     ):
         with pytest.raises(ValueError, match=word):
             codes(values, **rest)  # type: ignore[arg-type]
@@ -197,15 +219,15 @@ def test_the_operator_is_declared_as_it_behaves() -> None:
     from genlight.quantization.kernels.row_quantization import row_codes
 
     vector, signs = torch.ones(16, device=DEVICE), torch.ones(16, dtype=torch.int8, device=DEVICE)
-    for symmetric, keep in itertools.product([True, False], repeat=2):
-        arguments = (randn(4, 16).to(DEVICE), 8, symmetric, "layer", 1e-6, vector, None)
-        rest = (vector[None], vector[None], True, vector, signs, 16, keep)
+    for symmetric, numbers, keep in ((True, "integer", True), (False, "integer", False), (True, "float8", True)):
+        arguments = (randn(4, 16).to(DEVICE), 8, symmetric, numbers, "layer", 1e-6, vector, None)
+        rest = (vector[None], vector[None], "tanh", vector, signs, 16, keep)
         torch.library.opcheck(row_codes, (*arguments, *rest))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compares two ways on one device")
 def test_without_a_kernel_torch_does_the_same() -> None:
-    before, balance = Before(NORMS[2], (randn(2, WIDTH), randn(2, WIDTH)), True), BALANCES[2]
+    before, balance = Before(NORMS[2], (randn(2, WIDTH), randn(2, WIDTH)), "tanh"), BALANCES[2]
     values = randn(2, 5, WIDTH)
     inputs = apply_before(values.double(), before)
     assert torch.allclose(inputs, exact(values, before, Balance(), 2), atol=1e-9)
