@@ -13,6 +13,7 @@ from genlight.help import COMMANDS, help_text, versions_text
 
 USAGE_ERROR = 2
 MULTIRUN = ("--multirun", "-m")
+RERUN = "--rerun"
 FLAGS = (*MULTIRUN, "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
 # these show something and run nothing
 SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "--versions" in arguments or "--version" in arguments:
             sys.stdout.write(versions_text())
             return 0
+        if RERUN in arguments and not _asks_for_help(arguments):
+            return _run_hydra(arguments)
         command, words = split_command(arguments)
         if command is None:
             sys.stdout.write(_help(arguments))
@@ -62,10 +65,10 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     Raises:
         UserError: no command or an unknown one.
     """
-    if not arguments or any(a in ("-h", "--help", "help") for a in arguments):
+    if not arguments or _asks_for_help(arguments):
         return None, []
     if "--experimental-rerun" in arguments:
-        raise UserError("--experimental-rerun reads a pickle, which genlight never does; repeat the command instead")
+        raise UserError(f"--experimental-rerun reads a pickle, which genlight never does; see {RERUN}")
     for index, word in enumerate(arguments):
         if word.startswith("command="):
             word = word.removeprefix("command=")
@@ -75,6 +78,10 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
             raise UserError(f"there is no command '{word}'{nearest(word, list(COMMANDS))} ({', '.join(COMMANDS)})")
         return word, [*arguments[:index], *arguments[index + 1 :]]
     raise UserError(f"no command is given: the first word is one of {', '.join(COMMANDS)} (--help shows more)")
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return any(word in ("-h", "--help", "help") for word in arguments)
 
 
 def _is_option_value(arguments: list[str], index: int) -> bool:
@@ -124,6 +131,10 @@ def _run_hydra(overrides: list[str]) -> int:
     original = sys.argv
     sys.argv = [original[0], *overrides]
     try:
+        if RERUN in overrides:
+            from genlight.rerun import rerun
+
+            return rerun(overrides)
         if any(word in MULTIRUN for word in overrides) and not any(word in SHOWING for word in overrides):
             from genlight.sweep import run_sweep
 

@@ -44,6 +44,7 @@ def help_text() -> str:
         "  resume=true          continue an interrupted run; dry_run=true: three steps and an estimate of the cost",
         "  --cfg job            print the composed config; --multirun seed=0,1,2: one run for each value",
         "  traceback=true       show where in the code an error arose",
+        "  --rerun runs/a/fit   repeat a finished run in a folder of its own, and compare metrics and weights",
         "  --help search.budget what a key means; --help search/s3: all keys of an option (docs/reference/options.md)",
         "  --versions           genlight and every package that it needs, as installed",
         "  --hydra-help         flags of Hydra, which composes the config",

@@ -182,6 +182,14 @@ def config_fingerprint(config: Mapping[str, Any], ignore_keys: Iterable[str] = (
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore_keys: Iterable[str] = ()) -> list[str]:
+    """The keys in which a config is not the one of a record, with both values, in alphabetical order."""
+    ignore = tuple(ignore_keys)
+    one, other = _flat(before, ignore), _flat(_plain(now), ignore)
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, _ABSENT) != other.get(key, _ABSENT))
+    return [f"{key}: was {one.get(key, _ABSENT)!r}, now {other.get(key, _ABSENT)!r}" for key in keys]
+
+
 def _flat(value: Any, ignore: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
     """Dotted keys to plain values; lists by index, so that the first differing entry can be shown."""
     if any(prefix == key or prefix.startswith(key + ".") for key in ignore):
@@ -284,12 +292,11 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _check_same_config(path: Path, old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...]) -> None:
-    before, now = _flat(old["config"], ignore), _flat(new["config"], ignore)
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key, _ABSENT) != now.get(key, _ABSENT))
-    if not keys:
+    found = config_differences(old["config"], new["config"], ignore)
+    if not found:
         return
-    shown = "; ".join(f"{key}: was {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}" for key in keys[:3])
-    more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
+    shown = "; ".join(found[:3])
+    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     raise UserError(
         f"{path} cannot be resumed with another config: {shown}{more}; give the same values, or choose another run.name"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from genlight.reports.environment import environment
 from genlight.reports.figures import curves
 from genlight.reports.finishing import finishing
 from genlight.reports.metrics_csv import merge_metrics
-from genlight.reports.report import Report, parse_report, result_table, write_report
+from genlight.reports.report import FeaturesRecord, Report, parse_report, result_table, write_report
 from genlight.run_folder import process_rank
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict
@@ -256,13 +256,15 @@ class Session:
         features: dict[str, Any] | None = None
         if measured:
             features = {**extractor.describe(), **self.metrics.describe()}  # type: ignore[union-attr]
-            features = {k: v for k, v in features.items() if k in REPORT_FEATURES}
+            known = {field.name for field in fields(FeaturesRecord)}
+            features = {k: v for k, v in features.items() if k in known}
         predicted = (result.predicted if result else None) or self.timer.estimate
         record = {
             **environment(this.words),
             "experiment": this.experiment,
             "config_hash": this.fingerprint,
             "seed": this.plain["seed"],
+            "data": getattr(self.datamodule, "fingerprint", None),
             "draw": draw,
             "metrics": {name: value for name, value in metrics.items() if value == value},
             "table": [dict(row) for row in result.table] if result else [],
@@ -355,23 +357,6 @@ def _track(logger: Any, folder: Path, report: Report) -> None:
             logger.log_folder(folder / ARTIFACT, f"{folder.name}-artifact", "model")
     if hasattr(logger, "finish"):
         logger.finish()
-
-
-REPORT_FEATURES = frozenset(
-    [
-        "name",
-        "kind",
-        "num_features",
-        "fingerprint",
-        "metrics",
-        "reference_split",
-        "num_reference",
-        "reference_data",
-        "kid_subsets",
-        "kid_subset_size",
-        "is_splits",
-    ]
-)
 
 
 def _ensure_features(extractor: Any, cache: Path) -> None:

@@ -27,7 +27,7 @@ from genlight import io
 from genlight.cli import FLAGS_WITH_VALUE, USAGE_ERROR, accepted
 from genlight.config_check import resolved
 from genlight.errors import UserError
-from genlight.run_folder import RUN_FILE, config_fingerprint, process_rank, read_run, run_path
+from genlight.run_folder import RUN_FILE, config_differences, process_rank, read_run, run_path
 from genlight.runner import recorded
 from genlight.secrets import masked_override
 
@@ -37,7 +37,7 @@ _OWN = ("resume", "run.name")
 # where the jobs of a sweep must agree, for their folders lie together
 _SHARED = ("run.name", "run.root", "run.dir", "command")
 # what a finished run may differ in and still be what is asked for
-_SAME = (
+MAY_DIFFER = (
     "resume",
     "dry_run",
     "traceback",
@@ -117,17 +117,15 @@ def run_sweep(words: list[str]) -> int:
     """
     if process_rank() or "RANK" in os.environ:
         raise UserError("--multirun starts processes of its own: leave the launcher out, and set trainer.devices")
-    flags, overrides = _split(words)
+    flags, overrides = split_flags(words)
     overrides = [word for word in overrides if word.lstrip("+").split("=")[0] != "resume"]
     jobs = jobs_of(overrides)
     configs = []
     for job in jobs:  # all of them before any is run
-        searched = [f"hydra.searchpath=[file://{Path(folder).absolute()}]" for folder in _folders(flags)]
-        config = accepted([*searched, *job.words])
+        config = composed(flags, job.words)
         if config is None:
             return USAGE_ERROR
-        plain = resolved(config)
-        configs.append((plain, recorded(config, plain)))
+        configs.append(config)
     plain, _ = configs[0]
     first, command = plain["run"]["name"], plain["command"]
     folder = run_path(plain["run"]["root"], first)
@@ -147,7 +145,23 @@ def run_sweep(words: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def composed(flags: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The config of a command, resolved and as it is recorded; None where it is wrong, which is told.
+
+    Args:
+        flags: of its command line; those that name folders of configs count.
+        words: its overrides, `command=…` among them.
+    """
+    folders = [flags[i + 1] for i, flag in enumerate(flags[:-1]) if flag in ("--config-dir", "-cd")]
+    searched = [f"hydra.searchpath=[file://{Path(folder).absolute()}]" for folder in folders]
+    config = accepted([*searched, *words])
+    if config is None:
+        return None
+    plain = resolved(config)
+    return plain, recorded(config, plain)
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags with their values, and overrides."""
     flags, overrides = [], []
     for index, word in enumerate(words):
@@ -156,10 +170,6 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(word)
     return flags, overrides
-
-
-def _folders(flags: Sequence[str]) -> list[str]:
-    return [flags[i + 1] for i, flag in enumerate(flags[:-1]) if flag in ("--config-dir", "-cd")]
 
 
 def _command(flags: Sequence[str], job: Job, name: str, resume: bool) -> list[str]:
@@ -172,7 +182,7 @@ def _is_finished(place: Path, record: Mapping[str, Any]) -> bool:
     if not (place / RUN_FILE).is_file():
         return False
     old = read_run(place)
-    return old["status"] == "finished" and config_fingerprint(old["config"], _SAME) == config_fingerprint(record, _SAME)
+    return old["status"] == "finished" and not config_differences(old["config"], record, MAY_DIFFER)
 
 
 def _run(command: list[str]) -> int:

@@ -31,7 +31,7 @@ RANKS = {
     "session": 6,
     "runner": 7,
     "guards": 1, "signatures": 1, "config_check": 2, "config_errors": 3, "help": 4, "options": 5,
-    "cli": 8, "sweep": 8, "__main__": 9, "__init__": 0, "conf": 0,
+    "cli": 8, "sweep": 8, "rerun": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
 WITHOUT_LIGHTNING = (
     "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "experts",
@@ -46,6 +46,7 @@ WITHOUT_TORCH_AT_TOP = (
     "help",
     "options",
     "sweep",
+    "rerun",
     "errors",
     "io",
     "run_folder",

@@ -77,6 +77,7 @@ def test_validate_takes_a_run_a_checkpoint_or_an_artifact_alike(root: Path) -> N
         report = report_of(root / name / "validate")
         values.append(report["metrics"]["val/fd_digits"])
         assert report["draw"] == "report" and report["num_samples"] == 40
+        assert len(report["data"]) == 64 and report["data"] == report_of(fit)["data"]
         assert report["features"]["name"] == "digits" and report["floor"]["num_reference"] == 899
         assert (root / name / "validate" / "figures" / "samples.png").is_file()
     assert values[0] == values[1] == values[2]

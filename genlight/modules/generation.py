@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from genlight.trainer.resident import is_sharded
 
 GRID_IMAGES = 64
 
@@ -30,6 +33,7 @@ class GeneratorValidation(LiveParameters):
 
     metrics: Any = None
     grid_images: Tensor | None = None
+    _rows: int | None = None  # samples of one call at most, once memory ran out
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "metrics":
@@ -44,11 +48,36 @@ class GeneratorValidation(LiveParameters):
             self.metrics.reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
-        images = self.sample(batch["noise"], batch.get("label"))  # type: ignore[attr-defined]
+        images = self._in_parts(batch["noise"], batch.get("label"))
         if self.metrics is not None:
             self.metrics.update(images, batch.get("index"))
         kept = [] if self.grid_images is None else [self.grid_images]
         self.grid_images = torch.cat([*kept, images.cpu()])[:GRID_IMAGES]
+
+    def _in_parts(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        """``sample``, in halves where memory runs out: a sample does not depend on its batch.
+
+        Raises torch.OutOfMemoryError if memory does not suffice for one sample, or the module lies in shards: the
+        processes of those sample together, and one may not go its own way.
+        """
+        rows, parts, start = self._rows or len(noise), list[Tensor](), 0
+        while start < len(noise):
+            part = slice(start, start + rows)
+            try:
+                parts.append(self.sample(noise[part], None if label is None else label[part]))  # type: ignore[attr-defined]
+            except torch.OutOfMemoryError:
+                rows = min(rows, len(noise) - start) // 2
+                if rows < 1 or is_sharded(self.trainer):  # type: ignore[attr-defined]
+                    raise
+                continue
+            start += rows
+        if rows < (self._rows or len(noise)):
+            warnings.warn(
+                f"memory ran out: {rows} of {len(noise)} samples at a time from now on (data.eval_batch_size)",
+                stacklevel=2,
+            )
+            self._rows = rows
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def on_validation_epoch_end(self) -> None:
         if self.metrics is not None and not self.trainer.sanity_checking:  # type: ignore[attr-defined]

@@ -78,6 +78,7 @@ class Report:
         real: what it took, under the same keys.
         table: before and after: one row for each variant that was measured.
         files: paths below the run folder, worth looking at first.
+        data: fingerprint of the data set, or None where it has none.
     """
 
     __pydantic_config__ = STRICT
@@ -99,6 +100,7 @@ class Report:
     files: list[str]
     notes: list[str]
     table: list[dict[str, JsonValue]] = field(default_factory=list)
+    data: str | None = None
     date: str = ""
     kind: Literal["report"] = "report"
     version: Literal[1] = 1
@@ -346,9 +348,10 @@ def _made_by(report: Report) -> str:
     machine = report.machine
     gpus = machine.get("gpus")
     devices = f", {', '.join(str(gpu) for gpu in gpus)}" if isinstance(gpus, list) and gpus else ""
+    data = f"data {report.data[:12]} · " if report.data else ""
     packages = ", ".join(f"{name} {report.versions[name]}" for name in ("python", "torch") if name in report.versions)
     return (
-        f"---\n{report.date or 'undated'} · revision {revision}{changed} · config {report.config_hash[:12]} · "
+        f"---\n{report.date or 'undated'} · revision {revision}{changed} · config {report.config_hash[:12]} · {data}"
         f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{devices} · {packages}"
     )
 

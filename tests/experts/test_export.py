@@ -83,6 +83,23 @@ def test_folders_load_in_plain_transformers_with_equal_logits(tmp_path: Path) ->
         assert counts == [4]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_reads_the_full_model_reads_the_pruned_one(name: str, tmp_path: Path) -> None:
+    """Its config.json differs in the counts alone, and its tensors have names that the full model has."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "full")
+    editor = ExpertEditor(model)
+    editor.apply(dict.fromkeys(editor.layers, selection_maps(KEPT, 8)), num_experts_per_tok=1)
+    changes = config_changes(editor)
+    export(editor, tmp_path / "pruned")
+    full, pruned = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("full", "pruned"))
+    assert set(changes) == {editor.family.count_field, "num_experts_per_tok"}
+    written = {model.config.attribute_map.get(field, field): value for field, value in changes.items()}
+    assert written.keys() <= full.keys() and pruned == full | written
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("full", "pruned")]
+    assert names[1] <= names[0] and len(names[1]) > 0
+
+
 def test_size_is_as_predicted(tmp_path: Path) -> None:
     """Experts hold E'/E of the full model's numbers; a file holds four bytes a number."""
     model = tiny_model("mixtral")

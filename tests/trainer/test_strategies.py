@@ -1,5 +1,6 @@
 """What each strategy option builds, and what is refused before anything runs."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -208,3 +209,22 @@ def test_the_commands_of_the_page_on_multi_node_runs_parse_in_bash():
         assert result.returncode == 0, result.stderr
         for word in re.findall(r"\bstrategy=(\w+)", block):
             assert (CONF / "strategy" / f"{word}.yaml").is_file()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (143, True)])
+def test_the_script_for_slurm_goes_back_into_the_queue_after_a_signal_alone(code, requeued, tmp_path):
+    """The commands of SLURM note their words; the job asks for as many processes as the trainer wants."""
+    text = (CONF.parent / "docs" / "multi_node.md").read_text()
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "#SBATCH" in block)
+    for name, end in {"srun": code, "scontrol": 0}.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/{name}.txt\nexit {end}\n')
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    assert subprocess.run(["bash", "-c", script], env=environ).returncode == code
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 42\n"
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, flags=re.MULTILINE))
+    words = (tmp_path / "srun.txt").read_text().split()
+    assert f"trainer.devices={asked['ntasks-per-node']}" in words and f"trainer.num_nodes={asked['nodes']}" in words
+    assert "resume=true" in words
