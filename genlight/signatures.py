@@ -302,7 +302,8 @@ def _accepts_generic(annotation: ast.Subscript, value: Any) -> bool:
     if name in {"list", "List", "Sequence", "Iterable", "tuple", "Tuple"}:
         if not isinstance(value, list):
             return False
-        if name in {"tuple", "Tuple"} and not (len(inner) == 2 and ast.unparse(inner[1]) == "..."):
+        # diffusers writes tuple[int] for any number of them
+        if name in {"tuple", "Tuple"} and len(inner) > 1 and ast.unparse(inner[1]) != "...":
             return len(inner) == len(value) and all(accepts(a, v) for a, v in zip(inner, value))
         return all(accepts(inner[0], item) for item in value)
     if name in {"dict", "Dict", "Mapping"}:

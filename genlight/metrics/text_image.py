@@ -19,7 +19,8 @@ class TextImageMetrics:
     """Metrics of torchmetrics that need no reference, in the place of `GenerativeMetrics`.
 
     Use: per batch ``set_prompts`` and ``update``, then ``compute``, ``reset``. The metrics are built when first needed.
-    One whose ``update`` takes images and texts (`torchmetrics.multimodal.CLIPScore`) is given the prompts.
+    One whose ``update`` takes images and texts (`torchmetrics.multimodal.CLIPScore`), or a second argument that is
+    called ``prompts``, is given the prompts.
 
     Values of each image are averaged. A metric that gives several values by name is reported as "<name>_<value>", one
     that gives mean and deviation as "<name>" and "<name>_std".
@@ -206,7 +207,7 @@ def _takes_prompts(name: str, metric: Metric) -> bool:
     texts = any(kind.__module__.startswith("torchmetrics.multimodal") for kind in type(metric).__mro__)
     if len(needed) == 1:
         return False
-    if len(needed) == 2 and texts:
+    if len(needed) == 2 and (texts or needed[1].name == "prompts"):
         return True
     found = ", ".join(p.name for p in needed)
     raise ValueError(f"metrics.{name}: {type(metric).__name__} takes {found}; here are only images and their prompts")
