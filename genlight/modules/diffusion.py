@@ -18,6 +18,7 @@ from genlight.diffusion.schedulers import build_scheduler
 from genlight.diffusion.timestep_samplers import TimestepSampler, UniformTimesteps
 from genlight.diffusion.weightings import Uniform, Weighting
 from genlight.errors import UserError
+from genlight.modules.artifact_kind import check_one_model
 from genlight.modules.data_check import check_data
 from genlight.modules.described import DescribedWeights
 from genlight.modules.exported_pipeline import Network, denoise, network_shape, network_style, predict
@@ -141,6 +142,7 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, O
         if self.pretrained is not None:
             source, self.pretrained = self.pretrained, None
             try:
+                check_one_model(source)
                 self.load_pretrained(source)
             except BaseException:
                 self.pretrained = source
