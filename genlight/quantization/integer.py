@@ -64,17 +64,18 @@ def integer_linear(
     column_sums = None if input_zero is None else weight.unpacked().sum(dim=1, dtype=torch.int32)
     if triton_runs_on(codes.device):
         return _by_kernel(codes, grid, weight, sums, column_sums, low_rank, bias, dtype)
+    # in place from here: on a CPU each new matrix of this size costs as much as what is done to it
     total = torch._int_mm(codes, weight.unpacked().t())
     if weight_zero is not None and sums is not None:
-        total = total - weight_zero.int().t() * sums[:, None]
+        total -= weight_zero.int().t() * sums[:, None]
     if input_zero is not None and column_sums is not None:
-        total = total - input_zero.int() * column_sums
+        total -= input_zero.int() * column_sums
         if weight_zero is not None:
-            total = total + weight.columns * input_zero.int() * weight_zero.int().t()
-    output = total.float() * grid.scale * weight.grid.scale.t()
+            total += weight.columns * input_zero.int() * weight_zero.int().t()
+    output = total.float().mul_(grid.scale).mul_(weight.grid.scale.t())
     if low_rank is not None:
         output = output + functional.linear(*low_rank)
-    return (output if bias is None else output + bias).to(dtype)
+    return (output if bias is None else output.add_(bias)).to(dtype)
 
 
 def _by_kernel(

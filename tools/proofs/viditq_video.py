@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,8 +33,8 @@ from _commands import record
 
 FRAMES, SIZE, DIGIT = 4, 12, 8
 CLASSES, TOKENS, CAPTION = 10, 2, 32
-STEPS, BATCH, WARMUP = 4000, 32, 100
-SAMPLES, NUM_INFERENCE_STEPS, GUIDANCE = 200, 10, 2.0
+STEPS, BATCH = 6000, 32
+SAMPLES, NUM_INFERENCE_STEPS, GUIDANCE = 100, 10, 2.0
 GROUPS = {
     "cross-attention": r"^transformer_blocks.*\.attn2\.",
     "spatial": r"^transformer_blocks.*\.(attn1|ff)\.",
@@ -142,7 +143,7 @@ def train_network(steps: int) -> Any:
     network, noising, text, data = new_network(), scheduler(), captions(), Data("train", 1)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=WARMUP / steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         videos, labels = data.videos(BATCH)
         labels = torch.where(torch.rand(BATCH) < 0.1, CLASSES, labels)
@@ -281,8 +282,6 @@ def measured(network: Any, judge: Judge, seed: int, samples: int, bits: Iterable
 
 def layers_of(network: Any, pattern: str, bits: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Layers of a group as they are and rounded: weights per output channel, inputs of 8 bits per token."""
-    import re
-
     from genlight.quantization.convert import quantizable_layers, quantize_layer
     from genlight.quantization.formats import LayerFormat, WeightFormat
 

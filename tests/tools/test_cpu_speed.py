@@ -1,0 +1,50 @@
+"""Memory and speed as the proofs measure them: of things whose size and duration are known."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROOFS = Path(__file__).resolve().parents[2] / "tools" / "proofs"
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(PROOFS))
+    return runpy.run_path(str(PROOFS / "_cpu_speed.py"))
+
+
+def test_memory_is_that_of_tensors_alive_each_storage_once(program: dict[str, Any]) -> None:
+    program["held"]()
+    before = program["held"]()
+    kept = torch.ones(40 << 20, dtype=torch.uint8)
+    view = kept[:100]
+    after = program["held"]()
+    assert after["live"] - before["live"] == 40 << 20
+    assert after["resident"] - before["resident"] == pytest.approx(40 << 20, rel=0.1)
+    del kept, view
+    assert program["held"]()["live"] == before["live"]
+
+
+def test_a_speed_is_the_first_side_s_time_over_another_s(program: dict[str, Any]) -> None:
+    matrix = torch.randn(400, 400)
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            matrix @ matrix
+
+    sides = {"float32": lambda: products(120), "half": lambda: products(60)}
+    assert program["speeds"](sides, 5) == {"half": pytest.approx(2, rel=0.3)}
+
+
+def test_layers_have_the_shapes_they_are_named_by_and_the_bits_they_are_given(program: dict[str, Any]) -> None:
+    layers = program["layers_of"]("unet")
+    shapes = [tuple(layer.weight.shape) for layer in layers.values()]
+    assert shapes[1] == (5120, 640) and shapes[-1] == (640, 1280, 1, 1)
+    assert len(shapes) == len(program["LINEARS"]) + len(program["CONVOLUTIONS"])
+    made = program["quantized"]("unet", layers["0: linear 77 x 2048 x 1280"], 4)
+    assert made.weight_codes.numel() == 2048 * 1280 // 2 and made.form.activation.mode == "static"
+    with torch.inference_mode():
+        assert made(torch.randn(3, 2048)).shape == (3, 1280)

@@ -1,0 +1,258 @@
+"""Speed and memory of quantized layers on a CPU: the same bars for a transformer and for the layers of a UNet.
+
+Speed: sides take turns in one process of one thread, several rounds; a ratio is the median over the rounds of the ratio
+within a round. What counts is the processor's time, which other work on the machine changes less than the clock's.
+
+- "transformer": a forward pass of one block of PixArt's width, 1152, on 4,096 tokens, attention products and all;
+- "unet": linear layers and convolutions with the shapes of SDXL at 1024 pixels, in MixDQ's format: static ranges.
+
+Beside float32 stands torchao's int8, dynamic as well, in the same layers; it convolves nothing on a CPU.
+
+Memory: weights of the same kind, built in float32 and then quantized, in a process of its own. Counted is what the
+process has grown by in resident memory, and what all tensors hold that are alive in it; the larger share is the bar's.
+
+    python tools/proofs/_cpu_speed.py transformer
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _commands import run
+
+from genlight.reports.proof import Bar, bar_at_least, bar_at_most
+
+ROUNDS = 5
+WIDTH, TOKENS, TEXT_TOKENS, BLOCKS = 1152, 4096, 120, 4
+QUANTIZED = r"^transformer_blocks.*(attn|ff)"
+# rows, inputs, outputs: attention, feed-forward in and out of both widths, keys and values of the text
+LINEARS = (
+    (4096, 640, 640),
+    (4096, 640, 5120),
+    (4096, 2560, 640),
+    (1024, 1280, 1280),
+    (1024, 1280, 10240),
+    (1024, 5120, 1280),
+    (77, 2048, 1280),
+)
+# height and width, channels in and out, kernel: each level, after a shortcut, and the shortcut's own
+CONVOLUTIONS = ((128, 320, 320, 3), (64, 640, 640, 3), (32, 1280, 1280, 3), (32, 2560, 1280, 3), (64, 1280, 640, 1))
+FLOAT, W8, W4, TORCHAO = "float32", "W8A8", "W4A8", "torchao int8"
+NOT_MEASURED = "not measured"
+
+
+def cpu_group(kind: str) -> tuple[list[Bar], list[dict[str, Any]]]:
+    """Bars and rows of the table for "transformer" or "unet", each measured in processes of their own."""
+    seconds: dict[str, dict[str, float]] = json.loads(run(__file__, kind))
+    shares: dict[str, dict[str, float]] = json.loads(run(__file__, kind, "memory"))
+    bars = []
+    for name, found in seconds.items():
+        ident, what = ("cpu-speed", kind) if name == kind else (f"cpu-{name}", f"{kind}: {name}")
+        bars.append(bar_at_least(ident, f"{what}, float32 / W8A8, processor time of one thread", found[W8], 1.3))
+    compared = next(iter(seconds.values()))
+    words = f"{next(iter(seconds))}, torchao's dynamic int8 / W8A8, processor time of one thread"
+    if TORCHAO in compared:
+        bars.append(bar_at_least("cpu-torchao", words, compared[W8] / compared[TORCHAO], 1.0))
+    else:
+        bars.append(Bar("cpu-torchao", f"{words}: torchao is not installed", NOT_MEASURED, "≥ 1", False))
+    for form, limit in ((W8, 0.27), (W4, 0.15)):
+        what = f"{kind}: memory of weights, {form[:2]} / float32, resident and of live tensors, the larger"
+        bars.append(bar_at_most(f"mem-{form[:2].lower()}", what, max(shares[form].values()), limit))
+    rows = [{"network": f"CPU, {name}", **{f"{FLOAT} / {side}": x for side, x in found.items()}}
+            for name, found in seconds.items()]  # fmt: skip
+    rows += [{"network": f"{kind}, {form}: share of float32's memory", **row} for form, row in shares.items()]
+    return bars, rows
+
+
+def transformer(blocks: int) -> Any:
+    """A PixArt of that many blocks, full width, random weights."""
+    from diffusers import PixArtTransformer2DModel
+
+    made: Any = PixArtTransformer2DModel
+    return made(
+        num_attention_heads=16,
+        attention_head_dim=WIDTH // 16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=blocks,
+        cross_attention_dim=WIDTH,
+        sample_size=128,
+        patch_size=2,
+        caption_channels=WIDTH,
+        interpolation_scale=2,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def chosen(network: Any) -> dict[str, Any]:
+    """The linear layers of a transformer that are quantized, by name."""
+    from torch import nn
+
+    named = network.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, nn.Linear) and re.search(QUANTIZED, name)}
+
+
+def layers_of(kind: str, blocks: int = 1) -> dict[str, Any]:
+    """The layers that are quantized, by name: of so many blocks, or each shape so many times."""
+    from torch import nn
+
+    if kind == "transformer":
+        return chosen(transformer(blocks))
+    layers: dict[str, Any] = {}
+    for block in range(blocks):
+        layers |= {f"{block}: linear {n} x {i} x {o}": nn.Linear(i, o) for n, i, o in LINEARS}
+        convolutions = ((f"conv {k} of {i} to {o}", nn.Conv2d(i, o, k, padding=k // 2)) for _, i, o, k in CONVOLUTIONS)
+        layers |= {f"{block}: {name}": layer for name, layer in convolutions}
+    return layers
+
+
+def quantized(kind: str, layer: Any, bits: int) -> Any:
+    """A layer in the format of the kind: a scale for each token, or ranges that were measured before."""
+    import torch
+
+    from genlight.quantization.convert import quantize_layer
+    from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+
+    if kind == "transformer":
+        return quantize_layer(layer, LayerFormat(WeightFormat(bits)))
+    form = LayerFormat(WeightFormat(bits), ActivationFormat(8, False, "static", "tensor"))
+    return quantize_layer(layer, form, activation_range=torch.tensor([[[-4.0, 4.5]]]))
+
+
+def by_torchao(model: Any, names: Collection[str]) -> Any:
+    """A copy with the named layers in torchao's int8."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda _, name: name in names)
+    return model
+
+
+def transformer_sides() -> dict[str, dict[str, Callable[[], Any]]]:
+    """A forward pass of each side."""
+    import torch
+
+    from genlight.quantization.convert import replace_layers
+
+    torch.manual_seed(0)
+    plain = transformer(1)
+    layers = chosen(plain)
+    inputs = torch.randn(1, 4, 128, 128), torch.randn(1, TEXT_TOKENS, WIDTH), torch.tensor([500])
+    sides = {FLOAT: plain}
+    for form, bits in ((W8, 8), (W4, 4)):
+        sides[form] = copy.deepcopy(plain)
+        replace_layers(sides[form], {name: quantized("transformer", layer, bits) for name, layer in layers.items()})
+    if find_spec("torchao"):
+        sides[TORCHAO] = by_torchao(plain, layers)
+
+    def forward(network: Any) -> Any:
+        sizes = {"resolution": None, "aspect_ratio": None}
+        return network(inputs[0], encoder_hidden_states=inputs[1], timestep=inputs[2], added_cond_kwargs=sizes).sample
+
+    return {"transformer": {side: partial(forward, network) for side, network in sides.items()}}
+
+
+def unet_sides() -> dict[str, dict[str, Callable[[], Any]]]:
+    """All linear layers one after the other, and all convolutions, of each side."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    made = list(layers_of("unet").values())
+    linears, convolutions = made[: len(LINEARS)], made[len(LINEARS) :]
+    rows = [torch.randn(n, i) for n, i, _ in LINEARS]
+    images = [torch.randn(1, i, size, size) for size, i, _, _ in CONVOLUTIONS]
+
+    def each(layers: list[Any], inputs: list[Any]) -> None:
+        for layer, values in zip(layers, inputs, strict=True):
+            layer(values)
+
+    found = {
+        name: {
+            FLOAT: partial(each, layers, inputs),
+            W8: partial(each, [quantized("unet", layer, 8) for layer in layers], inputs),
+        }
+        for name, layers, inputs in (("linear", linears, rows), ("convolution", convolutions, images))
+    }
+    if find_spec("torchao"):
+        names = {str(index) for index in range(len(linears))}
+        found["linear"][TORCHAO] = partial(each, list(by_torchao(nn.ModuleList(linears), names)), rows)
+    return found
+
+
+def speeds(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """How many times as fast as the first side the others are."""
+    seconds: list[dict[str, float]] = []
+    # the first round warms up, and does not count
+    for turn in range(rounds + 1):
+        found = {}
+        for name in list(sides) if turn % 2 else list(sides)[::-1]:
+            started = time.process_time()
+            sides[name]()
+            found[name] = time.process_time() - started
+        seconds.append(found)
+    return {name: median(each[FLOAT] / each[name] for each in seconds[1:]) for name in sides if name != FLOAT}
+
+
+def memory_shares(kind: str) -> dict[str, dict[str, float]]:
+    """What quantized layers take, over what float32 takes, by form: of resident memory and of live tensors."""
+    # what the first use of anything allocates is not that of weights
+    for layer in layers_of(kind).values():
+        quantized(kind, layer, 4)
+    found = {}
+    for form, bits in ((FLOAT, 32), (W8, 8), (W4, 4)):
+        before = held()
+        layers = layers_of(kind, BLOCKS)
+        for name in list(layers) if bits < 32 else ():
+            layers[name] = quantized(kind, layers.pop(name), bits)
+        found[form] = {key: value - before[key] for key, value in held().items()}
+        del layers
+    return {form: {key: found[form][key] / found[FLOAT][key] for key in found[form]} for form in (W8, W4)}
+
+
+def held() -> dict[str, int]:
+    """Bytes of resident memory, and of the storages of all tensors that are alive."""
+    import torch
+
+    gc.collect()
+    # the allocator's free pages go back to the system, where it is that of GNU
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"resident": pages * resource.getpagesize(), "live": sum(storages.values())}
+
+
+def main(kind: str, what: str = "speed") -> None:
+    """One measurement, as JSON on the standard output."""
+    import torch
+
+    torch.set_num_threads(1)
+    if what == "memory":
+        print(json.dumps(memory_shares(kind)))
+        return
+    with torch.inference_mode():
+        sides = transformer_sides() if kind == "transformer" else unet_sides()
+        print(json.dumps({name: speeds(each) for name, each in sides.items()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
