@@ -14,8 +14,6 @@ Fréchet distances are of 400 samples, but those that are asked which choice of 
 two networks close to full precision moved by up to 0.045 from 400 samples to 1,000, a standard error of some 0.03, and
 a ratio is to be told from 1 to within 0.01.
 
-Speed and memory of SDXL's layers are measured beside float32 and torchao: see `_cpu_speed`.
-
     make proof NAME=mixdq
 """
 
@@ -34,7 +32,6 @@ from statistics import stdev
 from typing import Any
 
 from _commands import genlight, record, report, run
-from _cpu_speed import cpu_group
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -289,13 +286,11 @@ def main() -> None:
         if not classifier("digits").is_file():
             genlight("fit", "experiment=features/digits")
         list(pool.map(train, arguments.seeds))
-        cpu_bars, cpu_rows = cpu_group("unet")  # before the rest, which would take turns with it
         whole = pool.submit(command, "validate", "mixed", first, f"ckpt_path={artifact_of(folder, first)}")
         tasks = [pool.submit(run, __file__, "--measure", folder, seed, arguments.samples) for seed in arguments.seeds]
         results = [json.loads(task.result()) for task in tasks]
         whole.result()
-        bars = [*bars_of(results), *cpu_bars]
-        table = [*table_of(results, report(folder / "mixed" / "validate")), *cpu_rows]
+        bars, table = bars_of(results), table_of(results, report(folder / "mixed" / "validate"))
     if arguments.show:
         print(json.dumps({"bars": [vars(bar) for bar in bars], "table": table}, indent=1))
     else:

@@ -8,9 +8,6 @@ undo. The real command quantizes it once more with mixed bits, for the table.
 Every number is the signal-to-noise ratio in dB of the network's predictions along trajectories of full precision, both
 guidance branches, on noise that neither calibration nor the choice of bits has seen.
 
-Speed and memory are measured beside float32 and torchao on a block of PixArt's width: see `_cpu_speed`. torchao is no
-dependency; put it on PYTHONPATH to have it compared. `--group cpu` measures that alone, and prints it.
-
     make proof NAME=viditq
 """
 
@@ -30,7 +27,6 @@ from statistics import fmean
 from typing import Any
 
 from _commands import genlight, record, report, run
-from _cpu_speed import cpu_group
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -313,33 +309,20 @@ def table_of(results: Sequence[Mapping[str, Any]], command: Mapping[str, Any]) -
     return rows
 
 
-def show(bars: Sequence[Bar], table: Sequence[Mapping[str, Any]]) -> None:
-    """Print what would be recorded."""
-    print(json.dumps({"bars": [vars(bar) for bar in bars], "table": table}, indent=1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=SAMPLES, help="trajectories, and as many to calibrate")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and use the model of an earlier one")
     parser.add_argument("--show", action="store_true", help="print the bars and write nothing")
-    parser.add_argument(
-        "--group", choices=["cpu"], help="print the bars of speed and memory on a CPU, and nothing else"
-    )
     arguments = parser.parse_args()
     started = time.monotonic()
-    if arguments.group == "cpu":
-        show(*cpu_group("transformer"))
-        return
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = arguments.folder or Path(name)
         where = [EXPERIMENT, f"run.root={folder}"]
         if not (folder / "model" / "fit" / "artifact").is_dir():
             genlight("fit", *where, "run.name=model")
-        # before the rest, which would take turns with it
         ratio = json.loads(run(__file__, "--speed"))["ratio"]
-        cpu_bars, cpu_rows = cpu_group("transformer")
         command = pool.submit(
             genlight,
             "validate",
@@ -351,10 +334,10 @@ def main() -> None:
         tasks = [pool.submit(run, __file__, "--measure", folder, seed, arguments.samples) for seed in arguments.seeds]
         results = [json.loads(task.result()) for task in tasks]
         command.result()
-        bars = bars_of(results, ratio) + cpu_bars
-        table = table_of(results, report(folder / "mixed" / "validate")) + cpu_rows
+        bars = bars_of(results, ratio)
+        table = table_of(results, report(folder / "mixed" / "validate"))
     if arguments.show:
-        show(bars, table)
+        print(json.dumps({"bars": [vars(bar) for bar in bars], "table": table}, indent=1))
     else:
         record("viditq", bars, table, arguments.seeds, started)
 

@@ -1,4 +1,4 @@
-"""Speed and memory of quantized layers on a CPU: the same bars for a transformer and for the layers of a UNet.
+"""Speed and memory of quantized layers on a CPU: docs/results/quantized_cpu.json.
 
 Speed: sides take turns in one process of one thread, several rounds; a ratio is the median over the rounds of the ratio
 within a round. What counts is the processor's time, which other work on the machine changes less than the clock's.
@@ -6,23 +6,24 @@ within a round. What counts is the processor's time, which other work on the mac
 - "transformer": a forward pass of one block of PixArt's width, 1152, on 4,096 tokens, attention products and all;
 - "unet": linear layers and convolutions with the shapes of SDXL at 1024 pixels, in MixDQ's format: static ranges.
 
-Beside float32 stands torchao's int8, dynamic as well, in the same layers; it convolves nothing on a CPU.
+Beside float32 stands torchao's int8, dynamic as well, in the same layers; it convolves nothing on a CPU. It is no
+dependency: put it on PYTHONPATH to have it compared.
 
 Memory: weights of the same kind, built in float32 and then quantized, in a process of its own. Counted is what the
 process has grown by in resident memory, and what all tensors hold that are alive in it; the larger share is the bar's.
 
-    python tools/proofs/_cpu_speed.py transformer
+    make proof NAME=quantized_cpu
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import ctypes
 import gc
 import json
 import re
 import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -31,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _commands import run
+from _commands import record, run
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -54,27 +55,38 @@ FLOAT, W8, W4, TORCHAO = "float32", "W8A8", "W4A8", "torchao int8"
 NOT_MEASURED = "not measured"
 
 
-def cpu_group(kind: str) -> tuple[list[Bar], list[dict[str, Any]]]:
-    """Bars and rows of the table for "transformer" or "unet", each measured in processes of their own."""
-    seconds: dict[str, dict[str, float]] = json.loads(run(__file__, kind))
-    shares: dict[str, dict[str, float]] = json.loads(run(__file__, kind, "memory"))
+Shares = Mapping[str, Mapping[str, float]]
+
+
+def bars_of(kind: str, speed: Shares, memory: Shares) -> list[Bar]:
+    """Bars of a kind: of the speed of each part of it, and of the memory of each form."""
     bars = []
-    for name, found in seconds.items():
-        ident, what = ("cpu-speed", kind) if name == kind else (f"cpu-{name}", f"{kind}: {name}")
-        bars.append(bar_at_least(ident, f"{what}, float32 / W8A8, processor time of one thread", found[W8], 1.3))
-    compared = next(iter(seconds.values()))
-    words = f"{next(iter(seconds))}, torchao's dynamic int8 / W8A8, processor time of one thread"
-    if TORCHAO in compared:
-        bars.append(bar_at_least("cpu-torchao", words, compared[W8] / compared[TORCHAO], 1.0))
-    else:
-        bars.append(Bar("cpu-torchao", f"{words}: torchao is not installed", NOT_MEASURED, "≥ 1", False))
+    for name, found in speed.items():
+        what = f"{name}, float32 / W8A8, processor time of one thread"
+        bars.append(bar_at_least(f"speed-{name}", what, found[W8], 1.3))
+        words = f"{name}, torchao's dynamic int8 / W8A8, processor time of one thread"
+        if TORCHAO in found:
+            bars.append(bar_at_least(f"torchao-{name}", words, found[W8] / found[TORCHAO], 1.0))
+        elif name != "convolution":
+            bars.append(Bar(f"torchao-{name}", f"{words}: torchao is not installed", NOT_MEASURED, "≥ 1", False))
     for form, limit in ((W8, 0.27), (W4, 0.15)):
         what = f"{kind}: memory of weights, {form[:2]} / float32, resident and of live tensors, the larger"
-        bars.append(bar_at_most(f"mem-{form[:2].lower()}", what, max(shares[form].values()), limit))
-    rows = [{"network": f"CPU, {name}", **{f"{FLOAT} / {side}": x for side, x in found.items()}}
-            for name, found in seconds.items()]  # fmt: skip
-    rows += [{"network": f"{kind}, {form}: share of float32's memory", **row} for form, row in shares.items()]
-    return bars, rows
+        bars.append(bar_at_most(f"memory-{kind}-{form[:2].lower()}", what, max(memory[form].values()), limit))
+    return bars
+
+
+def rows_of(kind: str, speed: Shares, memory: Shares) -> list[dict[str, Any]]:
+    """Lines of the table: how many times as fast as float32 a part is, and what share of its memory a form takes."""
+    empty = {"times as fast": None, "resident share": None, "share of live tensors": None}
+    rows = [
+        {"layers": name, "form": form, **empty, "times as fast": times}
+        for name, found in speed.items()
+        for form, times in found.items()
+    ]
+    return rows + [
+        {"layers": kind, "form": form, **empty, "resident share": row["resident"], "share of live tensors": row["live"]}
+        for form, row in memory.items()
+    ]
 
 
 def transformer(blocks: int) -> Any:
@@ -241,7 +253,7 @@ def held() -> dict[str, int]:
     return {"resident": pages * resource.getpagesize(), "live": sum(storages.values())}
 
 
-def main(kind: str, what: str = "speed") -> None:
+def measure(kind: str, what: str) -> None:
     """One measurement, as JSON on the standard output."""
     import torch
 
@@ -254,5 +266,20 @@ def main(kind: str, what: str = "speed") -> None:
         print(json.dumps({name: speeds(each) for name, each in sides.items()}))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, metavar=("KIND", "WHAT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    started, bars, table = time.monotonic(), list[Bar](), list[dict[str, Any]]()
+    for kind in ("transformer", "unet"):  # one after the other, each in a process of its own
+        speed, memory = (json.loads(run(__file__, "--measure", kind, what)) for what in ("speed", "memory"))
+        bars += bars_of(kind, speed, memory)
+        table += rows_of(kind, speed, memory)
+    record("quantized_cpu", bars, table, [0], started)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

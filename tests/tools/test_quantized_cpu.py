@@ -13,7 +13,7 @@ PROOFS = Path(__file__).resolve().parents[2] / "tools" / "proofs"
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(PROOFS))
-    return runpy.run_path(str(PROOFS / "_cpu_speed.py"))
+    return runpy.run_path(str(PROOFS / "quantized_cpu.py"))
 
 
 def test_memory_is_that_of_tensors_alive_each_storage_once(program: dict[str, Any]) -> None:
