@@ -49,10 +49,18 @@ class Geometry:
         """[batch, channels, height, width] with its border."""
         return functional.pad(values, self.pads, mode=self.pad_mode) if any(self.pads) else values
 
-    def patches(self, values: Tensor) -> Tensor:
-        """What each output sums over: [batch, places, channels × kernel] of [batch, channels, height, width]."""
-        columns = functional.unfold(self.pad(values), self.kernel_size, self.dilation, 0, self.stride)
-        return columns.transpose(1, 2)
+    def windows(self, padded: Tensor) -> Tensor:
+        """What each output sums over: [batch, channels, height', width', *kernel], a view of what `pad` gives."""
+        reach = [step * (size - 1) + 1 for step, size in zip(self.dilation, self.kernel_size)]
+        rows = padded.unfold(2, reach[0], self.stride[0]).unfold(3, reach[1], self.stride[1])
+        return rows[..., :: self.dilation[0], :: self.dilation[1]]
+
+    def patches(self, padded: Tensor) -> Tensor:
+        """What each output sums over: [batch × places, channels × kernel] of what `pad` gives.
+
+        Places are last in memory, as they are in the input: many times as fast to copy as patch by patch.
+        """
+        return self.windows(padded).permute(1, 4, 5, 0, 2, 3).flatten(0, 2).flatten(1).t()
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of `height` and `width`."""
@@ -116,17 +124,28 @@ class QuantizedConv2d(QuantizedLayer):
         return functional.conv2d(where.pad(inputs), weight, None, where.stride, 0, where.dilation, where.groups)
 
     def _integer_convolution(self, inputs: Tensor, height: int, width: int) -> Tensor:
-        weight, grid = self.quantized_weight, self.grid(inputs)
+        weight, grid, where = self.quantized_weight, self.grid(inputs), self.geometry
         assert weight is not None
-        codes = quantize(inputs, grid).float()
-        # zeros of the border are zeros only where code 0 means zero
-        centred = codes if grid.zero_point is None else codes - grid.zero_point
-        patches = self.geometry.patches(centred)
-        rows = row_grid(_of_patches(grid), patches)
-        flat = patches.flatten(0, 1)
-        flat = flat if rows.zero_point is None else flat + rows.zero_point
-        product = integer_linear(flat.to(torch.int8), rows, weight)
+        codes = self._padded(quantize(inputs, grid), grid.zero_point)
+        patches = where.patches(codes)
+        # a patch sums over channels first, and then over the few places of the kernel
+        sums = where.windows(codes.sum(dim=1, keepdim=True, dtype=torch.int32)).sum(dim=(1, 4, 5), dtype=torch.int32)
+        rows = row_grid(_of_patches(grid), sums.flatten(1)[..., None])
+        if codes.device.type != "cpu":
+            patches = patches.contiguous()
+        product = integer_linear(patches, rows, weight, sums=sums.flatten())
         return product.reshape(len(inputs), height, width, self.outputs).permute(0, 3, 1, 2)
+
+    def _padded(self, codes: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Codes with their border, which has the code of the number zero where it is of zeros."""
+        where = self.geometry
+        if where.pad_mode != "constant":
+            return where.pad(codes.float()).to(torch.int8)  # other modes do not know int8
+        padded = where.pad(codes)
+        if zero_point is None or padded is codes:
+            return padded
+        inside = where.pad(torch.ones_like(codes[:1, :1]))
+        return torch.where(inside.bool(), padded, zero_point.to(torch.int8))
 
 
 def _of_patches(grid: Grid) -> Grid:

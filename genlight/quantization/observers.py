@@ -162,6 +162,7 @@ def _rows(layer: nn.Module, values: Tensor, balance: Balance) -> tuple[Tensor, T
     """An input with its channels last, and as rows of what the layer's matrix multiplies."""
     if isinstance(layer, nn.Conv2d):
         balanced = balance_input(values, balance, dim=1)
-        return balanced.movedim(1, -1), Geometry.of(layer).patches(balanced).flatten(0, 1)
+        where = Geometry.of(layer)
+        return balanced.movedim(1, -1), where.patches(where.pad(balanced))
     balanced = balance_input(values, balance)
     return balanced, balanced.reshape(-1, balanced.shape[-1])

@@ -81,9 +81,10 @@ def test_geometry_is_that_of_torch() -> None:
         where, values = Geometry.of(layer), image()
         expected = layer(values)
         assert where.output_size(9, 11) == expected.shape[2:]
-        product = where.patches(values) @ layer.weight.flatten(1).t()
-        bias = 0 if layer.bias is None else layer.bias
-        assert torch.allclose((product + bias).transpose(1, 2).reshape(expected.shape), expected, atol=1e-5)
+        product = where.patches(where.pad(values)) @ layer.weight.flatten(1).t()
+        made = product.unflatten(0, (len(values), *expected.shape[2:])).permute(0, 3, 1, 2)
+        bias = 0 if layer.bias is None else layer.bias[:, None, None]
+        assert torch.allclose(made + bias, expected, atol=1e-5)
 
 
 def test_samples_do_not_see_each_other() -> None:
