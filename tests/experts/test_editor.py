@@ -333,9 +333,13 @@ def test_every_way_of_running_experts_sees_the_edits(implementation: str) -> Non
 
 
 @pytest.mark.parametrize(("keep_merged", "held"), [(False, 0), (True, 3)])
-def test_memory_holds_the_merged_experts_of_one_layer_unless_all_are_kept(keep_merged: bool, held: int) -> None:
+def test_memory_holds_the_merged_experts_of_one_layer_unless_all_are_kept(
+    keep_merged: bool, held: int, request: pytest.FixtureRequest
+) -> None:
     editor = ExpertEditor(tiny_model("mixtral", num_hidden_layers=3), keep_merged=keep_merged)
     gc.collect()  # of other tests
+    gc.freeze()  # and what is left of them is not looked through
+    request.addfinalizer(gc.unfreeze)
     counts = []
 
     def merged(*_: Any) -> int:

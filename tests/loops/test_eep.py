@@ -168,6 +168,7 @@ def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
     assert histories(root / "killed" / "validate") == histories(root / "run" / "validate")
 
 
+@pytest.mark.slow  # in test_s3.py it is not, and the search is the same
 def test_two_processes_give_the_archive_of_one(root: Path) -> None:
     words = [*words_of(root), *SEARCH, "run.name=ddp", "strategy=ddp", "trainer.devices=2"]
     run_in_own_process(*words)

@@ -37,7 +37,7 @@ MODEL = [
     " down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}",
     "module.class_conditional=false",
     "data.batch_size=16",
-    "data.eval_batch_size=20",
+    "data.eval_batch_size=40",
     "data.num_samples=40",
     "metrics.metrics=[fd]",
     "trainer.accelerator=cpu",

@@ -147,8 +147,12 @@ def test_a_signal_stops_between_candidates_and_keeps_them(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    [["strategy=ddp"], ["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null"]],
-    ids=["ddp", "zero3"],
+    [
+        pytest.param(["strategy=ddp"], id="ddp"),
+        pytest.param(
+            ["strategy=deepspeed_cpu", "strategy.stage=3", "callbacks.ema=null"], id="zero3", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_two_processes_give_the_archive_of_one(root: Path, strategy: list[str]) -> None:
     """Each measures candidates of its own; where the weights are sharded, both measure one candidate together."""
