@@ -24,6 +24,7 @@ from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.recipe import BalanceKind, BalanceSettings
+from genlight.quantization.torchao_format import what_torchao_cannot_hold
 from genlight.quantization.uniform import Numbers
 from genlight.reports.cost import CostEstimate
 
@@ -61,6 +62,7 @@ class QuantizationCalibration:
         rivals: also measure what the method is compared with.
         statistics: a calibration.safetensors of the same network to use; None: calibrate.
         dequantized: also write the network in floating point, for programs that know no quantized one.
+        torchao: also write the network with tensors of torchao, which diffusers loads without genlight.
         seed: of rotations and of the rows that are kept.
 
     Raises:
@@ -94,6 +96,7 @@ class QuantizationCalibration:
     rivals: bool = True
     statistics: str | None = None
     dequantized: bool = True
+    torchao: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +111,13 @@ class QuantizationCalibration:
             raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
         if self.numbers == "float8" and self.mixed is not None:
             raise ValueError("numbers = 'float8' has eight bits only: mixed must be null")
+        if self.torchao and (self.balance not in ("none", "scale") or self.rank or self.mixed is not None):
+            raise ValueError(
+                "torchao has no place for rotations, low-rank branches and bits by layer: balance=scale rank=0 "
+                "mixed=null"
+            )
+        if self.torchao and (problem := what_torchao_cannot_hold(self.form)):
+            raise ValueError(f"torchao has no place for {problem}")
         self.form  # noqa: B018 - its parts check themselves
         self.balancing  # noqa: B018
 

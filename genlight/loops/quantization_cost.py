@@ -75,7 +75,7 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, len(variants)),
     ]
-    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized)]
+    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized + method.torchao)]
     return method_cost(work.evaluations, first, phases, files, pictures=5)
 
 

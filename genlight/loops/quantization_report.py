@@ -21,6 +21,7 @@ from genlight.quantization.diffusers_format import marked_quantized
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.recipe import dequantized_layer
+from genlight.quantization.torchao_format import as_torchao
 from genlight.quantization.trajectory import decibels
 from genlight.reports.cost import CostEstimate
 from genlight.reports.quantization_figures import bits_by_layer, channel_ranges, sensitivity_map
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from genlight.loops.quantization_calibrate import QuantizationCalibration
 
 FACTS = "quantization.json"
-DEQUANTIZED = "dequantized"
+DEQUANTIZED, TORCHAO = "dequantized", "torchao"
 _KIND, _VERSION = "quantization", 1
 FULL, DYNAMIC, NAIVE = "full precision", "dynamic", "naive"
 _MOST_CHANNELS = 1024
@@ -211,7 +212,7 @@ def _widest(work: QuantizationWork, layers: Mapping[str, QuantizedLayer]) -> tup
 def save_artifact(
     work: QuantizationWork, layers: Mapping[str, QuantizedLayer], facts: Mapping[str, Any], folder: Path, module: Any
 ) -> None:
-    """The module with quantized layers, what was done to it, and if asked for the same in floating point."""
+    """The module with quantized layers, what was done to it, and if asked for the same for torchao and in floats."""
     network = network_of(module)
     plain = {name: network.get_submodule(name) for name in layers}
     settings = {key: value for key, value in facts.items() if key not in ("kind", "version", "scores", "layers")}
@@ -220,6 +221,9 @@ def save_artifact(
         with marked_quantized(network, settings):
             module.save_pretrained(folder)
         _write_readme(folder)
+        if work.method.torchao:
+            with as_torchao(network, layers):
+                module.save_pretrained(folder / TORCHAO)
         if work.method.dequantized:
             rounded = {name: dequantized_layer(plain[name], layer) for name, layer in layers.items()}
             replace_layers(network, rounded)

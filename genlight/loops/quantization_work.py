@@ -39,6 +39,7 @@ from genlight.quantization.recipe import (
 )
 from genlight.quantization.special_inputs import SpecialInputs, special_inputs
 from genlight.quantization.statistics import StatisticsSettings
+from genlight.quantization.torchao_format import check_for_torchao
 from genlight.quantization.trajectory import NetworkCall, decibels, noise_to_signal, recorded_calls, replay
 
 if TYPE_CHECKING:
@@ -368,8 +369,8 @@ def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, dat
     """The work of a run.
 
     Raises:
-        UserError: weights that are sharded, several processes, a GPU without float8 where that is asked for, or
-            patterns that do not fit the network.
+        UserError: weights that are sharded, several processes, a GPU without float8 where that is asked for, patterns
+            that do not fit the network, or layers that torchao cannot hold where it is asked for.
     """
     evaluations = CandidateTrainer(trainer)
     if evaluations.sharded or trainer.world_size > 1:
@@ -379,6 +380,9 @@ def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, dat
             require_float8(trainer.strategy.root_device)
     work = QuantizationWork(method, evaluations, module, datamodule)
     work.forms  # noqa: B018 - patterns are checked before anything is sampled
+    if method.torchao:
+        with in_config("method"):
+            check_for_torchao(work.network, work.forms)
     return work
 
 
