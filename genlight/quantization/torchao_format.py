@@ -48,7 +48,7 @@ def what_torchao_cannot_hold(form: LayerFormat) -> str | None:
     """The first thing of a format that its tensors have no place for, and what would do; None if all has one."""
     weight, activation = form.weight, form.activation
     if weight.numbers != "integer" or weight.bits != 8:
-        return f"weights in {weight.bits} bits of {weight.numbers} numbers: 8 bits of integers are needed"
+        return "weights in other than eight bits of integers: weight_bits=8 numbers=integer"
     if not weight.symmetric or weight.granularity != "channel":
         settings = "weight_symmetric=true weight_group_size=null"
         return f"weights without a scale for each output, or with a zero point: {settings}"

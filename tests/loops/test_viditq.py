@@ -232,7 +232,10 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.samples=0"], "samples = 0"),
         (["method.numbers=float8"], "mixed must be null"),
         (["method.torchao=true"], "balance=scale rank=0 mixed=null"),
-        (["method.torchao=true", "method.balance=scale", "method.mixed=null"], "weight_symmetric=true"),
+        (
+            ["method.torchao=true", "method.balance=scale", "method.mixed=null", "method.weight_bits=8"],
+            "weight_symmetric=true",
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
