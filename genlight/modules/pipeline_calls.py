@@ -189,8 +189,9 @@ class PromptMemo:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """What the pipeline's `encode_prompt` answers."""
         try:
-            # an answer lies on the device of the pipeline, which need not be among the arguments
-            key = _key((arguments, options, self._pipe._execution_device, self._pipe.dtype))
+            # an answer lies on the device of the pipeline, if none is given; to find that walks through all its modules
+            device = options.get("device") or self._pipe._execution_device
+            key = _key((arguments, options, device, self._pipe.dtype))
         except TypeError:
             return self._encode(*arguments, **options)
         if key not in self._kept:
