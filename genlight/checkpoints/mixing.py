@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,8 @@ class WeightMixer:
 
     Differences of the basis vectors to the newest member are held as one matrix [M - 1, P] on the device of the
     weights where it fits; else, and for weights over members outside the basis, members are read file by file, one
-    parameter at a time.
+    parameter at a time. For the latter a GPU with room for it holds the members themselves too, from the first such
+    combination on: copying each parameter of each member would take far longer than what is then measured.
 
     Attributes:
         resident: whether the differences are held on the device.
@@ -137,6 +139,7 @@ class WeightMixer:
             needed = self.coordinates.size * self._ends[-1] * dtype.itemsize
             allowed = free_bytes(self.device) // 2 if device_bytes is None else device_bytes
             self.resident = needed <= allowed
+            self._room_for_members = allowed - needed
             self._newest = self._read_newest()
             self._flat = torch.empty_like(self._newest)
             self._differences = self._read_differences(dtype) if self.resident else None
@@ -162,9 +165,7 @@ class WeightMixer:
             self._mix_from_files(self.coordinates.to_members(rows))
             return
         with torch.inference_mode(False), torch.no_grad():
-            for group, (start, end) in enumerate(self._slices):
-                self._combine(rows[group], start, end)
-            self._write()
+            self._mix_held(self._differences, rows)
 
     def mix_members(self, weights: Array) -> None:
         """Write the combination with weights [G, K] or [K] over members, also one that the basis does not hold.
@@ -175,6 +176,9 @@ class WeightMixer:
         rows = member_rows(weights, self.num_groups, len(self.trajectory.members))
         if self._differences is not None and self.coordinates.holds(rows):
             self.mix(self.coordinates.from_members(rows))
+        elif (held := self._member_differences) is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._mix_held(held, rows[:, :-1])
         else:
             self._mix_from_files(rows)
 
@@ -225,16 +229,41 @@ class WeightMixer:
         shares = values[values > 0] / values.sum()
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
-    def _combine(self, coefficients: Array, start: int, end: int) -> None:
+    @cached_property
+    def _member_differences(self) -> Tensor | None:
+        """Differences of all members to the newest [K - 1, P], on a GPU that has room for them; else None."""
+        if self._differences is None or not self._holds_members_on(self.device):
+            return None
+        rows, kind = len(self.trajectory.members) - 1, self._differences.dtype
+        if rows * self._ends[-1] * kind.itemsize > self._room_for_members:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = torch.empty(rows, self._ends[-1], dtype=kind, device=self.device)
+            for name, start, end in zip(self._names, self._starts, self._ends, strict=True):
+                every = [self.trajectory.read_difference(index, name).reshape(-1) for index in range(rows)]
+                matrix[:, start:end] = torch.stack(every).to(self.device)
+        return matrix
+
+    @staticmethod
+    def _holds_members_on(device: torch.device) -> bool:
+        # a CPU reads them from the cache of files
+        return device.type != "cpu"
+
+    def _mix_held(self, differences: Tensor, rows: Array) -> None:
+        """Write newest + rows [G, N] × differences [N, P]."""
+        for group, (start, end) in enumerate(self._slices):
+            self._combine(differences, rows[group], start, end)
+        self._write()
+
+    def _combine(self, differences: Tensor, coefficients: Array, start: int, end: int) -> None:
         """Combine columns `start` to `end` into the flat buffer."""
-        assert self._differences is not None
         if not coefficients.any():
             # adding zeros would turn -0.0 to 0.0
             self._flat[start:end] = self._newest[start:end]
             return
         alpha = torch.from_numpy(coefficients).to(self.device, torch.float32)
         for a, b in self._blocks(start, end):
-            rows = self._differences[:, a:b].float()
+            rows = differences[:, a:b].float()
             torch.addmv(self._newest[a:b], rows.t(), alpha, out=self._flat[a:b])
 
     def _blocks(self, start: int, end: int) -> list[tuple[int, int]]:

@@ -110,9 +110,9 @@ class CurveWork:
         measured = [sum(_at(batch, pair) for batch in sizes) for pair in pairs]
         shares = self.evaluations.shares
         phases = [Phase(VARIANTS, tuple(value / shares for value in measured), len(self.variants))]
-        calls = [[self._inside(self._decoding, each, *probe) for probe in (few, more)] for each in self.variants]
-        latencies = [sum(_timed_seconds(_at(batch, pair)) for batch in self.latency_batches) for pair in calls]
         if self.latency_batches:
+            calls = [[self._inside(self._decoding, each, *probe) for probe in (few, more)] for each in self.variants]
+            latencies = [sum(_timed_seconds(_at(batch, pair)) for batch in self.latency_batches) for pair in calls]
             phases.append(Phase(LATENCIES, tuple(latencies), len(self.variants)))
         return method_cost(self.evaluations, first, phases, [artifact_of(self.module)], pictures=3)
 

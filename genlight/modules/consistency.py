@@ -238,6 +238,10 @@ class ConsistencyModule(DiffusionModule):
             **{**own, **self._schedule.definition(), "clip_denoised": clip, **options}
         )
 
+    def _generators(self, noise: Tensor, num_inference_steps: int) -> list[torch.Generator] | None:
+        # one step draws nothing, and a generator for each sample takes longer than the step itself on a GPU
+        return None if num_inference_steps == 1 else super()._generators(noise, num_inference_steps)
+
     def on_fit_start(self) -> None:
         """Check that the run can train this objective, before the first step."""
         from genlight.trainer.resident import is_sharded

@@ -1,15 +1,16 @@
 """Pairs of noise and the tokens that a teacher carries it to: what the student of Distilled Decoding learns from.
 
-Noise is not kept: that of pair i is drawn again from (seed, i), and its label is i modulo the number of classes. So a
-pair takes four bytes a token, and four for its guidance scale where each has its own. Pairs are made in shards, each
-decoded in one batch and kept in one file, so that the bytes of a shard depend neither on the number of processes nor on
-whether the making was interrupted.
+Noise is not kept on disk: that of pair i is drawn again from (seed, i), and its label is i modulo the number of
+classes. So a pair takes four bytes a token, and four for its guidance scale where each has its own. Pairs are made in
+shards, each decoded in one batch and kept in one file, so that the bytes of a shard depend neither on the number of
+processes nor on whether the making was interrupted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from genlight.modules.token_folder import TokenTeacher
 from genlight.nets.autoregressive import check_guidance_range, decode
 
 INDEX = "index.json"
+# numbers of noise that are kept in memory once they are drawn: 1 GiB, of 500,000 pairs of 64 tokens of 8 numbers
+KEPT_NUMBERS = 1 << 28
 
 
 def pair_noise(seed: int, indices: Sequence[int] | Indices, shape: Sequence[int]) -> Tensor:
@@ -103,11 +106,21 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def kept_noise(self) -> Tensor | None:
+        """Noise of all pairs, drawn at the first use, since that of a batch takes as long as a step on a fast device;
+        None where it is more than `KEPT_NUMBERS`."""
+        if self.tokens.numel() * self.code_dim > KEPT_NUMBERS:
+            return None
+        return pair_noise(self.seed, range(len(self)), (self.tokens.shape[1], self.code_dim))
+
     def __getitems__(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
         """noise float32 [B, N, C], tokens int64 [B, N], label int64 [B], and with own scales guidance float32 [B]."""
         index = torch.as_tensor(np.asarray(indices, np.int64))
+        kept = self.kept_noise
+        shape = (self.tokens.shape[1], self.code_dim)
         batch = {
-            "noise": pair_noise(self.seed, index.tolist(), (self.tokens.shape[1], self.code_dim)),
+            "noise": pair_noise(self.seed, index.tolist(), shape) if kept is None else kept[index],
             "tokens": self.tokens[index].long(),
             "label": index % self.num_classes,
         }

@@ -316,18 +316,23 @@ class DiffusionModule(SearchedSampling, GeneratorValidation, DescribedWeights, O
         with _evaluating(self.net):
             if self.sampler is not None and own:
                 return self.sample_with_sampler(noise, label if self.class_conditional else None, scale)
-            generator = noise_seeded_generators(noise) if generator is None else generator
+            steps = num_inference_steps or self.num_inference_steps
+            generator = self._generators(noise, steps) if generator is None else generator
             return denoise(
                 self.net,
                 self._style,
                 self.build_scheduler(scheduler),
                 noise,
                 label if self.class_conditional else None,
-                num_inference_steps=num_inference_steps or self.num_inference_steps,
+                num_inference_steps=steps,
                 guidance_scale=scale,
                 null_label=self.num_classes,
                 generator=generator,
             )
+
+    def _generators(self, noise: Tensor, num_inference_steps: int) -> list[torch.Generator] | None:
+        """What a scheduler draws further noise from."""
+        return noise_seeded_generators(noise)
 
     def description(self) -> dict[str, Any]:
         """What the weights mean, as plain values: network, noise schedule, prediction type, classes, VAE."""

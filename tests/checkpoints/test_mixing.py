@@ -115,13 +115,26 @@ def test_the_gradient_is_that_of_the_loss(basis: str, memory: str) -> None:
         mixer.gradient({name: slopes[name] for name in slopes if name != "down.bias"})
 
 
-def test_weights_over_members_reach_beyond_the_basis() -> None:
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("groups", [(".*",), ("down", "up")])
+def test_weights_over_members_reach_beyond_the_basis(
+    held: bool, groups: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightMixer, "_holds_members_on", lambda self, device: held)
     trajectory = random_trajectory(9)
     live = live_weights(trajectory)
-    mixer = WeightMixer(trajectory, live, basis=GeometricBins(3))
+    mixer = WeightMixer(trajectory, live, basis=GeometricBins(3), groups=groups)
     mixer.mix_members(np.eye(9)[2])
     for name in live:
         torch.testing.assert_close(live[name], trajectory.read(2, name), rtol=0, atol=1e-6)
+    weights = np.random.default_rng(0).dirichlet(np.ones(9))
+    mixer.mix_members(weights)
+    for name, expected in oracle(trajectory, weights).items():
+        torch.testing.assert_close(live[name].double(), expected, rtol=1e-6, atol=1e-6)
+    assert (mixer._member_differences is not None) == held
+    numbers = sum(tensor.numel() for tensor in live.values())
+    tight = WeightMixer(trajectory, live, basis=GeometricBins(3), device_bytes=4 * numbers * 9)
+    assert tight.resident and tight._member_differences is None
     with pytest.raises(ValueError, match="sum to one"):
         mixer.mix_members(np.full(9, 0.2))
 

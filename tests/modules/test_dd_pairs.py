@@ -11,6 +11,7 @@ from genlight import io
 from genlight.diffusion.flow_codes import transport
 from genlight.errors import UserError
 from genlight.io import primitives
+from genlight.modules import dd_pairs
 from genlight.modules.dd_pairs import PairSettings, folder_of, make_pairs, pair_noise, pairs_record, read_pairs
 from genlight.modules.token_folder import TokenTeacher
 from genlight.nets.autoregressive import parallel_probabilities
@@ -42,6 +43,17 @@ def test_tokens_are_a_fixed_point_of_the_flow(teacher: TokenTeacher, tmp_path: P
     # any batch of them is a part of the whole
     some = pairs.__getitems__([41, 2, 30])
     assert all(torch.equal(some[key], batch[key][[41, 2, 30]]) for key in batch)
+
+
+def test_noise_that_is_drawn_for_each_batch_is_that_which_is_kept(
+    teacher: TokenTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pairs(tmp_path, teacher, SETTINGS)
+    kept, drawn = (read_pairs(tmp_path, teacher, SETTINGS) for _ in range(2))
+    assert kept.kept_noise is not None
+    monkeypatch.setattr(dd_pairs, "KEPT_NUMBERS", 0)
+    assert drawn.kept_noise is None
+    assert torch.equal(kept.__getitems__([41, 2, 30])["noise"], drawn.__getitems__([41, 2, 30])["noise"])
 
 
 def test_noise_is_normal_and_belongs_to_seed_and_index() -> None:
