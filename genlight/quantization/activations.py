@@ -23,7 +23,7 @@ def activation_grid(values: Tensor, form: ActivationFormat, ranges: Tensor | Non
     if form.mode == "static":
         if ranges is None:
             raise ValueError("ranges must be given where activation.mode is 'static'")
-        return _static_grid(values, form, ranges, current_context())
+        return _static_grid(values, form, ranges)
     return dynamic_grid(values, form)
 
 
@@ -40,7 +40,17 @@ def dynamic_grid(values: Tensor, form: ActivationFormat) -> Grid:
     return grid_from_range(least, greatest, form.bits, symmetric=False, numbers=form.numbers)
 
 
-def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context: SamplingContext) -> Grid:
+def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor) -> Grid:
+    # a compiled program cannot read the context, and one range for all needs none
+    single = ranges.shape[0] == 1 and ranges.shape[1] == 1
+    chosen = ranges[:, 0] if single else _current_ranges(len(values), ranges, current_context())
+    by_channel = chosen.shape[2:]
+    chosen = chosen.reshape(len(chosen), 2, *by_channel, *[1] * (values.ndim - 1 - len(by_channel)))
+    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)
+
+
+def _current_ranges(batch: int, ranges: Tensor, context: SamplingContext) -> Tensor:
+    """Those of the current step, [1 | batch, 2] or [1 | batch, 2, channels]."""
     branches, steps = ranges.shape[:2]
     if steps > 1 and steps != context.num_steps:
         raise ValueError(
@@ -48,13 +58,10 @@ def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor, context
         )
     at_step = ranges[:, context.step if steps > 1 else 0]
     if branches == 1:
-        chosen = at_step[:1]
-    else:
-        if max(context.branches) >= branches:
-            raise ValueError(f"the ranges hold {branches} guidance branches, and branches is {context.branches}")
-        chosen = at_step[list(context.branches)]
-        if len(context.branches) > 1:
-            chosen = chosen.repeat_interleave(branch_parts(len(values), context), dim=0)
-    by_channel = chosen.shape[2:]
-    chosen = chosen.reshape(len(chosen), 2, *by_channel, *[1] * (values.ndim - 1 - len(by_channel)))
-    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)
+        return at_step
+    if max(context.branches) >= branches:
+        raise ValueError(f"the ranges hold {branches} guidance branches, and branches is {context.branches}")
+    chosen = at_step[list(context.branches)]
+    if len(context.branches) > 1:
+        chosen = chosen.repeat_interleave(branch_parts(batch, context), dim=0)
+    return chosen

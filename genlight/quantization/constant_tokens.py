@@ -85,7 +85,8 @@ class ConstantTokenLinear(QuantizedLinear):
         others = super().forward(without_positions(values, self.positions))
         rows = self._rows(torch.cat([values[..., position : position + 1, :] for position in self.positions], dim=-2))
         rows = rows.expand(*values.shape[:-2], -1, -1)
-        parts, begin = list[Tensor](), 0
+        parts: list[Tensor] = []
+        begin = 0
         for index, position in enumerate(self.positions):
             end = position - index  # so many others stand before it
             parts += [others[..., begin:end, :], rows[..., index : index + 1, :]]
@@ -97,8 +98,7 @@ class ConstantTokenLinear(QuantizedLinear):
         allowed = _TOLERANCE * (known.abs() + known.abs().mean())
         same = ((given - known).abs() <= allowed).all(dim=-1, keepdim=True)
         # a decision by numbers would stop a compiled or a captured program
-        captured = given.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not (torch.compiler.is_compiling() or captured):
+        if not (torch.compiler.is_compiling() or (given.is_cuda and torch.cuda.is_current_stream_capturing())):
             if bool(same.all()):
                 return kept
             if self.mismatch == "raise":
