@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genlight.experts.families import ExpertTensor
 from genlight.experts.maps import chosen_rows
+from genlight.quantization.kernels.available import triton_runs_on
 
 # Columns of 16-bit weights that are widened to float32 at once
 _BLOCK = 1 << 20
@@ -31,12 +32,23 @@ def mix(matrix: Tensor, tensor: Tensor) -> Tensor:
     flat = tensor.reshape(len(tensor), -1)
     wide = torch.promote_types(tensor.dtype, torch.float32)
     matrix = matrix.to(tensor.device, wide)
-    if tensor.dtype == wide:
-        return (matrix @ flat).view(len(matrix), *tensor.shape[1:])
-    mixed = tensor.new_empty(len(matrix), flat.shape[1])
-    for start in range(0, flat.shape[1], _BLOCK):
-        mixed[:, start : start + _BLOCK] = matrix @ flat[:, start : start + _BLOCK].to(wide)
+    if wide == torch.float32 and triton_runs_on(tensor.device):
+        from genlight.experts.mixing_kernel import mix_columns
+
+        mixed = mix_columns(matrix, flat)
+    else:
+        mixed = _mixed_in_blocks(matrix, flat)
     return mixed.view(len(matrix), *tensor.shape[1:])
+
+
+def _mixed_in_blocks(matrix: Tensor, flat: Tensor) -> Tensor:
+    """As `mix`, of weights [experts, columns]: products of blocks, so that few are widened at a time."""
+    if flat.dtype == matrix.dtype:
+        return matrix @ flat
+    mixed = flat.new_empty(len(matrix), flat.shape[1])
+    for start in range(0, flat.shape[1], _BLOCK):
+        mixed[:, start : start + _BLOCK] = matrix @ flat[:, start : start + _BLOCK].to(matrix.dtype)
+    return mixed
 
 
 def reorder_neurons(description: ExpertTensor, tensor: Tensor, orders: Tensor) -> Tensor:

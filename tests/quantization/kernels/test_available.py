@@ -13,7 +13,12 @@ import torch
 from genlight.quantization.kernels.available import INTERPRETED, triton_runs_on
 
 HERE = Path(__file__).parent
-KERNELS = (HERE / "test_row_quantization.py", HERE / "test_integer_product.py", HERE.parent / "test_fusion.py")
+KERNELS = (
+    HERE / "test_row_quantization.py",
+    HERE / "test_integer_product.py",
+    HERE.parent / "test_fusion.py",
+    HERE.parents[1] / "experts" / "test_mixing_kernel.py",
+)
 ROOT = Path(__file__).resolve().parents[3]
 
 
