@@ -62,8 +62,8 @@ class Bench:
         names = [name for name, form in formats_of_layers(network, groups).items() if form is not None]
 
         def sample(count: int) -> None:
-            noise = torch.randn(count, *module.sample_shape, generator=generator)
-            module.sample_latents(noise, torch.arange(count) % 10)
+            noise, label = torch.randn(count, *module.sample_shape, generator=generator), torch.arange(count) % 10
+            module.sample_latents(noise.to(module.device), label.to(module.device))
 
         with torch.no_grad():
             contexts = sampling_calls(network, lambda: sample(1))
