@@ -65,7 +65,7 @@ def fit_words(seconds: float, tiny: bool) -> list[str]:
     clock = max(1, round(seconds))
     words += ["trainer.max_steps=2000", f"trainer.max_time=00:00:{clock // 60:02d}:{clock % 60:02d}"]
     # the learning rate falls over the time, or over the steps where these end first
-    words += [f"+module.lr_scheduler.seconds={0.97 * clock:.1f}", "trainer.val_check_interval=2000"]
+    words += [f"module.lr_scheduler.seconds={0.97 * clock:.1f}", "trainer.val_check_interval=2000"]
     return words
 
 

@@ -168,7 +168,7 @@ class Run:
             # time ends it, and the learning rate falls by time
             "trainer.max_steps=1000000",
             f"trainer.max_time='00:00:{limited}'",
-            f"+module.lr_scheduler.seconds={whole}",
+            f"module.lr_scheduler.seconds={whole}",
             "trainer.val_check_interval=1000000",
             "trainer.num_sanity_val_steps=0",
             "callbacks.checkpoint.every_n_train_steps=1000000",

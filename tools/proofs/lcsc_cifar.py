@@ -162,7 +162,7 @@ def teacher(proof: Proof) -> dict[str, Any]:
     """The diffusion model: the learning rate falls over its time."""
     seconds = max(5.0, TEACHER_SHARE * proof.seconds)
     words = ["metrics=none", "data.eval_batch_size=64", "callbacks.ema.decay=0.995", "trainer.max_steps=20000"]
-    words += [f"++module.lr_scheduler.seconds={seconds:g}", "trainer.val_check_interval=20000"]
+    words += [f"module.lr_scheduler.seconds={seconds:g}", "trainer.val_check_interval=20000"]
     words += [*TINY_NETWORK, "data.batch_size=16"] if proof.tiny else ["data.batch_size=256"]
     whole = proof.fit(TEACHER, seconds, *words)
     return {"steps": steps_of(proof.folder / TEACHER / "fit"), "trained": seconds, "seconds": whole}

@@ -402,7 +402,7 @@ def trained(arguments: argparse.Namespace, folder: Path, seconds: float) -> str 
     words = ["-m", "genlight", "fit", EXPERIMENT, f"run.root={folder}", "run.name=model", "run.overwrite=true"]
     words += [f"trainer.max_time=00:{length // 3600:02}:{length // 60 % 60:02}:{length % 60:02}"]
     # the rate falls with the time, and the average is of the last steps, however few there are
-    words += [f"++module.lr_scheduler.seconds={length}", "callbacks.ema.decay=0.995", *(TINY if arguments.tiny else ())]
+    words += [f"module.lr_scheduler.seconds={length}", "callbacks.ema.decay=0.995", *(TINY if arguments.tiny else ())]
     log = folder / "fit.log"
     return ended(started(log, *words), log, seconds)
 
