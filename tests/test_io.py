@@ -313,6 +313,7 @@ def test_a_header_beyond_the_format_is_refused_before_writing(tmp_path: Path, mo
         (b"", "not valid JSON"),
         (b'["' + b"\\" * 200_001 + b'"' + b"[" * 100, "not valid JSON"),
         (b"[" * 10 + b'"' + b'\\"' * 500_000 + b"[" * 100, "not valid JSON"),
+        (b"[1]," * 190_000, "not valid JSON"),
     ],
 )
 def test_hostile_json_is_refused_quickly(text: bytes, reason: str, tmp_path: Path) -> None:
