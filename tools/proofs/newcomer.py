@@ -26,7 +26,7 @@ from _commands import ROOT, record
 from genlight.reports.proof import Bar, bar_at_most
 
 # longest first, so that both cores end together
-PAGES = ("oms", "lcsc", "eep", "s3", "viditq", "mixdq", "dd", "dele")
+PAGES = ("oms", "lcsc", "viditq", "mixdq", "eep", "s3", "dele", "dd")
 COMMAND = "    python -m genlight "
 
 
