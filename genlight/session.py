@@ -187,13 +187,14 @@ class Session:
         """The real side of the metrics: features at hand, statistics of real images, the floor."""
         if self.metrics is None or not hasattr(self.module, "sample"):
             return
-        if not hasattr(self.metrics, "extractor"):
+        if getattr(self.metrics, "extractor", None) is not None:
+            _ensure_features(self.metrics.extractor, Path(self.run.plain["paths"]["cache"]))
+        if not hasattr(self.metrics, "set_reference"):
             self.module.metrics = self.metrics  # they need no real images
             return
         from genlight.metrics.reference import floor, prepare
 
         cache = Path(self.run.plain["paths"]["cache"])
-        _ensure_features(self.metrics.extractor, cache)
         device = self.trainer.strategy.root_device
         prepare(self.metrics, self.datamodule, cache, device)
         self.floor = floor(self.metrics, self.datamodule, cache, num_samples=self.datamodule.num_samples, device=device)

@@ -47,6 +47,8 @@ FEW: dict[str, list[str]] = {
         "search.strategy.promoted=2",
     ],
     "viditq": ["method.samples=2", "method.trajectory=1", "method.rivals=false", "module.num_inference_steps=2"],
+    # without the weights of Inception
+    "viditq/latte": ["metrics.extractor=null"],
     "mixdq": ["method.samples=8", "method.trajectory=1", "method.mixed.samples=1", "method.rivals=false"],
     "oms": [
         "method.budgets=[2]",
@@ -110,6 +112,7 @@ def words_of(root: Path, recipe: str, model: str) -> list[str]:
         "data.num_samples=2",
         "data.eval_batch_size=1",
         *FEW[recipe.split("/", maxsplit=1)[0]],
+        *FEW.get(recipe, []),
         *SIZES[model],
         "trainer.accelerator=cpu",
         f"run.root={root}",
@@ -206,9 +209,19 @@ def test_an_artifact_loads_quantized(recipe: str, root: Path) -> None:
     folder = finished(root, recipe, "method.dequantized=false")
     row = report_of(folder)["table"][-1]
     assert row["sqnr"] > 10
+    assert ("motion" in row) == ("flow_size" in row) == (recipe == "viditq/latte")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder / "artifact")
     bits = {layer.form.weight.bits for layer in quantized_layers(pipe.transformer).values()}
     assert bits == ({4, 8} if recipe == "viditq/latte" else {4})
+
+
+def test_the_features_of_frames_are_asked_for_before_anything_is_sampled(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in words_of(root, "viditq/latte", "latte") if word != "metrics.extractor=null"]
+    missing = root / "inception.safetensors"
+    assert main([*words, f"metrics.extractor.path={missing}", "run.name=without"]) != 0
+    assert f"Inception weights not found: no file {missing}" in the_error(capsys.readouterr().err)
 
 
 def mixture(root: Path, name: str) -> list[str]:

@@ -115,7 +115,7 @@ class PromptsDataModule(LightningDataModule):
 
     def reference_loader(self, split: str) -> NoReturn:
         """UserError: there are no real images."""
-        raise UserError("data=prompts holds no real images to compare with: use metrics=clip or metrics=none")
+        raise UserError("data=prompts holds no real images to compare with: use metrics=clip, video or none")
 
     @property
     def image_shape(self) -> NoReturn:

@@ -59,7 +59,7 @@ class QuantizationCalibration:
         mixed: bits chosen layer by layer; None: those above for all.
         samples: of the search draw, on which inputs are observed.
         trajectory: samples of the report draw on which predictions and images are compared with full precision.
-        rivals: also measure what the method is compared with.
+        rivals: also measure what the method is compared with, torchao and optimum-quanto too where they are installed.
         statistics: a calibration.safetensors of the same network to use; None: calibrate.
         dequantized: also write the network in floating point, for programs that know no quantized one.
         torchao: also write the network with tensors of torchao, which diffusers loads without genlight.
@@ -154,6 +154,8 @@ class QuantizationCalibration:
         """
         work = checked_work(self, trainer, module, datamodule)
         first = first_validation(trainer, module, datamodule)
+        if hasattr(module.metrics, "keep_reference"):
+            module.metrics.keep_reference()  # the videos of full precision
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
         predicted = calibrated_cost(work, first)
         announce(trainer, predicted)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
 from genlight.loops.quantization_bits import BUDGETS, ways_of
+from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import LAYERS, VARIANTS, variants_of
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
 from genlight.loops.quantization_work import QuantizationWork, Variant, checked_work
@@ -72,6 +73,7 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
     phases = [
         *phases,
         Phase(LAYERS, layer, len(probes)),
+        *(library_phases(work, each, sample) if method.rivals else []),
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, len(variants)),
     ]

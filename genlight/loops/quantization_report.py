@@ -11,10 +11,13 @@ from torch import Tensor
 
 from genlight import io
 from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
+from genlight.loops.quantization_libraries import OTHERS, library_rows
 from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
 from genlight.loops.quantization_settings import network_of
 from genlight.loops.quantization_work import QuantizationWork, Variant
 from genlight.loops.result import MethodResult
+from genlight.metrics.paired import image_scores
+from genlight.metrics.text_image import middle_frame
 from genlight.quantization.balance import balance_sample
 from genlight.quantization.convert import replace_layers
 from genlight.quantization.diffusers_format import marked_quantized
@@ -77,12 +80,15 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     """
     method = work.method
     reference = work.reference("report", method.trajectory)
-    full: dict[str, Any] = {"variant": FULL, "sqnr": None, "psnr": None, "ssim": None}
+    paired = ("sqnr", *image_scores(reference.images, reference.images))
+    full: dict[str, Any] = {"variant": FULL, **dict.fromkeys(paired)}
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
     with work.evaluations.timing(LAYERS):
         found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
     bits, program = allocated_bits(work, method.mixed, found) if method.mixed is not None else ({}, {})
-    rows, images, layers = [full], {FULL: reference.images}, dict[str, QuantizedLayer]()
+    with work.evaluations.timing(OTHERS):
+        others, notes = library_rows(work) if method.rivals else ([], [])
+    rows, images, layers = [full, *others], {FULL: middle_frame(reference.images)}, dict[str, QuantizedLayer]()
     winner = f"{method.title} {WAYS[0]}" if bits else method.title
     for variant in variants_of(method, bits):
         with work.evaluations.timing(VARIANTS):
@@ -98,7 +104,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
     headline |= {f"{name}_full_precision": full[name] for name in ("bits", "megabytes")}
     key = method.title.lower().replace("-", "")
-    headline |= {f"{name}_{key}": chosen[name] for name in ("sqnr", "psnr", "ssim", "bits", "megabytes")}
+    headline |= {f"{name}_{key}": chosen[name] for name in (*paired, "bits", "megabytes")}
     headline |= proxy_correlation(work, found)
     headline |= {name: value for name, value in program.items() if isinstance(value, float)}
     facts = {**_facts(work, layers, rows), "allocation": program}
@@ -106,7 +112,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
         headline,
         method=f"{method.title} (post-training quantization)",
         table=rows,
-        notes=_notes(work, winner, chosen, full),
+        notes=[*_notes(work, winner, chosen, full), *notes],
         predicted=predicted,
         spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
@@ -123,8 +129,14 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
             f"{len(known.splits)} convolutions have scales for two feature maps; {len(known.text)} layers keep what "
             f"they make of the text tokens {list(known.positions)}, the same for every prompt"
         ]
+    video = [
+        "psnr and ssim are of all frames; motion is the root mean square change of the motion (Lucas and Kanade) "
+        "against the videos of full precision, in pixels a frame; video_fd is a Fréchet distance to those, in features "
+        "of frames"
+    ]
     return [
         *special,
+        *(video if "motion" in chosen else []),
         f"the metrics of the run are those of {winner}, which is the artifact",
         f"sqnr is of the network's predictions along {method.trajectory} trajectories of full precision of the report "
         "draw, all steps and guidance branches; psnr and ssim are of images against those of full precision with the "

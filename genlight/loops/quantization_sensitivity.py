@@ -18,7 +18,8 @@ from genlight import io
 from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.errors import UserError
-from genlight.loops.quantization_work import QuantizationWork, Variant, image_scores
+from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.metrics.paired import image_scores
 from genlight.quantization.accounting import tensor_bytes
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.recipe import layer_noise, weight_error
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from genlight.loops.quantization_settings import MixedBits
 
 FILE = "search/sensitivity/history.jsonl"
-_KIND, _VERSION = "sensitivity", 1
+_KIND, _VERSION = "sensitivity", 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Sensitivity:
         noise: noise-to-signal ratio of the network's predictions along the trajectory.
         psnr: of the images against those of full precision, in dB; None where no group asks for images.
         ssim: likewise.
+        motion: change of the motion of videos, in pixels a frame; likewise, and None of images.
         layer_noise: the cheap proxy: noise-to-signal ratio of the layer's own output.
         weight_error: mean squared error of its weight.
         bytes: that it takes in memory.
@@ -53,6 +55,7 @@ class Sensitivity:
     noise: float
     psnr: float | None
     ssim: float | None
+    motion: float | None
     layer_noise: float
     weight_error: float
     bytes: int
@@ -63,6 +66,8 @@ class Sensitivity:
             return float(10 ** (-self.psnr / 10))
         if metric == "ssim" and self.ssim is not None:
             return 1 - self.ssim
+        if metric == "motion" and self.motion is not None:
+            return self.motion**2
         return self.noise
 
 
@@ -118,18 +123,18 @@ def measured_layer(
     """One layer in some bits, in a network of full precision."""
     if bits == FLOAT_BITS == activation:  # a layer that may stay as it is
         return Sensitivity(
-            name, bits, activation, 0.0, 100.0, 1.0, 0.0, 0.0, tensor_bytes(work.calibrated.layers[name])
+            name, bits, activation, 0.0, 100.0, 1.0, 0.0, 0.0, 0.0, tensor_bytes(work.calibrated.layers[name])
         )
     group = work.calibrated.groups[work.calibrated.group_of(name)]
     variant = Variant.mixed(work.method, "one layer", dict.fromkeys(group, (bits, activation)))
     layer = work.layers_of(variant, [name])[name]
     reference = work.reference("select", mixed.samples)
-    wants_images = {"psnr", "ssim"} & set(work.metrics.values())
+    wants_images = set(work.metrics.values()) - {"sqnr"}
     with work.replaced({name: layer}):
         noise = work.noise(reference)
         scores = image_scores(work.images(reference), reference.images) if wants_images else {}
     return Sensitivity(
-        name, bits, activation, noise, scores.get("psnr"), scores.get("ssim"),
+        name, bits, activation, noise, scores.get("psnr"), scores.get("ssim"), scores.get("motion"),
         layer_noise(work.calibrated, name, layer),
         weight_error(work.calibrated.layers[name], layer),
         tensor_bytes(layer),

@@ -14,7 +14,7 @@ from genlight.quantization.convert import LayerGroup, formats_of_layers
 from genlight.quantization.formats import LayerFormat
 from genlight.quantization.recipe import with_bits
 
-METRICS = ("sqnr", "psnr", "ssim")
+METRICS = ("sqnr", "psnr", "ssim", "motion")
 # embedders, modulation, and the layers at both ends: little work, and all else rests on them
 KEPT = "embed|norm|adaln|caption_projection|^proj_out|^proj_in|time_proj|^conv_in|^conv_out|modulation"
 # the denoising network of a pipeline
@@ -27,8 +27,8 @@ class GroupSettings:
 
     Attributes:
         pattern: a regular expression that is searched for in the names of layers; the first of the list decides.
-        metric: what chooses among bits within the group: "sqnr" of the network's predictions, or "psnr" or "ssim" of
-            the images, against those of full precision.
+        metric: what chooses among bits within the group: "sqnr" of the network's predictions, "psnr" or "ssim" of the
+            images, or "motion" of videos, against those of full precision.
         weight_bits: instead of the method's; None: as there.
         activation_bits: likewise.
 
@@ -37,7 +37,7 @@ class GroupSettings:
     """
 
     pattern: str = ".*"
-    metric: Literal["sqnr", "psnr", "ssim"] = "sqnr"
+    metric: Literal["sqnr", "psnr", "ssim", "motion"] = "sqnr"
     weight_bits: int | None = None
     activation_bits: int | None = None
 

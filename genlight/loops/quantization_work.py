@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
 from genlight.loops.quantization_settings import formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
+from genlight.metrics.paired import image_scores
+from genlight.metrics.text_image import middle_frame
 from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, model_cost
 from genlight.quantization.balance import Balance
 from genlight.quantization.calls import sampling_calls
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 CALIBRATION = "calibration.safetensors"
 SAMPLE_ROWS = 512
-# images below this side get a smaller window of SSIM, as the usual one is as wide as they are
-_SMALL_IMAGE = 32
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,10 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What full precision makes of some noise: the calls of the network on the way, and images [N, C, H, W]."""
+    """What full precision makes of some noise: the calls of the network on the way, and images [N, C, H, W].
+
+    Of a generator of videos `images` are those, [N, F, C, H, W].
+    """
 
     noise: Tensor
     label: Tensor | None
@@ -226,7 +228,10 @@ class QuantizationWork:
         return self.evaluations.inside(self.module, work)
 
     def reference(self, draw: str, count: int) -> Reference:
-        """What full precision makes of the first `count` noises of a draw; made once, before anything is quantized."""
+        """What full precision makes of the first `count` noises of a draw; made once, before anything is quantized.
+
+        Raises UserError where a group is judged by motion and the generator makes no videos.
+        """
         key = f"{draw} {count}"
         if key not in self._references:
             noise, label = self._noise(draw, count)
@@ -236,7 +241,9 @@ class QuantizationWork:
                     images = self._images(noise, label)
                 return calls, images
 
-            self._references[key] = Reference(noise, label, *self.inside(sample))
+            found = self._references[key] = Reference(noise, label, *self.inside(sample))
+            if "motion" in self.metrics.values() and found.images.ndim < 5:
+                raise UserError("method.groups: metric = motion needs a generator of videos; take ssim")
         return self._references[key]
 
     def layers(self, variant: Variant) -> dict[str, QuantizedLayer]:
@@ -302,24 +309,33 @@ class QuantizationWork:
         with self.replaced(self.layers(variant)):
             return float((self.images(reference) - reference.images).square().mean())
 
-    def measure(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Any], Tensor]:
-        """All numbers of the network with these layers on the report draw, and images of it."""
+    def measure(
+        self, layers: Mapping[str, nn.Module], bits: Mapping[str, tuple[int, int]] | None = None
+    ) -> tuple[dict[str, Any], Tensor]:
+        """All numbers of the network with these layers on the report draw, and images of it; `bits`: of `size`.
+
+        Of videos the images are their middle frames.
+        """
         reference = self.reference("report", self.method.trajectory)
         with self.replaced(layers):
             images = self.images(reference)
             row: dict[str, Any] = {"sqnr": decibels(self.noise(reference)), **image_scores(images, reference.images)}
             own = measured(self.evaluations, self.module, self.datamodule, "report", self.datamodule.num_samples)
             row |= {name.removeprefix("val/"): value for name, value in own.items()}
-            row |= self.size()
-        return row, images
+            row |= self.size(bits)
+        return row, middle_frame(images)
 
-    def size(self) -> dict[str, float]:
-        """Bits and megabytes (10⁶ bytes) of the network as it is, and the bit operations of one call in 10⁹."""
-        cost = model_cost(self.network, self.macs)
+    def size(self, bits: Mapping[str, tuple[int, int]] | None = None) -> dict[str, float]:
+        """Bits and megabytes (10⁶ bytes) of the network as it is, and the bit operations of one call in 10⁹.
+
+        Args:
+            bits: of weight and input of layers that another library quantized.
+        """
+        cost = model_cost(self.network, self.macs, bits)
         chosen = [cost.layers[name] for name in self.forms]
-        bits = sum(layer.weights * layer.weight_bits for layer in chosen) / sum(layer.weights for layer in chosen)
+        total = sum(layer.weights * layer.weight_bits for layer in chosen)
         return {
-            "bits": bits,
+            "bits": total / sum(layer.weights for layer in chosen),
             "input_bits": self._input_bits(cost),
             "bits_all": cost.average_weight_bits,
             "megabytes": cost.total_bytes / 1e6,
@@ -350,19 +366,10 @@ class QuantizationWork:
         noise, label = self._placed(noise, label)
         size = int(self.datamodule.eval_batch_size)
         parts = [
-            self.module.sample(noise[i : i + size], None if label is None else label[i : i + size]).cpu()
+            self.module.sample_whole(noise[i : i + size], None if label is None else label[i : i + size]).cpu()
             for i in range(0, len(noise), size)
         ]
         return torch.cat(parts)
-
-
-def image_scores(images: Tensor, expected: Tensor) -> dict[str, float]:
-    """PSNR in dB, 100 at most, and SSIM of images [N, C, H, W] in [-1, 1] against others of the same noise."""
-    if torch.equal(images, expected):
-        return {"psnr": 100.0, "ssim": 1.0}
-    small = min(expected.shape[-2:]) < _SMALL_IMAGE
-    ssim: Any = structural_similarity_index_measure(images, expected, sigma=0.5 if small else 1.5, data_range=2.0)
-    return {"psnr": min(100.0, float(peak_signal_noise_ratio(images, expected, data_range=2.0))), "ssim": float(ssim)}
 
 
 def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, datamodule: Any) -> QuantizationWork:

@@ -22,6 +22,8 @@ class TextImageMetrics:
     One whose ``update`` takes images and texts (`torchmetrics.multimodal.CLIPScore`), or a second argument that is
     called ``prompts``, is given the prompts.
 
+    Of a video metrics are given the middle frame, and those with an attribute ``of_videos`` the whole, in [-1, 1].
+
     Values of each image are averaged. A metric that gives several values by name is reported as "<name>_<value>", one
     that gives mean and deviation as "<name>" and "<name>_std".
 
@@ -36,6 +38,8 @@ class TextImageMetrics:
     Raises:
         ValueError: no metrics, or a name in `float_images` that is none of theirs.
     """
+
+    takes_videos = True
 
     def __init__(
         self,
@@ -100,11 +104,11 @@ class TextImageMetrics:
         self._prompts = list(prompts)
 
     def update(self, images: Tensor, index: Tensor | None = None) -> None:
-        """Adds generated images [B, C, H, W] in [-1, 1]; grey ones are given as three equal channels.
+        """Adds images [B, C, H, W] or videos [B, F, C, H, W] in [-1, 1]; grey images are given as three equal channels.
 
         Args:
             images: the batch.
-            index: sample number of each image; not used, the sums do not depend on the order.
+            index: sample number of each image; not used, the results do not depend on the order.
 
         Raises:
             ValueError: a metric takes prompts, and there is not one for each image.
@@ -113,11 +117,15 @@ class TextImageMetrics:
         broken = ~torch.isfinite(images).flatten(1).all(dim=1)
         self._counts["images"].update(len(images))
         self._counts["broken"].update(broken.sum())
-        unit = (images.nan_to_num(0.0).clamp(-1, 1) + 1) / 2
+        images = images.nan_to_num(0.0).clamp(-1, 1)
+        unit = (middle_frame(images) + 1) / 2
         unit = unit.expand(-1, 3, -1, -1) if unit.shape[1] == 1 else unit
         whole = (unit * 255).round().to(torch.uint8)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for name, metric in self.metrics.items():
+                if getattr(metric, "of_videos", False):
+                    metric.update(images)
+                    continue
                 given = unit if name in self.float_images else whole
                 if not _takes_prompts(name, metric):
                     metric.update(given)
@@ -152,6 +160,11 @@ class TextImageMetrics:
     def describe(self) -> dict[str, Any]:
         """The metrics, for a report."""
         return {"metrics": {name: type(metric).__name__ for name, metric in self.metrics.items()}}
+
+
+def middle_frame(samples: Tensor) -> Tensor:
+    """Images [B, C, H, W] as they are, and of videos [B, F, C, H, W] the middle frame."""
+    return samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples
 
 
 def clip_model(source: str) -> tuple[nn.Module, Any]:

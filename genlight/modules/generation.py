@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlight.metrics.text_image import middle_frame
 from genlight.trainer.resident import is_sharded
 
 GRID_IMAGES = 64
@@ -27,7 +28,8 @@ class GeneratorValidation(LiveParameters):
 
     Attributes:
         metrics: None, or an object with reset, update(images, index), compute() and to(device), set from outside. It is
-            no submodule: its feature network reaches neither the checkpoint nor the optimizer.
+            no submodule: its feature network reaches neither the checkpoint nor the optimizer. Of videos it is given
+            the middle frame, or the whole where it has ``takes_videos``.
         grid_images: the first images of the last validation on this rank, at most 64, on the CPU.
     """
 
@@ -41,6 +43,11 @@ class GeneratorValidation(LiveParameters):
         else:
             super().__setattr__(name, value)
 
+    def sample_whole(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W], or of a generator of videos the whole videos [B, F, C, H, W], in [-1, 1]."""
+        images: Tensor = self.sample(noise, label)  # type: ignore[attr-defined]
+        return images
+
     def on_validation_epoch_start(self) -> None:
         self.grid_images = None
         if self.metrics is not None:
@@ -48,14 +55,15 @@ class GeneratorValidation(LiveParameters):
             self.metrics.reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
-        images = self._in_parts(batch["noise"], batch.get("label"))
+        samples = self._in_parts(batch["noise"], batch.get("label"))
+        images = middle_frame(samples)
         if self.metrics is not None:
-            self.metrics.update(images, batch.get("index"))
+            self.metrics.update(samples if getattr(self.metrics, "takes_videos", False) else images, batch.get("index"))
         kept = [] if self.grid_images is None else [self.grid_images]
         self.grid_images = torch.cat([*kept, images.cpu()])[:GRID_IMAGES]
 
     def _in_parts(self, noise: Tensor, label: Tensor | None) -> Tensor:
-        """``sample``, in halves where memory runs out: a sample does not depend on its batch.
+        """``sample_whole``, in halves where memory runs out: a sample does not depend on its batch.
 
         Raises torch.OutOfMemoryError if memory does not suffice for one sample, or the module lies in shards: the
         processes of those sample together, and one may not go its own way.
@@ -64,7 +72,7 @@ class GeneratorValidation(LiveParameters):
         while start < len(noise):
             part = slice(start, start + rows)
             try:
-                parts.append(self.sample(noise[part], None if label is None else label[part]))  # type: ignore[attr-defined]
+                parts.append(self.sample_whole(noise[part], None if label is None else label[part]))
             except torch.OutOfMemoryError:
                 rows = min(rows, len(noise) - start) // 2
                 if rows < 1 or is_sharded(self.trainer):  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.schedulers import read_scheduler
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.errors import UserError
+from genlight.metrics.text_image import middle_frame
 from genlight.modules.generation import GeneratorValidation
 from genlight.modules.networks import noise_seeded_generators
 from genlight.modules.pipeline_calls import (
@@ -26,11 +27,11 @@ from genlight.modules.pipeline_calls import (
     built_scheduler,
     check_pipeline,
     fresh,
-    images_of,
     load_pipeline,
     no_steps,
     plain_settings,
     scheduler_of_table,
+    signed,
     slices,
     weights_digest,
     wrapped_prompts,
@@ -223,10 +224,13 @@ class PipelineModule(GeneratorValidation, LightningModule):
         """Images [B, C, H, W] in [-1, 1] from unit noise [B, *sample_shape]; of a video the middle frame.
 
         Args:
-            label: number of the prompt of each sample [B].
-            options: as in :meth:`sample_latents`.
+            label, options: as in :meth:`sample_latents`.
         """
-        return images_of(self._sampled(noise, label, "pt", **options))
+        return middle_frame(self.sample_whole(noise, label, **options))
+
+    def sample_whole(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
+        """As `sample`, but of a video all frames [B, F, C, H, W]."""
+        return signed(self._sampled(noise, label, "pt", **options))
 
     def sample_latents(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
         """Undecoded samples [B, *sample_shape] in float32 from unit noise of the same shape.
@@ -254,7 +258,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
 
         The pipeline is called with no steps at all, so the denoising network is not asked.
         """
-        return images_of(self._batches(no_steps(), latents, None, "pt", 1))
+        return middle_frame(signed(self._batches(no_steps(), latents, None, "pt", 1)))
 
     def _sampled(
         self,

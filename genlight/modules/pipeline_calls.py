@@ -257,10 +257,9 @@ def fresh(scheduler: Any) -> Any:
     return copy.deepcopy(scheduler)
 
 
-def images_of(result: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] of images [B, C, H, W], or of the middle frames of videos [B, F, C, H, W], in [0, 1]."""
-    images = result[:, result.shape[1] // 2] if result.ndim == 5 else result
-    return (2 * images.float() - 1).clamp(-1, 1)
+def signed(result: Tensor) -> Tensor:
+    """Images or videos in [-1, 1] of those in [0, 1]."""
+    return (2 * result.float() - 1).clamp(-1, 1)
 
 
 def slices(count: int, size: int | None) -> list[slice]:

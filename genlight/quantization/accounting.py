@@ -1,12 +1,13 @@
 """What a quantized model takes: bits a weight, bytes in memory, operations by their width."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.layers import QuantizedLayer
@@ -60,24 +61,29 @@ class ModelCost:
         return sum(layer.bit_operations for layer in self.layers.values())
 
 
-def model_cost(model: nn.Module, macs: Mapping[str, int] | None = None) -> ModelCost:
+def model_cost(
+    model: nn.Module, macs: Mapping[str, int] | None = None, bits: Mapping[str, tuple[int, int]] | None = None
+) -> ModelCost:
     """The cost of a model, quantized in part, in whole or not at all.
 
     Args:
         model: anything with linear or 2-D convolution layers.
         macs: of `count_macs`, by layer.
+        bits: of weight and input of layers that another library quantized.
 
     Raises:
         ValueError: there is no such layer.
     """
-    macs = macs or {}
+    macs, bits = macs or {}, bits or {}
     layers = {}
     for name, module in _layers(model).items():
-        form = module.form if isinstance(module, QuantizedLayer) else None
+        weight_bits, activation_bits = bits.get(name, (FLOAT_BITS, FLOAT_BITS))
+        if isinstance(module, QuantizedLayer):
+            weight_bits, activation_bits = module.form.weight.bits, module.form.activation.bits
         layers[name] = LayerCost(
             weights=_outputs(module) * _columns(module),
-            weight_bits=FLOAT_BITS if form is None else form.weight.bits,
-            activation_bits=FLOAT_BITS if form is None else form.activation.bits,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
             storage_bytes=tensor_bytes(module),
             macs=macs.get(name, 0),
         )
@@ -90,10 +96,20 @@ def tensor_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers; memory that several share is counted once."""
     storages = {
         storage.data_ptr(): storage.nbytes()
-        for tensor in [*module.parameters(), *module.buffers()]
+        for whole in [*module.parameters(), *module.buffers()]
+        for tensor in _stored(whole)
         if (storage := tensor.untyped_storage()).nbytes()
     }
     return sum(storages.values())
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that one is kept as, which has no memory of its own if another library quantized it."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
 
 
 def count_macs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
@@ -143,8 +159,8 @@ def _layers(model: nn.Module) -> dict[str, _Layer]:
 
 
 def _outputs(layer: _Layer) -> int:
-    return layer.outputs if isinstance(layer, QuantizedLayer) else len(layer.weight)
+    return layer.outputs if isinstance(layer, QuantizedLayer) else layer.weight.shape[0]
 
 
 def _columns(layer: _Layer) -> int:
-    return layer.columns if isinstance(layer, QuantizedLayer) else layer.weight[0].numel()
+    return layer.columns if isinstance(layer, QuantizedLayer) else layer.weight.shape[1:].numel()

@@ -92,7 +92,7 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
     ways = ["mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed, one metric",
             "mixed by sum of dB", "mixed by group budgets", *(f"random bits {i}" for i in range(3))]  # fmt: skip
     names = ["full precision", "naive", "no constant tokens", "no split", "MixDQ", *(f"MixDQ {way}" for way in ways)]
-    assert list(rows) == names
+    assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))] == names
     for name in names[5:]:
         assert rows[name]["bits"] <= 5 + 1e-9 and rows[name]["input_bits"] <= 7 + 1e-9
     assert rows["MixDQ"]["bits"] == 8 == rows["MixDQ"]["input_bits"]

@@ -83,7 +83,7 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
     folder = root / "run" / "validate"
     assert_accounted(folder)
     rows = rows_of(folder)
-    assert list(rows)[:6] == [
+    assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))][:6] == [
         "full precision",
         "static",
         "dynamic",

@@ -1,16 +1,22 @@
 """ViDiT-Q on whole pipelines of diffusers, whose networks are called in different ways."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from metrics.test_video import Quarters
 from modules.test_pipeline import module_of
 
 from genlight.data.prompts import PromptsDataModule
+from genlight.errors import UserError
 from genlight.io import load_state
 from genlight.loops.quantization_calibrate import QuantizationCalibration
-from genlight.loops.quantization_settings import network_of
+from genlight.loops.quantization_settings import GroupSettings, MixedBits, network_of
+from genlight.metrics.paired import image_scores
+from genlight.metrics.video import VideoMetrics
 from genlight.quantization.calls import sampling_calls
 from genlight.quantization.convert import quantized_layers
 from genlight.quantization.statistics import load_statistics
@@ -52,6 +58,75 @@ def test_a_pipeline_is_calibrated_quantized_and_saved(name: str, tmp_path: Path)
     with recorded_calls(network) as calls:
         module.sample_latents(torch.randn(1, *module.sample_shape), torch.tensor([0]))
     assert 0 < noise_to_signal(plain.eval(), calls) < noise_to_signal(again.eval(), calls) < 1e-2
+
+
+def parts_of(name: str, folder: Path, samples: int = 4) -> tuple[Trainer, Any, PromptsDataModule]:
+    """What a method runs with."""
+    module, data = module_of(name), PromptsDataModule(num_samples=samples, eval_batch_size=2)
+    module.check_data(data)
+    data.noise_shape = module.sample_shape
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", default_root_dir=str(folder), **quiet), module, data
+
+
+MOTION = GroupSettings("^temporal_transformer_blocks", "motion")
+
+
+def test_a_video_is_measured_whole_and_its_motion_chooses_bits(tmp_path: Path) -> None:
+    trainer, module, data = parts_of("latte", tmp_path)
+    module.metrics = VideoMetrics(Quarters())
+    mixed = MixedBits((2, 8), average_bits=4.0, samples=1)
+    method = QuantizationCalibration(
+        samples=2, trajectory=2, groups=(MOTION, GroupSettings()), mixed=mixed, dequantized=False, rounding="nearest"
+    )
+    result = method.run(trainer, module, data)
+    rows = {row["variant"]: row for row in result.table}
+    full = rows.pop("full precision")
+    own, fd = {"flow_size", "flow_flicker", "video_consistency"}, "video_fd_quarters"
+    assert own <= set(full) and full["motion"] is None and fd not in full
+    assert {"dynamic", "rotation (QuaRot)", "ViDiT-Q", "ViDiT-Q mixed"} <= set(rows)
+    for row in rows.values():
+        assert own < set(row) and row["motion"] > 0 and row[fd] > 0
+    # two bits against eight
+    assert rows["ViDiT-Q"]["motion"] < rows["ViDiT-Q mixed"]["motion"]
+    assert rows["ViDiT-Q"][fd] < rows["ViDiT-Q mixed"][fd]
+    lines = [json.loads(line) for line in (tmp_path / "search/sensitivity/history.jsonl").read_text().splitlines()[1:]]
+    assert {line["motion"] is None for line in lines} == {False}
+    by_bits = [sum(line["motion"] for line in lines if line["bits"] == bits) for bits in (2, 8)]
+    assert by_bits[0] > 3 * by_bits[1] > 0
+    # the temporal layers share what they were given so that the sum of their squared errors of motion is least
+    temporal = sorted({line["layer"] for line in lines if line["layer"].startswith("temporal")})
+    loss = {(line["layer"], line["bits"]): line["motion"] ** 2 for line in lines}
+    assert result.save is not None
+    result.save(tmp_path / "artifact", module)
+    found = json.loads((tmp_path / "artifact" / "quantization.json").read_text())["layers"]
+    bits = {name: found[name]["weight_bits"] for name in temporal}
+    weights = {name: network_of(module).get_submodule(name).weight.numel() for name in temporal}
+    for one in temporal:
+        for other in temporal:
+            if weights[one] == weights[other] and bits[one] != bits[other]:
+                kept = loss[one, bits[one]] + loss[other, bits[other]]
+                assert kept <= loss[one, bits[other]] + loss[other, bits[one]] + 1e-12
+    assert len(temporal) > 3
+
+
+def test_all_frames_are_sampled_and_one_of_them_is_shown() -> None:
+    """And layers that join frames change the motion."""
+    module = module_of("latte")
+    noise, label = torch.randn(2, *module.sample_shape), torch.tensor([0, 1])
+    before = module.sample_whole(noise, label)
+    assert before.shape == (2, 2, 3, 64, 64) and torch.equal(module.sample(noise, label), before[:, 1])
+    with torch.no_grad():
+        for name, weight in network_of(module).named_parameters():
+            if name.startswith("temporal"):
+                weight.mul_(1.5)
+    assert image_scores(module.sample_whole(noise, label), before)["motion"] > 0
+
+
+def test_images_have_no_motion(tmp_path: Path) -> None:
+    method = QuantizationCalibration(samples=2, trajectory=1, groups=(GroupSettings(metric="motion"),), rivals=False)
+    with pytest.raises(UserError, match="metric = motion needs a generator of videos"):
+        method.run(*parts_of("sd", tmp_path))
 
 
 def test_statistics_are_of_every_step_and_branch(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ class Bench:
 
     def measure(self, bits: Mapping[str, Any], *, kept: bool = True, split: bool = True) -> dict[str, Any]:
         """All numbers with layers in some bits; those that are not named stay as they are."""
-        from genlight.loops.quantization_work import Variant, image_scores
+        from genlight.loops.quantization_work import Variant
+        from genlight.metrics.paired import image_scores
 
         variant = replace(Variant.mixed(self.work.method, "", bits), constant_tokens=kept, split=split)
         with self.work.replaced(self.work.layers_of(variant, list(bits))):

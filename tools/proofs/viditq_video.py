@@ -7,8 +7,8 @@ controls an aspect of its own. Seen here by videos from the same noise, on noise
 
 - class: cross-entropy, in nats, of the digit that was asked for, by a classifier of real digits, and its accuracy;
 - frames: Fréchet distance of single frames to those of held-out digits, in the features of that classifier;
-- motion: root mean square change of the speed of the digit's centre against full precision, in pixels a frame, and the
-  same of its acceleration ("jitter"), which real videos do not have;
+- motion: root mean square change of the motion (`genlight.metrics.motion`) against full precision, in pixels a frame;
+  and change of brightness from a frame to the next that no motion explains ("flicker");
 - sqnr: of the predictions along trajectories of full precision, in dB, both guidance branches.
 
 No bar is set: the table says what was seen, and beside each increase its share of the sum of the three groups.
@@ -43,7 +43,7 @@ GROUPS = {
 BITS = (4, 3, 2)
 ALL, FULL, REAL = "all three", "full precision", "held-out digits"
 # what grows where something is lost
-LOSSES = ("class", "frames", "motion", "jitter")
+LOSSES = ("class", "frames", "motion", "flicker")
 
 
 def moving(digits: Any, generator: Any) -> Any:
@@ -199,29 +199,6 @@ def sample(network: Any, noise: Any, labels: Any) -> Any:
     return videos.clamp(-1, 1)
 
 
-def centres(videos: Any) -> Any:
-    """Centre of the brightness of each frame, (y, x) in pixels [B, FRAMES, 2]; faint noise does not count."""
-    import torch
-
-    weights = ((videos[:, 0] + 1) / 2 - 0.2).clamp(min=0) + 1e-6
-    places = torch.arange(SIZE, dtype=weights.dtype)
-    total = weights.sum(dim=(2, 3))
-    down = (weights.sum(dim=3) * places).sum(dim=2) / total
-    across = (weights.sum(dim=2) * places).sum(dim=2) / total
-    return torch.stack([down, across], dim=-1)
-
-
-def frechet(one: Any, other: Any) -> float:
-    """Squared Fréchet distance of the Gaussians of two sets of features [N, D]."""
-    import torch
-
-    one, other = one.double(), other.double()
-    first, second = one.T.cov(), other.T.cov()
-    common = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
-    means = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
-    return float(means + first.trace() + second.trace() - 2 * common)
-
-
 class Judge:
     """What is measured of videos."""
 
@@ -240,18 +217,20 @@ class Judge:
         import torch
         from torch.nn.functional import cross_entropy
 
+        from genlight.metrics.motion import motion_error, motion_of
+        from genlight.metrics.video import frechet_distance
+
         with torch.no_grad():
             features = self._features(videos)
             logits = self.classifier.head(features)
         asked = labels.repeat_interleave(FRAMES)
-        places = centres(videos)
-        change = places.diff(dim=1) - centres(full).diff(dim=1)
+        videos, full = videos.transpose(1, 2), full.transpose(1, 2)
         return {
             "class": float(cross_entropy(logits, asked)),
             "accuracy": float((logits.argmax(dim=1) == asked).float().mean()),
-            "frames": frechet(features, self.reference),
-            "motion": float(change.square().sum(dim=-1).mean().sqrt()),
-            "jitter": float(torch.diff(places, n=2, dim=1).square().sum(dim=-1).mean().sqrt()),
+            "frames": frechet_distance(features, self.reference),
+            "motion": motion_error(videos, full),
+            "flicker": float(motion_of(videos).unexplained.mean()),
         }
 
 
