@@ -47,8 +47,6 @@ FEW: dict[str, list[str]] = {
         "search.strategy.promoted=2",
     ],
     "viditq": ["method.samples=2", "method.trajectory=1", "method.rivals=false", "module.num_inference_steps=2"],
-    # without the weights of Inception
-    "viditq/latte": ["metrics.extractor=null"],
     "mixdq": ["method.samples=8", "method.trajectory=1", "method.mixed.samples=1", "method.rivals=false"],
     "oms": [
         "method.budgets=[2]",
@@ -112,7 +110,6 @@ def words_of(root: Path, recipe: str, model: str) -> list[str]:
         "data.num_samples=2",
         "data.eval_batch_size=1",
         *FEW[recipe.split("/", maxsplit=1)[0]],
-        *FEW.get(recipe, []),
         *SIZES[model],
         "trainer.accelerator=cpu",
         f"run.root={root}",
@@ -218,9 +215,8 @@ def test_an_artifact_loads_quantized(recipe: str, root: Path) -> None:
 def test_the_features_of_frames_are_asked_for_before_anything_is_sampled(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word for word in words_of(root, "viditq/latte", "latte") if word != "metrics.extractor=null"]
-    missing = root / "inception.safetensors"
-    assert main([*words, f"metrics.extractor.path={missing}", "run.name=without"]) != 0
+    words, missing = words_of(root, "viditq/latte", "latte"), root / "inception.safetensors"
+    assert main([*words, "metrics=video_inception", f"metrics.extractor.path={missing}", "run.name=without"]) != 0
     assert f"Inception weights not found: no file {missing}" in the_error(capsys.readouterr().err)
 
 

@@ -246,7 +246,7 @@ def held() -> dict[str, int]:
         trim(0)
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,7 +1,7 @@
 """Named schedules against the installed diffusers schedulers, step by step, with random network outputs.
 
-diffusers keeps its sigmas in float32. Each scheduler is run as it is, to 1e-5 of the size of x, and with its sigmas
-replaced by uneven ones in float32 (to 1e-5) and in float64 (to 1e-10).
+diffusers keeps its sigmas in float32. Each scheduler is run as it is, to 3e-5 of the size of x, and with its sigmas
+replaced by uneven ones in float32 (to 3e-5) and in float64 (to 1e-10). With AVX-512 it rounds up to 1.6e-5 away.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ VP, VP_SD = VPSchedule(), VPSchedule("scaled_linear", 0.00085, 0.012)
 ZERO_SNR = VPSchedule(rescale_zero_terminal_snr=True)
 FLOW, SHIFTED = FlowSchedule(), FlowSchedule(shift=3.0)
 SHAPE = (2, 3, 4)
+# of diffusers in float32, as a share of the size of x
+FLOAT32 = 3e-5
 DPM, SINGLE, UNIPC = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
 DEIS, SA = "DEISMultistepScheduler", "SASolverScheduler"
 
@@ -141,10 +143,10 @@ def test_schedulers_as_they_are(name: str, scheduler_name: str, options: dict[st
         times = tuple(noise_schedule.t_of_noise_level(level) if level else None for level in levels)
         outputs, start = _outputs(steps), _start().float()
         ours = _ours(preset(name, noise_schedule, times), Prediction(prediction_type, noise_schedule), start, outputs)
-        _compare(ours, _theirs(scheduler, start, outputs), 1e-5)
+        _compare(ours, _theirs(scheduler, start, outputs), FLOAT32)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["32", "64"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FLOAT32), (torch.float64, 1e-10)], ids=["32", "64"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name, scheduler_name, options", CASES, ids=NAMES)
 def test_uneven_times(
@@ -179,7 +181,7 @@ def test_zero_terminal_snr(prediction_type: str) -> None:
     theirs = _theirs(scheduler, start, outputs)
     prediction = Prediction(prediction_type, ZERO_SNR)
     times = tuple(ZERO_SNR.t_of_noise_level(level) if level else None for level in levels)
-    _compare(_ours(preset("dpmpp_2m", ZERO_SNR, times), prediction, start, outputs), theirs, 1e-5)
+    _compare(_ours(preset("dpmpp_2m", ZERO_SNR, times), prediction, start, outputs), theirs, FLOAT32)
     first = _ours(preset("dpmpp_2m", ZERO_SNR, (ZERO_SNR.t_max, *times[1:])), prediction, start, outputs)
     torch.testing.assert_close(first[1], theirs[1], rtol=0, atol=2e-3)
     assert all(bool(point.isfinite().all()) for point in first)
@@ -195,7 +197,7 @@ def test_flow_euler(shift: float) -> None:
     assert times[0] == 1 and times[-1] == 0
     outputs, start = _outputs(6), _start().float()
     ours = _ours(preset("flow_euler", noise_schedule, times), Prediction("flow", noise_schedule), start, outputs)
-    _compare(ours, _theirs(scheduler, start, outputs), 1e-5)
+    _compare(ours, _theirs(scheduler, start, outputs), FLOAT32)
 
 
 def test_flow_heun() -> None:
@@ -206,7 +208,7 @@ def test_flow_heun() -> None:
     times = (sigmas[0], *sigmas[1:-1:2], sigmas[-1])
     outputs, start = _outputs(len(scheduler.timesteps)), _start().float()
     ours = _ours(preset("flow_heun", noise_schedule, times), Prediction("flow", noise_schedule), start, outputs)
-    _compare(ours, _theirs(scheduler, start, outputs), 1e-5)
+    _compare(ours, _theirs(scheduler, start, outputs), FLOAT32)
 
 
 FLOW_CASES = [
