@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,33 @@ def report(folder: Path) -> dict[str, Any]:
     """What a run reported."""
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
+
+
+def watch(
+    calls: Mapping[str, tuple[Any, str]], finish: Callable[[str], object] = lambda name: None
+) -> dict[str, list[float]]:
+    """From now on, the wall seconds of each call of some methods, by name; filled in as they return.
+
+    Args:
+        calls: class and name of each method.
+        finish: given the name, waits until the work of a call is done, where the call does not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return method(*values, **options)
+            finally:
+                finish(name)
+                seconds[name].append(time.perf_counter() - begun)
+
+        return call
+
+    for name, (owner, method) in calls.items():
+        setattr(owner, method, watched(name, getattr(owner, method)))
+    return seconds
 
 
 def record(

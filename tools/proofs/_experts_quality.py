@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 from _commands import ROOT, report
 from _experts_speed import EXPERTS, KEPT, Config
 from _findings import Findings
-from eep import FULL, MERGING, PRUNED, RANDOM, SEARCHED, TASK, weight_bytes
+from eep import FULL, MERGING, PRUNED, RANDOM, SEARCHED, TASK, chosen, searched, weight_bytes
 
 SEEDS = (0, 1)
 TRAINED: Config = {
@@ -88,24 +87,7 @@ def search(found: Findings, base: Path, folder: Path, kept: int, seed: int, tiny
     seconds = command(
         found, folder / f"{name}.log", found.left - 12, "tools/proofs/eep.py", "--timed-search", times, *words
     )
-    place = folder / name / "validate"
-    history = next((place / "search").glob("experts*/history.jsonl")).read_text()
-    result = report(place)
-    return {
-        "kept": kept,
-        "seed": seed,
-        "seconds": seconds,
-        "rows": {row["kind"]: row for row in result["table"]},
-        "metrics": result["metrics"],
-        "times": json.loads(times.read_text()),
-        "keys": [json.loads(line)["key"] for line in history.splitlines()[1:]],
-        "artifact": str(place / "artifact"),
-    }
-
-
-def chosen(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The row whose model was saved."""
-    return next(row for row in result["rows"].values() if row["chosen"])
+    return {"kept": kept, "seed": seed, "seconds": seconds, **searched(folder / name / "validate", times)}
 
 
 def expert_parameters(folder: Path) -> int:
@@ -167,7 +149,7 @@ def quality_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def files_of(found: Findings, base: Path, folder: Path, first: Mapping[str, Any], tiny: bool) -> None:
     """What the saved smaller model is beside the whole one, and what it scores when it is read again."""
-    artifact = Path(first["artifact"])
+    artifact = first["artifact"]
     share = expert_parameters(artifact) / expert_parameters(base)
     predicted = chosen(first)["parameters"] / first["rows"][FULL]["parameters"]
     found.values["size"] = abs(share - KEPT / EXPERTS)

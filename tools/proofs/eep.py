@@ -84,13 +84,15 @@ def search(folder: Path, variant: str, seed: int, words: tuple[str, ...]) -> dic
     command += [f"run.root={folder}", f"run.name={name}", "run.overwrite=true"]
     times, begun = folder / f"{name}.json", time.monotonic()
     run(__file__, "--timed-search", times, *command)
-    seconds, place = time.monotonic() - begun, folder / name / "validate"
+    seconds = time.monotonic() - begun
+    return {"variant": variant, "seed": seed, "seconds": seconds, **searched(folder / name / "validate", times)}
+
+
+def searched(place: Path, times: Path) -> dict[str, Any]:
+    """What a search has left in its run folder, and the times of its calls."""
     found = report(place)
     history = next((place / "search").glob("experts*/history.jsonl")).read_text()
     return {
-        "variant": variant,
-        "seed": seed,
-        "seconds": seconds,
         "rows": {row["kind"]: row for row in found["table"]},
         "metrics": found["metrics"],
         "times": json.loads(times.read_text()),

@@ -18,13 +18,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _commands import genlight, record, report, run
+from _commands import genlight, record, report, run, watch
 
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
@@ -54,23 +53,11 @@ def timed(file: Path, calls: dict[str, tuple[type, str]], words: list[str]) -> i
     from genlight.cli import main as command
 
     torch.set_num_threads(1)
-    seconds = dict.fromkeys(calls, 0.0)
-
-    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: Any, **options: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return method(*values, **options)
-            finally:
-                seconds[name] += time.perf_counter() - begun
-
-        return call
-
-    for name, (owner, method) in calls.items():
-        setattr(owner, method, watched(name, getattr(owner, method)))
+    seconds = watch(calls)
     begun = time.perf_counter()
     code = command(words)
-    file.write_text(json.dumps({**seconds, "all": time.perf_counter() - begun}))
+    whole = time.perf_counter() - begun
+    file.write_text(json.dumps({name: sum(each) for name, each in seconds.items()} | {"all": whole}))
     return code
 
 

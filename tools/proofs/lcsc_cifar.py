@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _commands import RESULTS, ROOT, report
+from _commands import RESULTS, ROOT, report, watch
 
 from genlight.data.cache import default_cache_folder
 from genlight.io import atomic_write_json
@@ -361,22 +361,12 @@ def timed(file: Path, words: list[str]) -> int:
         "apply": (CheckpointCoefficients, "apply"),
         "measure": (MetricObjective, "evaluate_applied"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: Any, **options: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return method(*values, **options)
-            finally:
-                if name == "apply" and torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - begun)
+    def finish(name: str) -> None:
+        if name == "apply" and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
-        return call
-
-    for name, (owner, method) in calls.items():
-        setattr(owner, method, watched(name, getattr(owner, method)))
+    seconds = watch(calls, finish)
     code = command(words)
     found = {name: {"seconds": sum(each), "median": statistics.median(each or [0.0])} for name, each in seconds.items()}
     atomic_write_json(file, found)
