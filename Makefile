@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m genlight
 STAMP := $(VENV)/.installed
+# read what is written for them, in tests; apart, since diffusers imports both wherever they are, which takes two seconds
+FORMATS := $(VENV)/formats
+FORMAT_TESTS := tests/modules/test_serving.py tests/quantization/test_torchao_format.py
 # those of a GPU have a script of their own, tools/proofs/gpu.sh
 PROOFS := $(filter-out %_gpu.py %_cifar.py,$(wildcard tools/proofs/[!_]*.py))
 
@@ -17,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(FORMATS) torchao peft
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -24,7 +28,8 @@ demo: $(STAMP)
 	$(RUN) validate run.name=demo run.overwrite=true ckpt_path=runs/demo/fit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FORMAT_TESTS:%=--ignore=%)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(FORMATS) $(BIN)/python -m pytest $(FORMAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

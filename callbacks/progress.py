@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class StepProgress(ProgressBar):
-    """One bar for all optimizer steps of a fit, and one for each validation.
+    """One bar for all optimizer steps of a fit, one for each validation, and those of the parts of a method.
 
     Args:
         line_interval: seconds between two plain lines where standard error is no terminal.
@@ -32,14 +32,17 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
-        self.display.start("fit", total, trainer.global_step)
+        # every step that is due has a line with its loss: none is needed between two of them
+        self.display.start("fit", total, trainer.global_step, beats=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        note = None
         if self.display.due():  # reading the loss waits for the device, so it is read only when it will be shown
             loss = trainer.callback_metrics.get("train/loss")
-            self.display.show("fit", trainer.global_step, f"loss {float(loss):.4f}" if loss is not None else "")
+            note = "" if loss is None else f"loss {float(loss):.4f}"
+        self.display.show("fit", trainer.global_step, note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.display.stop("fit")
@@ -52,14 +55,28 @@ class StepProgress(ProgressBar):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if self.display.due():
-            self.display.show("validate", batch_idx + 1)
+        self.display.show("validate", batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.display.stop("validate")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.display.close()
+        self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.display.close()
+        self._stop()
+
+    def _stop(self) -> None:
+        """The display is also a method's, which goes on after a validation."""
+        self.display.stop("validate")
+        self.display.stop("fit")
+
+
+def display_of(trainer: Any) -> ProgressDisplay:
+    """The display of a run; a silent one where it shows no progress, and in other processes than the first."""
+    shown = [each.display for each in getattr(trainer, "callbacks", ()) if isinstance(each, StepProgress)]
+    if shown and trainer.is_global_zero:
+        return shown[0]
+    silent = ProgressDisplay()
+    silent.enabled = False
+    return silent

@@ -1,4 +1,4 @@
-"""Leave in good order when asked to: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Leave in good order when asked to: SIGTERM or SIGUSR1 from a scheduler, Ctrl-C from a person."""
 
 import os
 import signal
@@ -29,7 +29,9 @@ class SignalGuard(Callback):
 
     During a validation inside `fit` the step is finished already: the checkpoint is saved without waiting for the
     validation, which a resumed run repeats. Handlers are in place while the trainer's loops run, instead of Lightning's
-    own (which leave without saving), and are put back afterwards.
+    own (which leave without saving), and are put back afterwards. SIGUSR1, which schedulers send ahead of SIGTERM, asks
+    for the same and never counts as a second signal; what handled it before is called too: in a SLURM job that is
+    Lightning's, which puts the job back into the queue.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; by default the folder of the first checkpoint callback, else the
@@ -111,7 +113,7 @@ class SignalGuard(Callback):
             return
         self._process, self._count, self._signal = os.getpid(), 0, None
         try:
-            for number in EXIT_CODES:
+            for number in (*EXIT_CODES, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._on_signal)
         except ValueError:
             # Only the main thread may handle signals; elsewhere the embedding program does.
@@ -125,6 +127,11 @@ class SignalGuard(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             # A loader's worker inherits this handler; its parent tells it when to stop.
+            return
+        if number == signal.SIGUSR1:
+            self._signal = self._signal or signal.SIGTERM
+            if callable(before := self._previous.get(signal.SIGUSR1)):
+                before(number, frame)
             return
         self._count += 1
         self._signal = signal.Signals(number)

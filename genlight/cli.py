@@ -11,7 +11,7 @@ from genlight.config_check import ConfigError, check, nearest, resolved
 from genlight.errors import UserError
 from genlight.help import COMMANDS, help_text, versions_text
 
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
 MULTIRUN = ("--multirun", "-m")
 RERUN = "--rerun"
 FLAGS = (*MULTIRUN, "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
@@ -47,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _print_error(error)
         return USAGE_ERROR
+    except OSError as error:  # of what surrounds runs: a run tells its own
+        if "traceback=true" in arguments:
+            raise
+        _print_error(error)
+        return FAILURE
 
 
 def _help(arguments: list[str]) -> str:

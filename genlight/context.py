@@ -23,6 +23,7 @@ class Run:
         started: ``time.monotonic()`` at the start.
         notes: what the report has to say besides numbers.
         fingerprint: hash of the config.
+        room: where there must be room for what it keeps; "": in the folder of all runs.
     """
 
     config: Any
@@ -35,3 +36,4 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    room: str = ""

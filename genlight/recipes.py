@@ -1,19 +1,74 @@
-"""Other experiments as parts of a run, each by a command of its own: fitted where what they make is missing."""
+"""Other experiments as parts of a run, each by a command of its own: fitted where what they make is missing.
+
+A dry run fits nothing to its end. Where something is missing, it goes on in copies of the folders of runs and of the
+cache, made of links (`in_copy`); there the missing fit is asked by a dry run of its own what it costs, and a few steps
+of it leave something of the right shape to measure on.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from genlight import io
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError
+from genlight.reports.cost import seconds_said
+from genlight.run_folder import RUN_FILE
 
 # what a launcher of several processes tells each of them
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
+# a file beside the copies of a dry run
+_COPY = "copy-of-a-dry-run"
+# a fit that leaves all that whole ones do
+_FEW_STEPS = (
+    "trainer.max_steps=20",
+    "trainer.val_check_interval=20",
+    "trainer.limit_val_batches=1",
+    "trainer.num_sanity_val_steps=0",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A fit that a run would begin with.
+
+    Attributes:
+        name: of its run.
+        seconds: in all, at least and at most, as its own dry run says.
+        spent: seconds that it took to know that, and to make something to measure on.
+    """
+
+    name: str
+    seconds: tuple[float, float, float]
+    spent: float
+
+
+class NotThere(UserError):
+    """A dry run needs what a fit would make."""
+
+
+_trainings: ContextVar[list[Training] | None] = ContextVar("trainings", default=None)
+
+
+@contextmanager
+def fits_nothing() -> Iterator[list[Training]]:
+    """Within it a missing fit raises NotThere, or in a copy is added to the list that this gives."""
+    found: list[Training] = []
+    token = _trainings.set(found)
+    try:
+        yield found
+    finally:
+        _trainings.reset(token)
 
 
 def fit_where_missing(recipe: str, is_there: Callable[[], bool], what: str, folder: str | Path, *words: str) -> None:
@@ -26,17 +81,79 @@ def fit_where_missing(recipe: str, is_there: Callable[[], bool], what: str, fold
 
     Raises:
         UserError: the fit failed.
+        NotThere: in a dry run, outside of its copies.
     """
     from filelock import FileLock
 
     if is_there():
         return
+    if any((place / _COPY).is_file() for place in Path(folder).absolute().parents):
+        _rehearse(recipe, what, words)
+        return
+    if _trainings.get() is not None:
+        raise NotThere(f"{what} is not there, and a dry run fits nothing: make it first, by fit experiment={recipe}")
     io.create_folder(Path(folder))
     with FileLock(Path(folder) / f".{recipe.replace('/', '-')}.lock"):
         if is_there():
             return
         print_line(f"{what} is not there yet: fit experiment={recipe}")
         run_command("fit", f"experiment={recipe}", "run.overwrite=true", *words)
+
+
+def _rehearse(recipe: str, what: str, words: Sequence[str]) -> None:
+    """Ask a fit what it costs, and do a few steps of it."""
+    begun = time.monotonic()
+    print_line(f"{what} is not there yet: a few steps of fit experiment={recipe} stand for it")
+    said = seconds_said(run_command("fit", f"experiment={recipe}", *words, "dry_run=true", show=False))
+    if said is None:
+        raise UserError(f"the dry run of fit experiment={recipe} gave no estimate")
+    run_command("fit", f"experiment={recipe}", "run.overwrite=true", *words, *_FEW_STEPS, show=False)
+    name = next((word.removeprefix("run.name=") for word in words if word.startswith("run.name=")), recipe)
+    if (found := _trainings.get()) is not None:
+        found.append(Training(name, said, time.monotonic() - begun))
+
+
+def in_copy(config: Any, folder: Path) -> Any:
+    """The same config with `run.root` and `paths.cache` copied below `folder`, by links: what is written there leaves
+    the folders of the user as they are. Paths that are typed out below `run.root` follow it.
+    """
+    from omegaconf import OmegaConf
+
+    runs, cache = folder / "runs", folder / "cache"
+    io.create_folder(folder)
+    io.atomic_write_text(folder / _COPY, "")
+    _link(Path(config.run.root), runs)
+    _link(Path(config.paths.cache), cache)
+    typed = re.compile(rf"(?<![\w./-]){re.escape(str(config.run.root).rstrip('/'))}/")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [moved(inner) for inner in value]
+        return typed.sub(lambda _: f"{runs}/", value) if isinstance(value, str) else value
+
+    made = OmegaConf.create(moved(OmegaConf.to_container(config, resolve=False)))
+    for key, path in (("run.root", runs), ("run.dir", config.run.dir), ("paths.cache", cache)):
+        OmegaConf.update(made, key, str(path))
+    return made
+
+
+def _link(folder: Path, copy: Path) -> None:
+    """Make `copy` of folders like those in `folder`, down to those of runs, and of links to all that lies in them.
+
+    A run in the copy is replaced link by link, so that its files stay. Hidden files, such as locks, are left out.
+    """
+    io.create_folder(copy)
+    for place, folders, files in os.walk(folder.absolute()):
+        here, inside = io.create_folder(copy / Path(place).relative_to(folder.absolute())), Path(place)
+        whole = [name for name in folders if RUN_FILE in files or (inside / name).is_symlink()]
+        for name in (*files, *whole):
+            if not name.startswith("."):
+                (here / name).symlink_to(inside / name)
+        folders[:] = [
+            name for name in folders if name not in whole and not name.startswith(".") and inside / name != copy.parent
+        ]
 
 
 def fit_run_where_missing(

@@ -99,12 +99,18 @@ def metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list
 
 
 def surroundings(before: Report, after: Report) -> list[str]:
-    """What both results do not have in common beside numbers: revision, data, machine, versions."""
-    first, second = ({**r.machine, **r.versions, "revision": r.git_revision, "data": r.data} for r in (before, after))
+    """What both results do not have in common beside numbers: machine, versions, revision, data, weights."""
+    first, second = (_surroundings(report) for report in (before, after))
     names = dict.fromkeys([*first, *second])
     return [
         f"{name}: {first.get(name)}, now {second.get(name)}" for name in names if first.get(name) != second.get(name)
     ]
+
+
+def _surroundings(report: Report) -> dict[str, Any]:
+    weights = {f"weights {each.source}": each.hub_commit or each.sampled_sha256 for each in report.weights}
+    known = {"revision": report.git_revision, "data": report.data, "deterministic": report.deterministic}
+    return {**report.machine, **report.versions, **known, **weights}
 
 
 def _finished(folder: Path) -> tuple[dict[str, Any], Report]:

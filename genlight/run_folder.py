@@ -75,7 +75,7 @@ class RunFolder:
             CorruptFileError: its run.json is not whole.
         """
         if resume and overwrite:
-            raise UserError("resume=true and overwrite=true exclude each other: continue the run or replace it")
+            raise UserError("resume=true and run.overwrite=true exclude each other: continue the run or replace it")
         path = io.create_folder(path)
         lock = _take_lock(path)
         try:
@@ -282,7 +282,7 @@ def _old_record(path: Path, resume: bool, overwrite: bool) -> dict[str, Any] | N
     if not resume:
         raise UserError(
             f"{path} holds a run already (status {record['status']}, started {record['started']}): "
-            "add resume=true to continue it, overwrite=true to replace it, or choose another run.name"
+            "add resume=true to continue it, run.overwrite=true to replace it, or choose another run.name"
         )
     return record
 
@@ -298,7 +298,8 @@ def _check_same_config(path: Path, old: dict[str, Any], new: dict[str, Any], ign
     shown = "; ".join(found[:3])
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     raise UserError(
-        f"{path} cannot be resumed with another config: {shown}{more}; give the same values, or choose another run.name"
+        f"{path} cannot be resumed with another config: {shown}{more}; give the same values, choose another "
+        "run.name, or begin anew with run.overwrite=true in place of resume=true"
     )
 
 

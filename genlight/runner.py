@@ -10,7 +10,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,20 +47,21 @@ FAILURE = 1
 
 def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
     """Carry out one accepted config; returns the exit code. Faults are told in one line, details go to a file."""
+    with ExitStack() as scratch, _leaving_on_signals():
+        return _run(config, choices, overrides, scratch)
+
+
+def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: ExitStack) -> int:
     from omegaconf import OmegaConf
 
-    with tempfile.TemporaryDirectory(prefix="genlight-") as scratch, _leaving_on_signals():
-        if config.dry_run:
-            OmegaConf.update(config, "run.dir", scratch)
-        return _run(config, choices, overrides)
-
-
-def _run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
     started = time.monotonic()
     trace = bool(config.traceback)
     folder: RunFolder | None = None
     state, code = "failed", FAILURE
     try:
+        if config.dry_run:
+            place = scratch.enter_context(tempfile.TemporaryDirectory(prefix="genlight-"))
+            OmegaConf.update(config, "run.dir", place)
         plain = resolved(config)
         run_path(config.run.root, config.run.name)  # refuses a name that leads out of the root
         words = ["python", "-m", "genlight", config.command]
@@ -157,10 +159,8 @@ def _keep_references(resolved: Any, raw: Any) -> Any:
 
 def _tell(error: Exception, folder: RunFolder | None) -> None:
     """One line for the person; the traceback of what was not foreseen goes to a file."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     text = _in_one_line(error)
-    foreseen = isinstance(error, UserError | MisconfigurationException)
+    foreseen = isinstance(error, UserError) or _is_misconfigured(error)
     if type(error).__name__ == "OutOfMemoryError":
         text, foreseen = f"out of memory on the device: {text}; lower data.batch_size or data.eval_batch_size", True
     if not foreseen:
@@ -173,6 +173,12 @@ def _tell(error: Exception, folder: RunFolder | None) -> None:
     sys.stderr.write(f"error: {f'[process {rank}] ' if rank else ''}{text}\n")
 
 
+def _is_misconfigured(error: Exception) -> bool:
+    """Whether Lightning refuses what it was told; a run that ends before it is imported does not import it for this."""
+    raises = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return raises is not None and isinstance(error, raises.MisconfigurationException)
+
+
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -183,13 +189,27 @@ def _carry_out(this: Run) -> None:
 
     _quiet()
     check_targets(this.plain, this.plain["targets"]["allow"])
-    session = Session(this)
     if this.plain["dry_run"]:
-        session.dry_run()
+        _dry_run(this)
     elif this.command == "fit":
-        session.fit()
+        Session(this).fit()
     else:
-        session.validate()
+        Session(this).validate()
+
+
+def _dry_run(this: Run) -> None:
+    """What the run will cost; where it needs what a fit would make, once more on copies of its folders."""
+    from genlight.recipes import NotThere, fits_nothing, in_copy
+    from genlight.session import Session
+
+    with fits_nothing() as trainings:
+        with suppress(NotThere):
+            Session(this).dry_run(trainings)
+            return
+        config = in_copy(this.config, this.folder / "copy")
+        root, now = str(this.plain["run"]["root"]), time.monotonic()
+        copied = replace(this, config=config, plain=resolved(config), started=now, notes=[], room=root)
+        Session(copied).dry_run(trainings)
 
 
 def _quiet() -> None:

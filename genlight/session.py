@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from genlight import io
 from genlight.build import build
 from genlight.callbacks.exact_resume import last_metrics
+from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
 from genlight.loops.result import MethodResult
-from genlight.recipes import fit_where_missing
-from genlight.reports.cost import count_macs, free_bytes, longer, real_cost
+from genlight.recipes import Training, fit_where_missing
+from genlight.reports.cost import after_trainings, free_bytes, longer, network_macs, real_cost
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
 from genlight.reports.finishing import finishing
 from genlight.reports.metrics_csv import merge_metrics
+from genlight.reports.origin import weights_record
+from genlight.reports.progress import IN_ALL
 from genlight.reports.report import FeaturesRecord, Report, parse_report, result_table, write_report
 from genlight.run_folder import process_rank
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
@@ -46,7 +49,8 @@ class Session:
         self.run = this
         config = this.config
         seed_everything(config.seed, workers=True, verbose=False)
-        self.timer = StepTimer(this.started, stop=bool(config.dry_run), folder=this.plain["run"]["root"])
+        self.room = this.room or this.plain["run"]["root"]
+        self.timer = StepTimer(this.started, stop=bool(config.dry_run), folder=self.room)
         self.trainer = self._build_trainer()
         self.datamodule: Any = build(config.data, "data")
         self.module: Any = build(config.module, "module")
@@ -70,7 +74,8 @@ class Session:
         method = self._build_method()
         self._prepare_measurement()
         self.timer.quiet = getattr(method, "predicts_cost", False)
-        result = method.run(self.trainer, self.module, self.datamodule)
+        with display_of(self.trainer).phase(IN_ALL):
+            result = method.run(self.trainer, self.module, self.datamodule)
         whole = self._whole_module() if result.save is not None else None  # on all processes: they may hold a part each
         if self.trainer.is_global_zero:
             measured = getattr(self.metrics, "num_samples", 0) or getattr(self.datamodule, "num_samples", 0)
@@ -82,29 +87,42 @@ class Session:
                 self._save_artifact(report, result.method, lambda folder: result.save(folder, whole))
             self._finish(report)
 
-    def dry_run(self) -> None:
-        """Three steps, and what the whole run will cost."""
+    def dry_run(self, trainings: Sequence[Training]) -> None:
+        """Three steps, and what the whole run will cost, with the fits that were found missing on the way.
+
+        Args:
+            trainings: where `genlight.recipes` notes them.
+        """
         estimate = None
+        self.datamodule.dry_run = True
         if self.run.command == "fit":
             self._prepare_module()
             self._prepare_data("select")
+            self._leave_out(trainings)
             self.trainer.fit(self.module, datamodule=self.datamodule)
             estimate = self.timer.estimate
-            if estimate is not None:  # with curves and samples
-                estimate = longer(estimate, finishing(_PICTURES), self.run.plain["run"]["root"])
+            if estimate is not None:  # with what is left of the data, curves and samples
+                estimate = longer(estimate, (*getattr(self.datamodule, "left", ()), finishing(_PICTURES)), self.room)
         else:
             method = self._build_method()
             self._prepare_measurement()
+            self._leave_out(trainings)
             self.timer.quiet = True
-            estimate = method.dry_run(self.trainer, self.module, self.datamodule)
+            with display_of(self.trainer).phase(IN_ALL):
+                estimate = method.dry_run(self.trainer, self.module, self.datamodule)
         if estimate is None:
             raise UserError("the run is too short to be estimated: it has fewer than five steps")
         if self.trainer.is_global_zero:
             from rich.console import Console
 
-            extra = {**estimate.extra, **_network_macs(self.module)}
-            free = free_bytes(self.run.plain["run"]["root"])  # the dry run itself lies elsewhere
+            estimate = after_trainings(estimate, {training.name: training.seconds for training in trainings})
+            extra = {**estimate.extra, **network_macs(self.module)}
+            free = free_bytes(self.room)  # the dry run itself lies elsewhere
             Console().print(replace(estimate, extra=extra, disk_free_bytes=free).table())
+
+    def _leave_out(self, trainings: Sequence[Training]) -> None:
+        """What it took to ask fits for their cost is no part of the run's own time of setting up."""
+        self.timer.started += sum(training.spent for training in trainings)
 
     def _build_trainer(self) -> Trainer:
         config = self.run.config
@@ -228,15 +246,18 @@ class Session:
         module.load_state_dict(state)
 
     def _newest(self, folder: Path, set_aside: bool = False) -> Path:
-        """The newest whole checkpoint; damaged newer ones are named, and with `set_aside` renamed."""
+        """The newest whole checkpoint; newer ones are named, and with `set_aside` those that are damaged renamed.
+
+        Where none is whole all keep their names: what can't be read now may be read another time.
+        """
         found, skipped = newest_whole_checkpoint(folder)
-        for bad, reason in skipped:
-            self.run.notes.append(f"{bad.name} was passed over: {reason}")
-            print_line(f"warning: {bad} is passed over: {reason}")
-            if set_aside and process_rank() == 0:
-                io.rename(bad, bad.with_name(bad.name + ".damaged"))
         if found is None:
-            raise UserError(f"{folder} holds no whole checkpoint{': ' + skipped[0][1] if skipped else ''}")
+            raise UserError(f"{folder} holds no whole checkpoint{f': {skipped[0][1]}' if skipped else ''}")
+        for bad, error in skipped:
+            self.run.notes.append(f"{bad.name} was passed over: {error}")
+            print_line(f"warning: {bad} is passed over: {error}")
+            if set_aside and isinstance(error, io.CorruptFileError) and process_rank() == 0:
+                io.rename(bad, bad.with_name(bad.name + ".damaged"))
         return found
 
     def _resume_from(self) -> str | None:
@@ -266,6 +287,8 @@ class Session:
             "config_hash": this.fingerprint,
             "seed": this.plain["seed"],
             "data": getattr(self.datamodule, "fingerprint", None),
+            "weights": [asdict(weights_record(source)) for source in self._base_models()],
+            "deterministic": this.plain["trainer"].get("deterministic"),
             "draw": draw,
             "metrics": {name: value for name, value in metrics.items() if value == value},
             "table": [dict(row) for row in result.table] if result else [],
@@ -327,25 +350,6 @@ class Session:
         for logger in self.trainer.loggers:
             _track(logger, folder, report)
         _print_result(folder, report, files)
-
-
-def _network_macs(module: Any) -> dict[str, float]:
-    """Multiply-accumulates of one call of a generator's network for one sample; nothing for other modules."""
-    if not hasattr(module, "predict") or not hasattr(module, "sample_shape"):
-        return {}
-
-    class Call(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = module.net
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            label = torch.zeros(1, dtype=torch.long, device=x.device) if module.class_conditional else None
-            return torch.as_tensor(module.predict(x, torch.ones(1, device=x.device), label))
-
-    return {
-        "macs_per_network_call": float(count_macs(Call(), torch.zeros(1, *module.sample_shape, device=module.device)))
-    }
 
 
 def _track(logger: Any, folder: Path, report: Report) -> None:

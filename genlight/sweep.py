@@ -48,6 +48,7 @@ MAY_DIFFER = (
     "trainer.enable_model_summary",
 )
 _LONGEST = 100
+_NOTED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ def _is_finished(place: Path, record: Mapping[str, Any]) -> bool:
     """Whether the folder holds a finished run of this config."""
     if not (place / RUN_FILE).is_file():
         return False
-    old = read_run(place)
+    try:
+        old = read_run(place)
+    except UserError:  # the job itself says what is wrong with its folder
+        return False
     return old["status"] == "finished" and not config_differences(old["config"], record, MAY_DIFFER)
 
 
@@ -195,20 +199,21 @@ def _run(command: list[str]) -> int:
 
 @contextmanager
 def _passing_on() -> Iterator[tuple[list[Any], list[int]]]:
-    """SIGTERM goes on to the child; Ctrl-C reaches it from the terminal anyhow. Both are noted."""
+    """SIGTERM goes on to the child, as does SIGUSR1, which counts as one; Ctrl-C reaches it from the terminal anyhow.
+    All are noted."""
     children: list[Any] = []
     told: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        told.append(number)
-        if number == signal.SIGTERM:
+        told.append(signal.SIGTERM if number == signal.SIGUSR1 else number)
+        if number != signal.SIGINT:
             for child in children:
                 child.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield children, told
         return
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in _NOTED}
     try:
         yield children, told
     finally:
@@ -245,13 +250,18 @@ def _row(folder: Path, command: str, job: Job, code: int | None) -> dict[str, An
     row: dict[str, Any] = {"name": job.label, "values": dict(job.values), "folder": str(place.relative_to(folder))}
     if not (place / RUN_FILE).is_file():
         return {**row, "status": "not begun" if code is None else "failed", "seconds": None, "metrics": {}}
-    run = read_run(place)
+    try:
+        run = read_run(place)
+        report = io.read_json(place / "report.json") if run["status"] == "finished" else {}
+    except (UserError, OSError) as error:
+        _say(f"warning: {error}")
+        return {**row, "status": "damaged", "seconds": None, "metrics": {}}
     status = str(run["status"])
     if status == "running" and code:
         status = "killed"
     elif code and status == "finished":
         status = "failed"  # to be begun again: the folder holds an earlier run, of another config
-    metrics = io.read_json(place / "report.json")["metrics"] if status == "finished" else {}
+    metrics = report.get("metrics", {}) if status == "finished" else {}
     parts = [(part["started"], part["ended"]) for part in (*run["earlier"], run) if part["ended"]]
     seconds = sum((datetime.fromisoformat(end) - datetime.fromisoformat(begun)).total_seconds() for begun, end in parts)
     return {**row, "status": status, "seconds": seconds, "metrics": metrics}

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
+from safetensors import SafetensorError
 
 from genlight import io
 from genlight.io import primitives
@@ -72,6 +73,20 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if not request.param:
         monkeypatch.setattr(primitives, "_exchange", lambda first, second: False)
     return bool(request.param)
+
+
+def test_a_disk_that_fills_up_under_a_library_is_told_like_any_other(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+
+    def written(number: int) -> None:
+        with io.atomic_folder(tmp_path / "artifact"):
+            raise SafetensorError(f"Error while serializing: I/O error: told by the system (os error {number})")
+
+    with pytest.raises(io.DiskFullError, match=f"disk full while writing {tmp_path}"):
+        written(errno.ENOSPC)
+    with pytest.raises(SafetensorError):
+        written(errno.EIO)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])

@@ -1,5 +1,6 @@
 """Both commands from end to end on the default experiment made tiny: what they leave, how they compose and fail."""
 
+import errno
 import os
 import shutil
 import signal
@@ -53,6 +54,7 @@ def test_a_fit_leaves_what_it_promises(root: Path) -> None:
     assert [p.name for p in sorted((folder / "checkpoints").glob("*"))] == ["step-000004.ckpt", "step-000006.ckpt"]
     report = report_of(folder)
     assert report["seed"] == 0 and report["versions"]["torch"] and report["predicted"] and report["real"]
+    assert report["weights"] == [] and report["deterministic"] is None
     assert "report.md" in {p.name for p in folder.iterdir()}
 
 
@@ -78,6 +80,8 @@ def test_validate_takes_a_run_a_checkpoint_or_an_artifact_alike(root: Path) -> N
         values.append(report["metrics"]["val/fd_digits"])
         assert report["draw"] == "report" and report["num_samples"] == 40
         assert len(report["data"]) == 64 and report["data"] == report_of(fit)["data"]
+        (began_with,) = report["weights"]
+        assert began_with["source"] == str(path) and len(began_with["sampled_sha256"]) == 64
         assert report["features"]["name"] == "digits" and report["floor"]["num_reference"] == 899
         assert (root / name / "validate" / "figures" / "samples.png").is_file()
     assert values[0] == values[1] == values[2]
@@ -124,6 +128,41 @@ def test_a_damaged_newest_checkpoint_is_passed_over(root: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert "step-000006.ckpt is passed over" in error and "continuing from" in error and "step-000004" in error
     assert equal(weights(newest(folder)), weights(newest(root / "tiny" / "fit")))
+
+
+def test_a_checkpoint_that_cannot_be_read_now_keeps_its_name(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the disk did not give once it may give the next time; nothing begins anew in silence."""
+    folder = root / "unread" / "fit"
+    shutil.copytree(root / "tiny" / "fit", folder)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+    def broken(path: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "load_state", broken)
+        assert genlight(root, "fit", "run.name=unread", "resume=true") == 1
+    assert "holds no whole checkpoint: [Errno 5]" in the_error(capsys.readouterr().err)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
+
+
+def test_a_run_that_is_refused_at_once_imports_no_torch(root: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "genlight", "fit", *TINY, f"run.root={root}", "run.name=tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *imported, last = done.stderr.splitlines()
+    assert done.returncode == 1 and any(line.startswith("error: ") for line in done.stderr.splitlines()), last
+    assert not any(line.split("|")[-1].strip() in ("torch", "lightning") for line in imported)
+
+
+def test_without_room_for_temporary_files_a_dry_run_says_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*arguments: object, **options: object) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    assert genlight(root, "fit", "run.name=nowhere", "dry_run=true") == 1
+    assert "No usable temporary directory" in the_error(capsys.readouterr().err)
 
 
 def test_a_dry_run_estimates_and_leaves_nothing(

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,19 @@ def test_one_failed_job_does_not_stop_the_others(
     assert "error: " in capsys.readouterr().err
 
 
+def test_a_damaged_folder_is_one_row_and_stops_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(root / "seeds", root / "harmed")
+    (root / "harmed" / "seed=1" / "fit" / "run.json").write_text('{"kind": "run", "ver')
+    (root / "harmed" / "seed=2" / "fit" / "report.json").unlink()
+    monkeypatch.setattr(sweep, "_run", in_this_process)
+    assert many(root, "harmed", "seed=1,2,3") == 1
+    found = rows(root, "harmed")
+    assert [row["status"] for row in found] == ["damaged", "damaged", "finished"] and found[2]["metrics"]
+    assert "run.json" in capsys.readouterr().err
+
+
 def test_a_killed_sweep_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own: SIGTERM reaches the job that runs, which saves; the next start goes on with it."""
     words = [*QUICK, "trainer.max_steps=200", "callbacks.checkpoint.every_n_train_steps=5", "seed=1,2"]
@@ -126,6 +140,15 @@ def test_a_killed_sweep_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert many(root, "killed", "seed=1,2", "callbacks.checkpoint.every_n_train_steps=5") == 0
     assert [row["status"] for row in rows(root, "killed")] == ["finished", "finished"]
     assert io.read_json(first / "run.json")["earlier"][0]["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_scheduler_sends_goes_on_to_the_job(number: int) -> None:
+    program = f"import os, signal, time; signal.signal({number}, lambda *_: os._exit(0)); "
+    program += f"os.kill(os.getppid(), {number}); time.sleep(9)"
+    before = signal.getsignal(number)
+    assert sweep._run([sys.executable, "-c", program]) == 143
+    assert signal.getsignal(number) is before
 
 
 def test_combinations_and_labels() -> None:

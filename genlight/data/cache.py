@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -51,7 +52,6 @@ def cached_tensors(folder: Path, name: str, facts: Any, build: Callable[[], dict
             log.warning("decoding again: %s", error)
     tensors = build()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, tensors, {"key": key})
     except (UserError, OSError) as error:
         log.warning("decoded images are not kept, cache folder %s: %s", folder, error)
@@ -71,7 +71,11 @@ def with_progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item
     else:
         return
     from rich.console import Console
+    from rich.file_proxy import FileProxy
     from rich.progress import track
 
+    if isinstance(sys.stderr, FileProxy):  # below a bar that is there already
+        yield from iterator
+        return
     console = Console(stderr=True)
     yield from track(iterator, what, total=total, completed=done, console=console, transient=True)

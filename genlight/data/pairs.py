@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,21 @@ from genlight.data.loaders import FixedLoader, TrainLoader
 from genlight.data.sampling import BatchOrder
 from genlight.diffusion.flow_codes import Method
 from genlight.errors import UserError, in_config
-from genlight.modules.dd_pairs import Pairs, PairSettings, folder_of, make_pairs, pairs_record, read_pairs
+from genlight.modules.dd_pairs import (
+    Pairs,
+    PairSettings,
+    folder_of,
+    make_pairs,
+    missing_shards,
+    pairs_record,
+    read_pairs,
+)
 from genlight.modules.token_folder import TokenTeacher, read_token_teacher
 from genlight.nets.autoregressive import check_guidance_range
+from genlight.reports.cost import Phase
+
+# shards that a dry run makes; the first one warms up
+_TRIED = 3
 
 
 class PairsDataModule(LightningDataModule):
@@ -33,6 +48,11 @@ class PairsDataModule(LightningDataModule):
         num_pairs, shard_size, seed, steps, method, guidance_range: as in `genlight.modules.dd_pairs.PairSettings`.
         batch_size: pairs in a training batch of one device.
         cache: the pairs are kept below it; None is GENLIGHT_CACHE, or the cache folder of the system.
+
+    Attributes:
+        dry_run: set to True, a fit makes only a few of the pairs that are missing, in a folder that goes again; they
+            stand for all others.
+        left: what it will then take to make the others.
 
     Raises:
         ValueError: a value out of range.
@@ -62,6 +82,7 @@ class PairsDataModule(LightningDataModule):
         self.image_shape, self.num_classes = images.image_shape, images.num_classes
         self.eval_batch_size = images.eval_batch_size
         self.teacher_source, self.batch_size, self.seed, self.cache = teacher, batch_size, seed, cache
+        self.dry_run, self.left = False, tuple[Phase, ...]()
         self._teacher: TokenTeacher | None = None
         self._pairs: Pairs | None = None
 
@@ -122,7 +143,27 @@ class PairsDataModule(LightningDataModule):
         if stage == "fit":
             rank, world_size = self._place()
             device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+            if self.dry_run and (missing := missing_shards(self._folder, self.settings)):
+                self._make_few(device, -(-len(missing) // world_size))
+                return
             make_pairs(self._folder, self.teacher, self.settings, device=device, rank=rank, world_size=world_size)
+
+    def _make_few(self, device: torch.device, shards: int) -> None:
+        """Instead of so many shards make a few, and time them."""
+        size, teacher = self.settings.shard_size, self.teacher
+        few = replace(self.settings, num_pairs=min(self.settings.num_pairs, _TRIED * size))
+        seconds: list[float] = []
+        with tempfile.TemporaryDirectory(prefix="genlight-") as folder:
+            for shard in range(few.num_shards):
+                begun = time.monotonic()
+                make_pairs(folder, teacher, few, device=device, rank=shard, world_size=few.num_shards)
+                seconds.append(time.monotonic() - begun)
+            made = read_pairs(folder, teacher, few)
+        places = torch.arange(self.settings.num_pairs) % len(made)
+        guidance = None if made.guidance is None else made.guidance[places]
+        self._pairs = replace(made, tokens=made.tokens[places], guidance=guidance)
+        if shards > few.num_shards:
+            self.left = (Phase("shard of pairs", tuple(seconds[1:]), shards - few.num_shards),)
 
     @property
     def pairs(self) -> Pairs:

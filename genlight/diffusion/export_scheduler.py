@@ -184,6 +184,30 @@ def write_stock_scheduler(scheduler: SolverScheduleScheduler, folder: str | Path
     )
 
 
+def write_stock_form(form: StockForm, pipeline: Path, folder: Path) -> None:
+    """Write what, copied over a folder of a diffusers pipeline, makes the form its scheduler; no custom code is needed.
+
+    Beside scheduler and `model_index.json` lies `call.json`: what a pipeline must be called with.
+
+    Args:
+        form: that takes the steps of a searched schedule.
+        pipeline: the folder with the searched schedules; not changed.
+        folder: where to.
+    """
+    index = read_json(pipeline / "model_index.json")
+    atomic_write_text(folder / SCHEDULER / _CONFIG, form.build().to_json_string())
+    atomic_write_json(folder / "model_index.json", index | {SCHEDULER: ["diffusers", form.class_name]})
+    atomic_write_json(folder / "call.json", form.call)
+
+
+def why_no_stock_form(scheduler: SolverScheduleScheduler, nfe: int) -> str:
+    """Of a schedule for which `stock_form` finds none, in words."""
+    config: Any = scheduler.config
+    if config.family == "vp" and any(t != round(t) for t in config.schedules[str(nfe)]["timesteps"]):
+        return "its timesteps are no whole numbers (method.integer_times)"
+    return "DDIM, multistep DPM-Solver and flow-matching Euler take others"
+
+
 def stock_form(scheduler: SolverScheduleScheduler, nfe: int) -> StockForm | None:
     """The first of `stock_forms`, None if there is none."""
     return next(stock_forms(scheduler, nfe), None)

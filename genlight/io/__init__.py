@@ -12,6 +12,7 @@ from genlight.io.folders import (
     resolve_below,
     sha256_of,
     verify_folder,
+    verify_if_described,
     write_manifest,
 )
 from genlight.io.primitives import (
@@ -56,6 +57,7 @@ __all__ = [
     "save_tensors",
     "sha256_of",
     "verify_folder",
+    "verify_if_described",
     "write_manifest",
     "write_record",
 ]

@@ -145,6 +145,12 @@ def verify_folder(path: Path_, *, allow_extra: bool = False) -> None:
                 raise CorruptFileError(f"{file} is not listed in {MANIFEST}")
 
 
+def verify_if_described(path: Path_) -> None:
+    """`verify_folder` where the folder has a manifest; those that others wrote have none."""
+    if (Path(path) / MANIFEST).is_file():
+        verify_folder(path)
+
+
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / MANIFEST
     if not file.is_file():

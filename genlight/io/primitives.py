@@ -125,12 +125,20 @@ def no_space_explained(path: Path, needed: int) -> Iterator[None]:
     """Turn "no space left" into one line with the figures; every other error passes unchanged."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
+    except Exception as error:
+        if not _says_no_space(error):
             raise
         free = _free_bytes(path)
         size = f"{needed:,} bytes" if needed else "more space"
         raise DiskFullError(f"disk full while writing {path}: {size} needed, {free:,} free") from error
+
+
+def _says_no_space(error: Exception) -> bool:
+    """safetensors raises a class of its own, which has the number of the system's error in its text."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    numbers = (f"(os error {number})" for number in _NO_SPACE)
+    return type(error).__name__ == "SafetensorError" and any(number in str(error) for number in numbers)
 
 
 def _free_bytes(path: Path) -> int:

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import MEASURED, StepTimer, print_line
 from genlight.errors import UserError
 from genlight.loops.evaluation import CandidateTrainer, measured
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile, estimate
 from genlight.reports.finishing import finishing
+from genlight.reports.progress import IN_ALL
 from genlight.reports.report import size
 from genlight.search.archive import count_records
 from genlight.search.plan import SearchPlan
@@ -26,6 +28,8 @@ from genlight.search.rehearsal import Rehearsal, rehearsed
 
 # parts of every method, for the account of time
 CHOICE, REPORT = "choice", "report"
+# what a run shows while it finds out what all of it will cost
+ESTIMATE = "estimate"
 # the share of a search that making up proposals beforehand may take, and seconds that it may always take
 _REHEARSAL_SHARE, _REHEARSAL_SECONDS = 0.05, 1.0
 _QUARTER = 4
@@ -88,12 +92,14 @@ def first_validation(trainer: Any, module: Any, datamodule: Any, *, dry: bool = 
 
 
 def announce(trainer: Any, predicted: CostEstimate) -> None:
-    """Say beforehand what a run will cost; UserError where the disk has no room for it."""
+    """Say beforehand what a run will cost, and show it from now on; UserError where the disk has no room for it."""
     if not predicted.fits_on_disk:
         needed, free = size(predicted.disk_needed_bytes), size(predicted.disk_free_bytes)
         raise UserError(f"the run will keep {needed} in {trainer.default_root_dir}, where {free} are free: make room")
     if trainer.is_global_zero:
         print_line(predicted.line())
+    left = predicted.total_seconds - predicted.setup_seconds
+    display_of(trainer).expect({**{phase.name: phase.total for phase in predicted.phases}, IN_ALL: left})
 
 
 def _timer(trainer: Any) -> StepTimer | None:

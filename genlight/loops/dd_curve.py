@@ -10,7 +10,14 @@ import torch
 
 from genlight.diffusion.teacher_passes import Marginals
 from genlight.errors import UserError, in_config
-from genlight.loops.cost import announce, first_validation
+from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.dd_quantized import (
+    FORMATS,
+    quantized_name,
+    quantized_student,
+    quantized_variants,
+    save_with_quantized,
+)
 from genlight.loops.dd_variants import DRAWN, TEACHER, Choices, variants_of
 from genlight.loops.dd_work import LATENCIES, VARIANTS, CurveWork, Measured, by_name
 from genlight.loops.evaluation import CandidateTrainer
@@ -25,7 +32,7 @@ class DecodingCurve:
     Rows (Liu et al. 2024, arXiv 2412.17153, tables 1 and 2): the teacher by the flow and by drawing; the student in
     every number of steps that it was trained for; the teacher for some groups, or all but the student's first ones
     ("pre-trained-n-m"); the student refined by parallel passes of the teacher; the teacher stopped early (skip-k);
-    independent tokens (onestep*). All have the same noise, labels and metrics.
+    independent tokens (onestep*); the student in few bits. All have the same noise, labels and metrics.
 
     Args:
         involved: pairs (first, last), counted from 1: the teacher decides these groups but the last; null: one of each
@@ -33,9 +40,10 @@ class DecodingCurve:
         refine: passes of the teacher after the student's one.
         skip: by how many groups the teacher stops early; null: a sixth, a third and a half of them.
         latency_batches: batch sizes whose time is measured; none: no time is.
+        quantized: of "w8", "w8a8" and "w4": the student in so many bits, each a row and a folder of the artifact.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or bits that are not known.
     """
 
     predicts_cost = True
@@ -46,15 +54,18 @@ class DecodingCurve:
         refine: Sequence[int] = (1, 2, 4, 8),
         skip: Sequence[int] | None = None,
         latency_batches: Sequence[int] = (1, 16, 256),
+        quantized: Sequence[str] = (),
     ) -> None:
         for name, values in (("refine", refine), ("skip", skip or ()), ("latency_batches", latency_batches)):
             if any(value < 1 for value in values):
                 raise ValueError(f"method.{name} = {list(values)} must be 1 or more")
         if involved is not None and any(len(pair) != 2 for pair in involved):
             raise ValueError(f"method.involved = {list(involved)} must be pairs of first and last group")
+        if unknown := [name for name in quantized if name not in FORMATS]:
+            raise ValueError(f"method.quantized = {list(quantized)}: {unknown[0]} must be one of {', '.join(FORMATS)}")
         self.involved = None if involved is None else [(int(first), int(last)) for first, last in involved]
         self.refine, self.skip = tuple(refine), None if skip is None else tuple(skip)
-        self.latency_batches = tuple(latency_batches)
+        self.latency_batches, self.quantized = tuple(latency_batches), tuple(quantized)
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
         """Measure every variant on the report draw, and draw what they make of the same noise.
@@ -65,13 +76,14 @@ class DecodingCurve:
         self._check(module, datamodule)
         first = first_validation(trainer, module, datamodule)
         work = self._work(trainer, module, datamodule)
-        predicted = work.cost(first)
+        with work.evaluations.display.phase(ESTIMATE):
+            predicted = work.cost(first)
         announce(trainer, predicted)
         with work.evaluations.timing(VARIANTS):
             found = work.measure()
         teacher, drawn = by_name(work.variants, found)
         rows = [work.row(variant, each, teacher, drawn) for variant, each in zip(work.variants, found, strict=True)]
-        notes = [_NOTE]
+        notes = [_NOTE, *([_BITS] if self.quantized else [])]
         if self.latency_batches:
             with work.evaluations.timing(LATENCIES):
                 *times, decoder = work.latencies()
@@ -81,13 +93,13 @@ class DecodingCurve:
         if trainer.is_global_zero:
             _pictures(work, found, rows, Path(trainer.default_root_dir) / "figures")
         return MethodResult(
-            {**first.logged, **_headline(rows)},
+            {**first.logged, **_headline(rows, self.quantized)},
             method="Distilled Decoding",
             table=rows,
             notes=notes,
             predicted=predicted,
             spent=work.evaluations.spent,
-            save=lambda folder, whole: whole.save_pretrained(folder),
+            save=lambda folder, whole: save_with_quantized(whole, work.quantized, folder),
         )
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
@@ -117,13 +129,19 @@ class DecodingCurve:
                 raise ValueError(f"skip = {list(choices.skip_of(groups))} must be less than {groups}")
             labels = torch.arange(len(pairs)) % pairs.num_classes
             by_class = Marginals.of(pairs.tokens, num_codes, labels)
+            quantized = {name: quantized_student(module.student, FORMATS[name]) for name in self.quantized}
         variants = variants_of(module, choices, by_class, Marginals.of(pairs.tokens, num_codes))
-        return CurveWork(evaluations, module, datamodule, variants, self.latency_batches)
+        variants += quantized_variants(module, quantized)
+        return CurveWork(evaluations, module, datamodule, variants, self.latency_batches, quantized)
 
 
 _NOTE = (
     "nll: nats per token by the teacher; agreement: share of tokens equal to the teacher's from the same noise; "
     f"bigram_distance: of neighbouring tokens to those of '{DRAWN}'. Calls are one after the other"
+)
+_BITS = (
+    "w8, w4: weights in so many bits, which save memory, not time; a8: inputs too, multiplied as integers. Embeddings "
+    "and heads stay as they are; megabytes are those of the whole network"
 )
 
 
@@ -131,10 +149,11 @@ def _frechet(row: dict[str, Any]) -> str | None:
     return next((name for name in row if name == "fid" or name.startswith("fd_")), None)
 
 
-def _headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _headline(rows: Sequence[dict[str, Any]], quantized: Sequence[str]) -> dict[str, float]:
     """The Fréchet distance of the rows that are asked for most; their likelihood where no images are compared."""
     name = _frechet(rows[0]) or "nll"
     wanted = {"teacher": TEACHER, "student": "student, 1 step", "onestep": "onestep*, by class"}
+    wanted |= {f"student_{each}": quantized_name(each) for each in quantized}
     values = {row["variant"]: row[name] for row in rows}
     return {f"{name}_{short}": float(values[long]) for short, long in wanted.items()}
 
@@ -144,7 +163,7 @@ def _pictures(work: CurveWork, found: Sequence[Measured], rows: Sequence[dict[st
     shown = {
         variant.name: each.images
         for variant, each in zip(work.variants, found, strict=True)
-        if variant.name == TEACHER or variant.kind == "student"
+        if variant.name == TEACHER or variant.kind in ("student", "quantized")
     }
     sampler_comparison(shown, figures / "comparison.png")
     name = _frechet(rows[0])

@@ -15,6 +15,7 @@ from genlight.diffusion.teacher_passes import Marginals, refine, stopped_early, 
 from genlight.nets.autoregressive import Choose, decode, multinomial
 from genlight.nets.few_step import Decoded
 from genlight.nets.residual_vq import ResidualQuantizer
+from genlight.quantization.accounting import tensor_bytes
 
 if TYPE_CHECKING:
     from genlight.modules.distilled_decoding import DistilledDecodingModule
@@ -29,15 +30,17 @@ class Variant:
 
     Attributes:
         name: e.g. "student, 2 steps".
-        kind: "teacher", "student", "vectors", "teacher involved", "refined", "skip" or "onestep".
+        kind: "teacher", "student", "vectors", "teacher involved", "refined", "skip", "onestep" or "quantized".
         calls: of a network for one batch, one after the other.
         decode: noise [B, N, C] and labels [B] to tokens; fewer than N where the teacher stops and nothing is filled in.
+        megabytes: of the network, 10⁶ bytes, where a student alone is called.
     """
 
     name: str
     kind: str
     calls: int
     decode: Callable[[Tensor, Tensor], Decoded]
+    megabytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,18 @@ def variants_of(
 ) -> list[Variant]:
     """All of them, the teacher first; `marginals` are those of each class."""
     teacher, settings = module.teacher.model, module.settings
-    groups, codebook = len(teacher.group_sizes), teacher.codebook
+    groups, codebook, megabytes = len(teacher.group_sizes), teacher.codebook, tensor_bytes(module.student) / 1e6
     found = [Variant(TEACHER, "teacher", groups, _teacher(module, choices, groups))]
     for name, seed in _SEEDS.items():
         found.append(Variant(name, "teacher", groups, _drawn(module, seed)))
     for steps in range(1, len(module.timesteps) + 1):
         timesteps = module.timesteps[:steps]
         name = f"student, {steps} step{'s' if steps > 1 else ''}"
-        found.append(Variant(name, "student", steps, _student(module, timesteps, groups)))
+        found.append(Variant(name, "student", steps, _student(module, timesteps, groups), megabytes))
     if module.split_timestep is not None:
         split = module.split_timestep
-        found.append(Variant(f"student, vectors from {split}", "vectors", 1, _student(module, (0,), split)))
+        vectors = _student(module, (0,), split)
+        found.append(Variant(f"student, vectors from {split}", "vectors", 1, vectors, megabytes))
     for first, last in choices.involved_in(groups, module.timesteps):
 
         def involved(noise: Tensor, label: Tensor, first: int = first, last: int = last) -> Decoded:

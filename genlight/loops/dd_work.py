@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
 from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
 from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
 from genlight.modules.generation import GRID_IMAGES
+from genlight.nets.dd_student import Student
 from genlight.nets.few_step import Decoded
-from genlight.reports.cost import CostEstimate, Phase
+from genlight.quantization.accounting import tensor_bytes
+from genlight.reports.cost import CostEstimate, Phase, PlannedFile
 
 # samples of the batches that are measured for the estimate
 _PROBES = (16, 64)
@@ -52,6 +54,7 @@ class CurveWork:
         evaluations, module, datamodule: of the run.
         variants: the teacher first.
         latency_batches: batch sizes whose time is measured.
+        quantized: students that are written besides, by name.
     """
 
     evaluations: CandidateTrainer
@@ -59,6 +62,7 @@ class CurveWork:
     datamodule: Any
     variants: Sequence[Variant]
     latency_batches: Sequence[int]
+    quantized: Mapping[str, Student]
 
     def noise(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Noise [M, N, C] and labels [M] of the draw that is reported."""
@@ -79,13 +83,15 @@ class CurveWork:
         noise, label = self.noise(min(max(self.latency_batches, default=1), self.datamodule.num_samples))
         pieces = [partial(self._inside, self._times, each, noise, label) for each in self.variants]
         pieces.append(partial(self._inside, self._decoder_times, noise, label))
+        steps = self.evaluations.display.counted(pieces)
         # by the first process alone: several at a time would slow each other down
-        found: list[list[dict[str, float]]] = in_turn(self.evaluations, [lambda: [piece() for piece in pieces]])
+        found: list[list[dict[str, float]]] = in_turn(self.evaluations, [lambda: [piece() for piece in steps]])
         return found[0]
 
     def row(self, variant: Variant, found: Measured, teacher: Measured, drawn: Measured) -> dict[str, Any]:
         """One row of the table; `teacher` and `drawn` are its own samples, by the flow and by drawing."""
         row: dict[str, Any] = {"variant": variant.name, "kind": variant.kind, "calls": variant.calls}
+        row["megabytes"] = variant.megabytes
         row |= {name: value for name, value in found.metrics.items() if not name.endswith("_std")}
         whole = found.tokens.shape == teacher.tokens.shape
         grid = grid_size_of(self.module.teacher.model.group_sizes)
@@ -114,7 +120,8 @@ class CurveWork:
             calls = [[self._inside(self._decoding, each, *probe) for probe in (few, more)] for each in self.variants]
             latencies = [sum(_timed_seconds(_at(batch, pair)) for batch in self.latency_batches) for pair in calls]
             phases.append(Phase(LATENCIES, tuple(latencies), len(self.variants)))
-        return method_cost(self.evaluations, first, phases, [artifact_of(self.module)], pictures=3)
+        files = [PlannedFile(f"artifact/{name}", tensor_bytes(student)) for name, student in self.quantized.items()]
+        return method_cost(self.evaluations, first, phases, [artifact_of(self.module), *files], pictures=3)
 
     def _inside(self, function: Any, *arguments: Any) -> Any:
         return self.evaluations.inside(self.module, partial(function, *arguments))

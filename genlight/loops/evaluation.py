@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from genlight.callbacks.progress import display_of
 from genlight.data.loaders import KeptLoader
 from genlight.errors import UserError
 from genlight.search.evaluation import Evaluator, over_ranks
@@ -37,12 +38,14 @@ class CandidateTrainer:
 
     Attributes:
         spent: seconds by part of the method, see `timing`.
+        display: shows how far the run is.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.sharded = is_sharded(trainer)
         self.spent: dict[str, float] = {}
+        self.display = display_of(trainer)
         self._loaders: WeakKeyDictionary[Any, dict[tuple[Any, ...], KeptLoader]] = WeakKeyDictionary()
 
     @property
@@ -56,10 +59,11 @@ class CandidateTrainer:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Count the seconds of a part of a method, which the report holds against what was predicted."""
+        """Show a part of a method, and count its seconds, which the report holds against what was predicted."""
         begun = time.monotonic()
         try:
-            yield
+            with self.display.phase(name):
+                yield
         finally:
             self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - begun
 
@@ -250,10 +254,14 @@ def measured(
 
 
 def in_turn(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of independent pieces of work, each done by one process where every one holds the whole module."""
+    """The results of independent pieces of work, each done by one process where every one holds the whole module.
+
+    Each is a step of the phase that is shown.
+    """
     share = evaluations.shares
     rank = int(evaluations.trainer.global_rank) if share > 1 else 0
-    mine = {index: piece() for index, piece in enumerate(work) if index % share == rank}
+    own = [(index, piece) for index, piece in enumerate(work) if index % share == rank]
+    mine = {index: piece() for index, piece in evaluations.display.counted(own)}
     if share == 1:
         return [mine[index] for index in range(len(work))]
     parts = [evaluations.trainer.strategy.broadcast(mine, src) for src in range(share)]

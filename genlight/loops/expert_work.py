@@ -134,7 +134,8 @@ class ExpertWork:
     def baseline_maps(self) -> dict[str, dict[str, LayerMaps]]:
         """Edits of all layers by name of the baseline, the same on all processes: one pass over calibration data."""
         maps: dict[str, dict[str, LayerMaps]]
-        maps, self.load = self.evaluations.agreed(self.evaluations.inside(self.module, self._calibrated))
+        with self.evaluations.display.phase(f"calibration, {self.num_experts} experts"):
+            maps, self.load = self.evaluations.agreed(self.evaluations.inside(self.module, self._calibrated))
         return maps
 
     def _calibrated(self) -> tuple[dict[str, dict[str, LayerMaps]], dict[str, torch.Tensor]]:
@@ -145,7 +146,8 @@ class ExpertWork:
         statistics = collecting.results()
         editor.route(num_experts_per_tok=self.per_token)
         make = partial(baseline, editor=editor, statistics=statistics, num_experts=self.num_experts)
-        found = {name: make(name, seed=seed, max_subsets=method.max_subsets) for name in method.baselines}
+        names = self.evaluations.display.counted(method.baselines)
+        found = {name: make(name, seed=seed, max_subsets=method.max_subsets) for name in names}
         for number in range(method.random_draws):
             found[f"{RANDOM} {number}"] = make(RANDOM, seed=seed + number)
         editor.restore()

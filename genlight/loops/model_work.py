@@ -103,7 +103,8 @@ class ModelWork:
         found = self.evaluations.agreed(read_costs(given) if given else None)
         if found is None:
             measure = partial(member_costs, self.module, self.rows, method.unit)
-            found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+            with self.evaluations.display.phase("costs of members"):
+                found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
             for name, reason in failed.items():
                 self.leave_out(name, reason)
             found = replace(found, notes=(*found.notes, *(_note(*each) for each in failed.items())))
@@ -111,7 +112,6 @@ class ModelWork:
         if missing and (method.costs or not method.drop_failing):
             raise UserError(f"{given} has no costs of {', '.join(missing)}")
         if self.runner.main:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_costs(file, found)
         return found  # type: ignore[no-any-return]
 
@@ -195,7 +195,8 @@ class ModelWork:
         """Errors of the members that work over λ on training images; the same on all processes."""
         count = self.method.curve_images
         measure = partial(member_curves, self.module, self.datamodule, self.space.names, count)
-        found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+        with self.evaluations.display.phase("errors of members"):
+            found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
         for name, reason in failed.items():
             self.leave_out(name, reason)
         return found  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genlight.errors import UserError, in_config
-from genlight.loops.cost import announce, first_validation
+from genlight.loops.cost import ESTIMATE, announce, first_validation
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.predictor_cost import predictor_cost
 from genlight.loops.predictor_report import predictor_result
@@ -104,7 +104,8 @@ class PredictorSearch:
         """
         work = self._work(trainer, module, datamodule)
         first = first_validation(trainer, module, datamodule)
-        predicted = predictor_cost(work, first)
+        with work.evaluations.display.phase(ESTIMATE):
+            predicted = predictor_cost(work, first)
         announce(trainer, predicted)
         return predictor_result(work, first.logged, predicted)
 

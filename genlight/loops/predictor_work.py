@@ -138,7 +138,6 @@ class PredictorWork:
         for name in method.predictors:
             predict = self.contenders.fit(name, rows, targets, label_seed)
             scores[name] = ranking_scores(predict(self.held_out)[0], truth)
-        path.parent.mkdir(parents=True, exist_ok=True)
         io.write_record(path, {"fingerprint": key, "scores": scores}, kind=_KIND, version=_VERSION)
         return scores
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from genlight.loops.cost import announce, first_validation
+from genlight.loops.cost import ESTIMATE, announce, first_validation
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
 from genlight.loops.quantization_report import quantization_result
 from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
@@ -157,7 +157,8 @@ class QuantizationCalibration:
         if hasattr(module.metrics, "keep_reference"):
             module.metrics.keep_reference()  # the videos of full precision
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
-        predicted = calibrated_cost(work, first)
+        with work.evaluations.display.phase(ESTIMATE):
+            predicted = calibrated_cost(work, first)
         announce(trainer, predicted)
         return quantization_result(work, first.logged, predicted)
 

@@ -13,6 +13,7 @@ from genlight.loops.quantization_bits import BUDGETS, ways_of
 from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import LAYERS, VARIANTS, variants_of
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
+from genlight.loops.quantization_speed import ROUNDS, SPEED, step_times
 from genlight.loops.quantization_work import QuantizationWork, Variant, checked_work
 from genlight.quantization.accounting import tensor_bytes
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile
@@ -57,6 +58,7 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
     with work.replaced(layers):
         slower = max(1.0, timed([lambda: work.noise(plain)])[0] / replay)
         sample = timed([lambda: work.images(plain)])[0] / count
+    (turn,) = timed([lambda: step_times(work, layers, rounds=1)])
     probes = [] if mixed is None else probes_of(mixed, work.forms)
     layer: tuple[float, ...] = (0.0,)
     if mixed is not None:
@@ -76,6 +78,7 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
         *(library_phases(work, each, sample) if method.rivals else []),
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, len(variants)),
+        Phase(SPEED, (turn,), ROUNDS),
     ]
     files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized + method.torchao)]
     return method_cost(work.evaluations, first, phases, files, pictures=5)

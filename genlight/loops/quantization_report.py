@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from genlight import io
+from genlight.callbacks.timing import print_line
 from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
 from genlight.loops.quantization_libraries import OTHERS, library_rows
 from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
 from genlight.loops.quantization_settings import network_of
+from genlight.loops.quantization_speed import SPEED, StepTimes, milliseconds, step_times
+from genlight.loops.quantization_variants import VariantRows
 from genlight.loops.quantization_work import QuantizationWork, Variant
 from genlight.loops.result import MethodResult
-from genlight.metrics.paired import image_scores
+from genlight.metrics.paired import INTERVALS, image_scores
 from genlight.metrics.text_image import middle_frame
 from genlight.quantization.balance import balance_sample
-from genlight.quantization.convert import replace_layers
+from genlight.quantization.convert import layers_left_out, replace_layers
 from genlight.quantization.diffusers_format import marked_quantized
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.layers import QuantizedLayer
@@ -27,6 +30,7 @@ from genlight.quantization.recipe import dequantized_layer
 from genlight.quantization.torchao_format import as_torchao
 from genlight.quantization.trajectory import decibels
 from genlight.reports.cost import CostEstimate
+from genlight.reports.latency import device_name
 from genlight.reports.quantization_figures import bits_by_layer, channel_ranges, sensitivity_map
 from genlight.reports.search_figures import sampler_comparison
 
@@ -38,6 +42,7 @@ DEQUANTIZED, TORCHAO = "dequantized", "torchao"
 _KIND, _VERSION = "quantization", 1
 FULL, DYNAMIC, NAIVE = "full precision", "dynamic", "naive"
 _MOST_CHANNELS = 1024
+_NAMED = 3  # layers of a kind, in the report
 LAYERS, VARIANTS = "layers in few bits", "variants"  # in the account of time
 
 
@@ -81,24 +86,22 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     method = work.method
     reference = work.reference("report", method.trajectory)
     paired = ("sqnr", *image_scores(reference.images, reference.images))
-    full: dict[str, Any] = {"variant": FULL, **dict.fromkeys(paired)}
+    full: dict[str, Any] = {"variant": FULL, **dict.fromkeys((*paired, *INTERVALS))}
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
     with work.evaluations.timing(LAYERS):
         found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
     bits, program = allocated_bits(work, method.mixed, found) if method.mixed is not None else ({}, {})
     with work.evaluations.timing(OTHERS):
         others, notes = library_rows(work) if method.rivals else ([], [])
-    rows, images, layers = [full, *others], {FULL: middle_frame(reference.images)}, dict[str, QuantizedLayer]()
     winner = f"{method.title} {WAYS[0]}" if bits else method.title
-    for variant in variants_of(method, bits):
-        with work.evaluations.timing(VARIANTS):
-            made = work.layers(variant)
-            row, images[variant.name] = work.measure(made)
-        rows.append({"variant": variant.name, **row})
-        if variant.name == winner:
-            layers = made
+    own_rows, images, layers = _measured(work, variants_of(method, bits), winner, own)
+    rows = [full, *others, *own_rows]
+    with work.evaluations.timing(SPEED):
+        times = step_times(work, layers)
+    verdict = times.verdict(winner, device_name(work.module.device))
+    print_line(verdict)
     chosen = next(row for row in rows if row["variant"] == winner)
-    _pictures(work, images, winner, layers, found)
+    _pictures(work, {FULL: middle_frame(reference.images), **images}, winner, layers, found)
     # a model card is about its artifact, so the run's own metrics are those of the winner
     headline = {name: chosen[name.removeprefix("val/")] for name in own}
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
@@ -111,17 +114,52 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     return MethodResult(
         headline,
         method=f"{method.title} (post-training quantization)",
-        table=rows,
-        notes=[*_notes(work, winner, chosen, full), *notes],
+        table=_with_times(rows, winner, times),
+        notes=[verdict, *_notes(work, winner, chosen, full), *notes],
         predicted=predicted,
         spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
     )
 
 
+def _measured(
+    work: QuantizationWork, variants: Sequence[Variant], winner: str, metrics: Iterable[str]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, QuantizedLayer]]:
+    """Rows of the variants, images of those that are shown, and the layers of the winner.
+
+    What an earlier run has measured is read; then only what is shown and the artifact are made again.
+    """
+    kept = VariantRows(work, metrics)
+    rows, images, layers = list[dict[str, Any]](), dict[str, Tensor](), dict[str, QuantizedLayer]()
+    for variant in work.evaluations.display.counted(variants, "rows of the table"):
+        shown = variant.name in (DYNAMIC, NAIVE, winner)
+        with work.evaluations.timing(VARIANTS):
+            row = kept.get(variant)
+            if row is None or shown:
+                made = work.layers(variant)
+                if row is None:
+                    row, image = work.measure(made)
+                    kept.keep(variant, row)
+                else:
+                    with work.replaced(made):
+                        image = middle_frame(work.images(work.reference("report", work.method.trajectory)))
+                if shown:
+                    images[variant.name] = image
+                if variant.name == winner:
+                    layers = made
+        rows.append({"variant": variant.name, **row})
+    return rows, images, layers
+
+
+def _with_times(rows: Sequence[Mapping[str, Any]], winner: str, times: StepTimes) -> list[dict[str, Any]]:
+    """The rows with milliseconds of a step, which only full precision and the winner have."""
+    found = {FULL: milliseconds(times.full), winner: milliseconds(times.quantized)}
+    none = dict.fromkeys(found[FULL])
+    return [{**row, **found.get(row["variant"], none)} for row in rows]
+
+
 def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
     method = work.method
-    kept = len([name for name in work.macs if name not in work.forms])
     special = []
     if method.split_shortcuts or method.constant_tokens != "off":
         known = work.special
@@ -142,11 +180,23 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
         "draw, all steps and guidance branches; psnr and ssim are of images against those of full precision with the "
         f"same noise. Rows of rivals have rounding to nearest, those of {method.title} {method.rounding}",
         f"{winner}: {len(work.forms)} layers in {chosen['bits']:.3g} bits a weight and "
-        f"{chosen['input_bits']:.3g} an input, {kept} layers left in floating point; {chosen['megabytes']:.3g} of "
-        f"{full['megabytes']:.3g} MB in memory",
-        "calibrated on the search draw, bits chosen on the select draw; without a GPU kernel for these widths "
-        "quantized layers save memory, not time",
+        f"{chosen['input_bits']:.3g} an input; {chosen['megabytes']:.3g} of {full['megabytes']:.3g} MB in memory, "
+        f"{chosen['file_megabytes']:.3g} of {full['file_megabytes']:.3g} in a file",
+        _left_out(layers_left_out(work.network, work.forms)),
+        "calibrated on the search draw, bits chosen on the select draw",
     ]
+
+
+def _left_out(layers: Mapping[str, tuple[str, str]]) -> str:
+    """Layers that stay in floating point, by type and reason, with a few names of each."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, kind in layers.items():
+        kinds.setdefault(kind, []).append(name)
+    parts = [
+        f"{len(names)} {kind} ({reason}): {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
+        for (kind, reason), names in kinds.items()
+    ]
+    return f"left in floating point: {'; '.join(parts) or 'no layer'}"
 
 
 def _facts(
@@ -177,6 +227,10 @@ def _facts(
                 "alpha": alphas[name],
             }
             for name, layer in layers.items()
+        },
+        "left_out": {
+            name: {"type": kind, "reason": reason}
+            for name, (kind, reason) in layers_left_out(work.network, work.forms).items()
         },
         "scores": [dict(row) for row in rows],
     }
@@ -227,7 +281,8 @@ def save_artifact(
     """The module with quantized layers, what was done to it, and if asked for the same for torchao and in floats."""
     network = network_of(module)
     plain = {name: network.get_submodule(name) for name in layers}
-    settings = {key: value for key, value in facts.items() if key not in ("kind", "version", "scores", "layers")}
+    apart = ("kind", "version", "scores", "layers", "left_out")
+    settings = {key: value for key, value in facts.items() if key not in apart}
     try:
         replace_layers(network, layers)
         with marked_quantized(network, settings):

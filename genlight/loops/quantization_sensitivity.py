@@ -109,7 +109,7 @@ def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensit
                 entry = measured_layer(work, mixed, name, bits, activation)
                 io.append_line(path, seal({"kind": "result", **asdict(entry)}))
                 found.append(entry)
-                if display is not None and display.due():
+                if display is not None:
                     display.show("sensitivity", number, f"{name}, {min(bits, activation or bits)} bits")
     finally:
         if display is not None:

@@ -114,7 +114,9 @@ def network_of(module: Any) -> Any:
     if getattr(module, "members", None):
         raise UserError("method: several denoisers take turns here, of which none can be quantized: members={}")
     if not hasattr(module, "sample_latents"):
-        raise UserError(f"method: {type(module).__name__} has no network to quantize: use module=diffusion or pipeline")
+        is_token_student = hasattr(module, "decode_noise")
+        known = "method=dd with method.quantized" if is_token_student else "module=diffusion or pipeline"
+        raise UserError(f"method: {type(module).__name__} has no network to quantize: use {known}")
     if hasattr(module, "pipe"):
         module.configure_model()
         found = next((module.networks[name] for name in _NETWORKS if name in module.networks), None)

@@ -6,8 +6,9 @@ Statistics are saved on the way, and again at the end; a pass that was interrupt
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from genlight.quantization.observers import InputObserver
 from genlight.quantization.statistics import InputStatistics, StatisticsSettings, load_statistics, save_statistics
 
 SAVE_SECONDS = 60.0
+CALIBRATION = "calibration"  # for the person who waits
 
 
 class _CalibrationStep(LightningModule):
@@ -37,11 +39,12 @@ class _CalibrationStep(LightningModule):
         settings: StatisticsSettings,
         path: Path,
         fingerprint: str,
+        progress: Callable[[int], None],
     ) -> None:
         super().__init__()
         self.module, self.contexts = module, contexts
         self._network, self._names, self._settings = [network], names, settings
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint, self._progress = path, fingerprint, progress
         self.done, self._before = 0, dict[str, InputStatistics]()
         self._observer: InputObserver | None = None
         self._saved = time.monotonic()
@@ -60,6 +63,7 @@ class _CalibrationStep(LightningModule):
         with self._observer, numbered_calls(network, self.contexts):
             self.module.sample_latents(batch["noise"], batch.get("label"))
         self.done = batch_idx + 1
+        self._progress(self.done)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
@@ -98,8 +102,11 @@ def calibrated_statistics(
         UserError: the file is of another calibration, or inputs are not finite.
         CorruptFileError: the file is damaged.
     """
-    step = _CalibrationStep(module, network, contexts, names, settings, path, fingerprint)
-    with drawing(datamodule, "search", samples), in_config("method"):
+    display, batches = evaluations.display, -(-samples // int(datamodule.eval_batch_size))
+    progress = partial(display.show, CALIBRATION)
+    step = _CalibrationStep(module, network, contexts, names, settings, path, fingerprint, progress)
+    shown = display.phase(CALIBRATION, batches, step.done)
+    with shown, drawing(datamodule, "search", samples), in_config("method"):
         evaluations.validate(step, dataloaders=whole_loader(datamodule))
     step.save()
     # read back, so that a fresh calibration and one that was taken from a file are the same

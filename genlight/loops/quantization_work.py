@@ -18,9 +18,9 @@ from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
 from genlight.loops.quantization_settings import formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
-from genlight.metrics.paired import image_scores
+from genlight.metrics.paired import image_scores, score_intervals
 from genlight.metrics.text_image import middle_frame
-from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, model_cost
+from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, file_bytes, model_cost
 from genlight.quantization.balance import Balance
 from genlight.quantization.calls import sampling_calls
 from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
@@ -320,13 +320,13 @@ class QuantizationWork:
         with self.replaced(layers):
             images = self.images(reference)
             row: dict[str, Any] = {"sqnr": decibels(self.noise(reference)), **image_scores(images, reference.images)}
+            row |= score_intervals(images, reference.images)
             own = measured(self.evaluations, self.module, self.datamodule, "report", self.datamodule.num_samples)
-            row |= {name.removeprefix("val/"): value for name, value in own.items()}
-            row |= self.size(bits)
+            row |= {name.removeprefix("val/"): value for name, value in own.items()} | self.size(bits)
         return row, middle_frame(images)
 
     def size(self, bits: Mapping[str, tuple[int, int]] | None = None) -> dict[str, float]:
-        """Bits and megabytes (10⁶ bytes) of the network as it is, and the bit operations of one call in 10⁹.
+        """Bits, 10⁶ bytes in memory and in a file, of the network as it is, and 10⁹ bit operations of one call.
 
         Args:
             bits: of weight and input of layers that another library quantized.
@@ -339,6 +339,7 @@ class QuantizationWork:
             "input_bits": self._input_bits(cost),
             "bits_all": cost.average_weight_bits,
             "megabytes": cost.total_bytes / 1e6,
+            "file_megabytes": file_bytes(self.network) / 1e6,
             "gbitops": cost.bit_operations / 1e9,
         }
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from genlight import io
-from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.predictors.ranking import RankingPredictor
-from genlight.reports.progress import ProgressDisplay
 from genlight.search.dele import DelePredictor, require_indicators
 from genlight.search.engine import Budget, FailureLimits, Progress, Search, SearchResult, open_archive
 from genlight.search.evaluation import Evaluator
@@ -111,8 +109,6 @@ class SearchRunner:
         self.evaluations, self.settings = evaluations, settings
         trainer: Any = evaluations.trainer
         self.folder = Path(trainer.default_root_dir) / "search"
-        bars = [c.display for c in trainer.callbacks if isinstance(c, StepProgress)]
-        self.display = bars[0] if bars else _silent()
         guards = [c for c in trainer.callbacks if isinstance(c, SignalGuard)]
         self.guard = guards[0] if guards else SignalGuard()
         self.main = bool(trainer.is_global_zero)
@@ -143,7 +139,7 @@ class SearchRunner:
             RunInterrupted: a signal asked to stop; the candidate at hand was finished and kept.
             SearchFailedError, UserError: as `Search.run`.
         """
-        with self.evaluations.timing(part or f"search {task.name}"):
+        with self.evaluations.timing(part or _shown(task)):
             return self._run(task)
 
     def _run(self, task: SearchTask) -> SearchResult[Any]:
@@ -172,8 +168,7 @@ class SearchRunner:
             clock=evaluations.clock,
         )
         done = len(archive.records)
-        self.display.enabled &= self.main
-        self.display.start(task.name, plan.budget.evaluations, done)
+        evaluations.display.start(_shown(task), plan.budget.evaluations, done)
         try:
             with self.guard.listening():
                 result = search.run(Budget(plan.budget.evaluations, self.settings.seconds))
@@ -182,32 +177,30 @@ class SearchRunner:
                         print_line(f"{len(archive.records)} candidates of {task.name} are kept")
                     raise RunInterrupted(self.guard.requested(trainer))
         finally:
-            self.display.stop(task.name)
+            evaluations.display.stop(_shown(task))
         return result
 
     def _progress(self, task: SearchTask, progress: Progress[Any]) -> None:
-        self._show(task.name, progress)
+        self._show(task, progress)
         if task.check is not None:
             task.check(progress.record)
 
-    def _show(self, name: str, progress: Progress[Any]) -> None:
+    def _show(self, task: SearchTask, progress: Progress[Any]) -> None:
         best = progress.best
         record = progress.record
         if self.main:
-            values = {f"search/{name}/failed": float(progress.failed)}
+            values = {f"search/{task.name}/failed": float(progress.failed)}
             if record.score is not None:
-                values[f"search/{name}/score@{record.fidelity}"] = record.score
+                values[f"search/{task.name}/score@{record.fidelity}"] = record.score
             if best is not None and best.score is not None:
-                values[f"search/{name}/best"] = best.score
+                values[f"search/{task.name}/best"] = best.score
             for logger in self.evaluations.trainer.loggers:
                 logger.log_metrics(values, step=record.index)
-        if self.display.due():
-            note = "none yet" if best is None or best.score is None else f"best {best.score:.5g} ({best.source})"
-            failed = f", {progress.failed} failed" if progress.failed else ""
-            self.display.show(name, progress.evaluated, note + failed)
+        note = "none yet" if best is None or best.score is None else f"best {best.score:.5g} ({best.source})"
+        failed = f", {progress.failed} failed" if progress.failed else ""
+        self.evaluations.display.show(_shown(task), progress.evaluated, note + failed)
 
 
-def _silent() -> ProgressDisplay:
-    display = ProgressDisplay()
-    display.enabled = False
-    return display
+def _shown(task: SearchTask) -> str:
+    """The name of a search for the person who waits, and in the account of time."""
+    return f"search {task.name}"

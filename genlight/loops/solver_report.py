@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlight import io
-from genlight.diffusion.export_scheduler import scheduler_of, write_scheduler
+from genlight.diffusion.export_scheduler import (
+    StockForm,
+    scheduler_of,
+    stock_form,
+    why_no_stock_form,
+    write_scheduler,
+    write_stock_form,
+)
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import named_schedule
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 Sampler = SolverSchedule | SolverTable
 HAND_MADE, HINDSIGHT = "best hand-made", "best hand-made, in hindsight"
 SCHEDULE, EVOLVED, TABLE = "searched schedule", "before refinement", "tuned table"
+STOCK = "stock"  # in the artifact
 # what people use without thinking about it, for comparison
 _COMMON = {
     "DDIM": ("ddim", "uniform"),
@@ -60,14 +68,15 @@ def solver_result(
     notes = [
         f"{o.nfe} evaluations: the best hand-made sampler on the select noise is {o.baseline_name}" for o in outcomes
     ]
+    forms, found = _stock_forms(work, outcomes)
     return MethodResult(
         metrics,
         method="S³ (searched solver schedule)",
         table=rows,
-        notes=notes,
+        notes=[*notes, *found],
         predicted=predicted,
         spent=work.evaluations.spent,
-        save=lambda folder, module: save_artifact(work, outcomes, rows, folder, module),
+        save=lambda folder, module: save_artifact(work, outcomes, rows, forms, folder, module),
     )
 
 
@@ -166,10 +175,33 @@ def _pictures(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequenc
         quality_against_nfe(rows, figures / "quality.png", ylabel=scored, thin=tuple(_COMMON))
 
 
+def _stock_forms(work: SolverWork, outcomes: Sequence[SolverOutcome]) -> tuple[dict[int, StockForm], list[str]]:
+    """Which searched schedules (not tuned tables) a scheduler of diffusers follows by itself, and a note on each."""
+    scheduler = scheduler_of(SolverBank.of(work.module.prediction, {o.nfe: o.schedule for o in outcomes}))
+    found = {nfe: stock_form(scheduler, nfe) for nfe in scheduler.available_steps}
+    forms = {nfe: form for nfe, form in found.items() if form is not None}
+    notes = [
+        f"{nfe} evaluations: no scheduler of diffusers takes the steps of the {SCHEDULE}: "
+        f"{why_no_stock_form(scheduler, nfe)}"
+        if form is None
+        else f"{nfe} evaluations: the {SCHEDULE} is {form.class_name} of diffusers with {form.call}: "
+        f"artifact/{STOCK}/{nfe}"
+        for nfe, form in found.items()
+    ]
+    return forms, notes
+
+
 def save_artifact(
-    work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]], folder: Path, module: Any
+    work: SolverWork,
+    outcomes: Sequence[SolverOutcome],
+    rows: Sequence[Mapping[str, Any]],
+    forms: Mapping[int, StockForm],
+    folder: Path,
+    module: Any,
 ) -> None:
-    """The model as a diffusers folder that samples with the searched schedules, and the schedules as JSON beside it."""
+    """The model as a diffusers folder that samples with the searched schedules; beside it these as JSON, and the stock
+    schedulers that take their steps.
+    """
     prediction = module.prediction
     bank = SolverBank.of(prediction, {o.nfe: o.schedule for o in outcomes})
     bank = SolverBank(**{**vars(bank), "tables": {o.nfe: o.table for o in outcomes if o.table is not None}})
@@ -190,3 +222,5 @@ def save_artifact(
         module.save_pretrained(folder)
         write_scheduler(scheduler, folder)
     io.atomic_write_text(folder / "solver_bank.json", bank.to_json())
+    for nfe, form in forms.items():
+        write_stock_form(form, folder, folder / STOCK / str(nfe))

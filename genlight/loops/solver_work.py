@@ -178,7 +178,8 @@ class SolverWork:
         if self.by_teacher:
             scoring = self.scoring(draw)
             count = getattr(self.method.noise, draw)
-            found = [scoring.evaluate_many(schedules[i : i + 16], count) for i in range(0, len(schedules), 16)]
+            starts = self.evaluations.display.counted(range(0, len(schedules), 16))
+            found = [scoring.evaluate_many(schedules[i : i + 16], count) for i in starts]
             return [e.score if e.score == e.score else float("inf") for part in found for e in part]
         metric, count = self.metric(space, draw), getattr(self.method.noise, draw)
         return [e.score for e in in_turn(self.evaluations, [partial(metric.evaluate, s, count) for s in schedules])]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genlight import io
+from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError
 from genlight.loops.cost import first_validation
@@ -88,13 +89,19 @@ class Stack:
         self.stages = {name: tuple(words) for name, words in stages.items()}
         self.experiment, self.objective, self.mode = experiment, objective, mode
         self.reader, self.ckpt_path, self.recipe, self.shared = reader, ckpt_path, recipe, tuple(shared)
+        self._run_root: str | Path = "runs"
 
     def prepare(self, run_root: str | Path, cache: str | Path) -> None:
         """Fit the model to begin with where it is missing and there is a recipe.
 
+        Args:
+            run_root: folder of all runs.
+            cache: of features and data.
+
         Raises:
             UserError: ckpt_path is not the folder of a fit, or the fit failed.
         """
+        self._run_root = run_root
         if self.ckpt_path is not None and self.recipe is not None and not Path(self.ckpt_path).exists():
             fit_run_where_missing(self.recipe, self.ckpt_path, "ckpt_path", cache, self.shared)
 
@@ -109,12 +116,13 @@ class Stack:
         logged = first_validation(trainer, module, datamodule).logged
         check_logged(self.objective, logged)
         artifacts = dict[str, Path]()
+        display_of(trainer).close()  # each stage shows its own progress
         for name in self.stages:
             artifacts[name] = self._stage(name, {PLAIN: start, **artifacts}, folder)
         evaluations, metrics = CandidateTrainer(trainer), module.metrics
         rows = [measured_row(PLAIN, evaluations, module, datamodule)]
         images = {PLAIN: module.grid_images}
-        for name, artifact in artifacts.items():
+        for name, artifact in evaluations.display.counted(artifacts.items(), "artifacts"):
             for row, made in self._made(name, artifact).items():
                 made.metrics = metrics
                 made.check_data(datamodule)
@@ -133,7 +141,9 @@ class Stack:
         first_validation(trainer, module, datamodule, dry=True)
         found, sources = dict[str, tuple[float, ...]](), dict.fromkeys((PLAIN, *self.stages), self._start())
         for name in self.stages:
-            text = run_command("validate", *self._words(name, sources), "dry_run=true", show=False)
+            # what a stage would fit is looked for in the folder of all runs
+            words = (*self._words(name, sources), f"run.root={self._run_root}", "dry_run=true")
+            text = run_command("validate", *words, show=False)
             print_line(f"stage {name}\n{text}")
             if (said := seconds_said(text)) is None:
                 raise UserError(f"the dry run of method.stages.{name} gave no estimate: {text.strip()[-200:]}")

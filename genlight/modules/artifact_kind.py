@@ -37,7 +37,7 @@ def told_kind(folder: Path) -> str:
     if config.get("kind") == STUDENT:
         return (
             "; it is a student of Distilled Decoding, which says all tokens in one pass: it has no path to integrate, "
-            "no denoiser and no experts, and its sample.py reads weights in floating point alone"
+            "no denoiser and no experts; method=dd writes it in few bits, from its fit, with method.quantized"
         )
     if config.get("model_type") == "imagegpt":
         return "; it is an ImageGPT of transformers, which module=distilled_decoding takes as module.teacher"

@@ -100,7 +100,6 @@ class ClassifierModule(Optimization, LightningModule):
         ``genlight.metrics.features.ClassifierFeatures`` reads it.
         """
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         architecture = {"class": "genlight.nets.classifier.Classifier", "config": self.network.config}
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         save_tensors(path, tensors, {"architecture": json.dumps(architecture, sort_keys=True)})

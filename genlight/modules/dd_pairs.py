@@ -170,12 +170,17 @@ def make_pairs(
     else:
         # all processes write the same
         io.atomic_write_json(folder / INDEX, record)
-    missing = [shard for shard in range(rank, settings.num_shards, world_size) if not _is_whole(folder, shard)]
+    missing = missing_shards(folder, settings, rank, world_size)
     for shard in with_progress(missing, len(missing), "pairs"):
         io.save_tensors(
             _file(folder, shard), _decode(teacher.to(device), settings, shard, device), {"shard": str(shard)}
         )
     return len(missing)
+
+
+def missing_shards(folder: Path, settings: PairSettings, rank: int = 0, world_size: int = 1) -> list[int]:
+    """Numbers of the shards that `folder` lacks, or has damaged, of those of a process."""
+    return [shard for shard in range(rank, settings.num_shards, world_size) if not _is_whole(folder, shard)]
 
 
 def read_pairs(folder: str | Path, teacher: TokenTeacher, settings: PairSettings) -> Pairs:

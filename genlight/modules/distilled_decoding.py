@@ -7,7 +7,8 @@ vectors to codes. The student learns that function from pairs of noise and token
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,18 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         """
         scale = self._scale_of(self.teacher, guidance_scale)
         return ToldStudent(self.student, None if self.guidance_range is None else scale, self.teacher.captions)
+
+    @contextmanager
+    def with_student(self, student: Student) -> Iterator[None]:
+        """Another network in the student's place for a while, such as the same one in few bits."""
+        own = self.student
+        if next(student.parameters()).device != self.device:
+            student.to(self.device)
+        self.network = student
+        try:
+            yield
+        finally:
+            self.network = own
 
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:

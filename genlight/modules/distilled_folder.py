@@ -13,6 +13,7 @@ from genlight.modules.artifact_kind import STUDENT
 from genlight.modules.exported_student import CONFIG, WEIGHTS
 from genlight.nets.residual_vq import ResidualQuantizer
 from genlight.nets.vq_tokenizer import VQTokenizer
+from genlight.quantization.convert import quantized_layers
 
 if TYPE_CHECKING:
     from genlight.modules.distilled_decoding import DistilledDecodingModule
@@ -21,7 +22,10 @@ PROGRAM = "sample.py"
 
 
 def save_student(module: DistilledDecodingModule, folder: Path) -> None:
-    """Write ``student.safetensors``, ``config.json`` and ``sample.py``: all that samples, the decoder included."""
+    """Write ``student.safetensors``, ``config.json`` and ``sample.py``: all that samples, the decoder included.
+
+    Layers of a student in few bits keep their codes and scales.
+    """
     tokenizer, quantizer = module.teacher.tokenizer, module.teacher.model.quantizer
     parts: dict[str, nn.Module] = {"student": module.student}
     if isinstance(tokenizer, VQTokenizer):
@@ -39,7 +43,7 @@ def save_student(module: DistilledDecodingModule, folder: Path) -> None:
 
 def _record(module: DistilledDecodingModule) -> dict[str, Any]:
     groups, tokenizer = len(module.student.group_sizes), module.teacher.tokenizer
-    return {
+    record: dict[str, Any] = {
         "kind": STUDENT,
         "version": 1,
         **module.description(),
@@ -51,3 +55,10 @@ def _record(module: DistilledDecodingModule) -> dict[str, Any]:
         # what samples have unless the student can be told another: see student.guidance_range
         "guidance_scale": module.settings.guidance_scale,
     }
+    layers = list(quantized_layers(module.student).values())
+    if layers:
+        # what their tensors do not say; all have the same format
+        weight, activation = layers[0].form.weight, layers[0].form.activation
+        bits = {"weight_bits": weight.bits, "activation_bits": activation.bits}
+        record["quantization"] = {**bits, "group_size": weight.group_size}
+    return record

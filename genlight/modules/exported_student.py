@@ -7,6 +7,9 @@
 A student that was told guidance scales, ``config["student"]["guidance_range"]``, takes one: ``guidance_scale=2.0``.
 That of an ImageGPT needs no labels, that of a network of texts takes features of texts in place of them.
 
+The folder of a student in few bits, ``config["quantization"]``, is used in the same way. Its weights stay in these bits
+in memory, and become numbers for each product; with inputs in eight bits too a CPU multiplies whole numbers.
+
 `genlight fit` writes this file beside the weights, so it imports nothing of genlight. It computes the same numbers as
 `genlight.nets.dd_student` and the decoder of `genlight.nets.vq_tokenizer`, for inference only.
 """
@@ -24,10 +27,11 @@ from torch.nn import functional
 
 WEIGHTS, CONFIG = "student.safetensors", "config.json"
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_TYPES |= {"I8": torch.int8, "U8": torch.uint8}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The floating-point tensors of a safetensors file, by name."""
+    """The tensors of a safetensors file, by name."""
     data = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     found = {}
@@ -213,7 +217,7 @@ class Student:
             gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = six.unbind(2)
             bias = weights[f"{name}.attention.query_bias"], weights[f"{name}.attention.value_bias"]
             bias_of_all = torch.cat((bias[0], torch.zeros_like(bias[0]), bias[1]))
-            qkv = (_norm(x) * (1 + scale_a) + shift_a) @ weights[f"{name}.attention.qkv.weight"].T + bias_of_all
+            qkv = self._linear(_norm(x) * (1 + scale_a) + shift_a, f"{name}.attention.qkv") + bias_of_all
             query, key, value = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
             sharpness = weights[f"{name}.attention.log_scale"].clamp(max=math.log(100)).exp()
             query, key = functional.normalize(query, dim=-1) * sharpness, functional.normalize(key, dim=-1)
@@ -260,7 +264,30 @@ class Student:
         return total
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        bias = self.weights.get(f"{name}.bias")
+        codes = self.weights.get(f"{name}.weight_codes")
+        if codes is not None:
+            product = self._product_of_codes(x, codes, self.weights[f"{name}.weight_scale"])
+            return product if bias is None else product + bias
+        return functional.linear(x, self.weights[f"{name}.weight"], bias)
+
+    def _product_of_codes(self, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """Of a weight in few bits, codes [outputs, bytes] and their scales [outputs, groups]."""
+        form, columns = self.config["quantization"], x.shape[-1]
+        if form["weight_bits"] == 4:
+            pairs = codes.view(torch.int8)
+            # the low half of a byte comes first; shifting it up and down again keeps its sign
+            codes = torch.stack(((pairs << 4) >> 4, pairs >> 4), -1).flatten(1)[:, :columns]
+        if form["group_size"] is not None:
+            scale = scale.repeat_interleave(form["group_size"], 1)[:, :columns]
+        if form["activation_bits"] != 8:
+            return functional.linear(x, codes * scale)
+        rows = x.reshape(-1, columns)
+        step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        rows = (rows / step).round()
+        on_cpu = x.device.type == "cpu"
+        product = torch._int_mm(rows.to(torch.int8), codes.T) if on_cpu else rows @ codes.to(rows.dtype).T
+        return (product * step * scale.T).reshape(*x.shape[:-1], -1)
 
     def _transposed(self, x: Tensor, name: str) -> Tensor:
         """A linear layer whose weight is stored as [inputs, outputs]."""

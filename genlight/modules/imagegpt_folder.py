@@ -10,7 +10,7 @@ import torch
 from transformers import ImageGPTForCausalImageModeling
 
 from genlight.errors import UserError
-from genlight.io import read_json, verify_folder
+from genlight.io import read_json, verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.pretrained import downloaded, first_line, read_object
 from genlight.modules.pretrained_lm import check_loaded
@@ -47,8 +47,7 @@ def read_imagegpt(folder: Path) -> tuple[ImageGPT, SamplingSettings]:
     """
     if read_object(folder / "config.json").get("model_type") != "imagegpt":
         raise UserError(f"{folder} is neither an ImageGPT nor a fit of module=autoregressive{told_kind(folder)}")
-    if (folder / "manifest.json").is_file():
-        verify_folder(folder)
+    verify_if_described(folder)
     clusters = _colours(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no weights as safetensors; pickled weights are not read")

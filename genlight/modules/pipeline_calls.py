@@ -11,6 +11,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,7 +90,8 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
 
 
 def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder of a pipeline on this machine; a hub id is downloaded into the cache of huggingface_hub.
+    """The folder of a pipeline on this machine; a hub id is downloaded into the cache of huggingface_hub, its card
+    with it.
 
     Raises:
         UserError: neither a pipeline folder nor a pipeline of the hub in reach.
@@ -97,7 +99,7 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
     if Path(source).exists() or not _HUB_ID.fullmatch(source):
         return local_folder(source)  # which says what is wrong
     import diffusers
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants, get_session, hf_hub_download
 
     download = functools.partial(
         diffusers.DiffusionPipeline.download, source, use_safetensors=True, variant=variant,
@@ -106,13 +108,17 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
     try:
         # asked once first: a download tries again for half a minute before it gives up
         get_session().head(constants.ENDPOINT, timeout=10.0)
-        return Path(download())
+        folder = Path(download())
     except Exception as error:  # httpx, huggingface_hub and the system each raise their own
         try:
             return Path(download(local_files_only=True))
         except Exception:
             reason = f"{first_line(error)} ({constants.ENDPOINT})"
             raise UserError(f"{source!r} is neither a folder here nor a model of the hub in reach: {reason}") from error
+    # README.md states the licence, which goes on to what is made of the weights; diffusers leaves it out
+    with suppress(Exception):  # a model may have none
+        hf_hub_download(source, "README.md", revision=folder.name)
+    return folder
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.schedulers import SEARCHED, build_scheduler, read_scheduler
 from genlight.errors import UserError
-from genlight.io import parse_json, read_json, verify_folder
+from genlight.io import parse_json, read_json, verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.exported_pipeline import Network, network_style
 from genlight.modules.latents import FrozenVAE
@@ -178,6 +178,7 @@ def load_autoencoder(source: str | Path) -> Network:
         UserError: not found, not an autoencoder known here, or damaged.
     """
     folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
+    verify_if_described(folder)
     for sub in ("", *VAE_KEYS):
         if (folder / sub / "config.json").is_file():
             return load_network(
@@ -194,8 +195,7 @@ def local_folder(source: str | Path) -> Path:
             raise UserError(
                 f"{source} is not a diffusers pipeline folder: it has no model_index.json{told_kind(folder)}"
             )
-        if (folder / "manifest.json").is_file():
-            verify_folder(folder)
+        verify_if_described(folder)
         return folder
     path = _from_hub(str(source))
     if not (path / "model_index.json").is_file():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from genlight.errors import UserError
-from genlight.io import verify_folder
+from genlight.io import verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.networks import first_of
 from genlight.modules.pretrained import downloaded, first_line, read_object
@@ -102,6 +102,5 @@ def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
         folder = downloaded(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is no folder of transformers: it has no config.json{told_kind(folder)}")
-    if (folder / "manifest.json").is_file():
-        verify_folder(folder)
+    verify_if_described(folder)
     return folder

@@ -233,6 +233,7 @@ def _read(source: str | Path, kind: str) -> tuple[Path, dict[str, Any], dict[str
     file = folder / f"{kind}.json"
     if not file.is_file():
         raise UserError(f"{source}: {kind}.json is missing; a fit that has not finished has none")
+    io.verify_if_described(folder)
     record = io.read_json(file)
     if not isinstance(record, dict) or (record.get("kind"), record.get("version")) != (kind, 1):
         raise UserError(f"{file} is not of kind {kind} in version 1")

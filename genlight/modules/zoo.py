@@ -20,7 +20,7 @@ from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.schedulers import SEARCHED, read_scheduler
 from genlight.errors import UserError
-from genlight.io import resolve_below, verify_folder
+from genlight.io import resolve_below, verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.exported_pipeline import Network
 from genlight.modules.pipeline_calls import DTYPES, weights_digest
@@ -198,8 +198,7 @@ def source_folder(name: str, entry: ZooEntry) -> Path:
             f"members.{name}: {entry.source} is not a folder: expected that of a genlight fit, one of diffusers, or a "
             "hub id"
         )
-    if (folder / "manifest.json").is_file():
-        verify_folder(folder)
+    verify_if_described(folder)
     return folder
 
 

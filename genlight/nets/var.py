@@ -39,7 +39,8 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int) -> Tensor:
         bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        projected = functional.linear(x, self.qkv.weight, bias)
+        projected = self.qkv(x)
+        projected = projected + bias.type_as(projected)
         query, key, value = projected.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         scale = self.log_scale.clamp(max=math.log(100.0)).exp()
         query = (functional.normalize(query, dim=-1) * scale).type_as(value)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from genlight.errors import UserError
-from genlight.io import CorruptFileError, atomic_write_json, load_tensors, read_json, save_tensors
+from genlight.io import (
+    CorruptFileError,
+    atomic_write_json,
+    load_tensors,
+    read_json,
+    save_tensors,
+    verify_if_described,
+)
 from genlight.predictors.expert_heads import FittedExpertScores, FittedFusion, ScoreScale, all_scores
 from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
 from genlight.predictors.feature_heads import fit_head
@@ -76,6 +83,7 @@ def load_predictor(folder: str | Path) -> TrainedExperts:
     for name in (WEIGHTS, RECORD):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: it is not the folder of a predictor")
+    verify_if_described(folder)
     record, (tensors, _) = read_json(folder / RECORD), load_tensors(folder / WEIGHTS)
     if not isinstance(record, dict) or record.get("kind") != _KIND or record.get("version") != _VERSION:
         raise UserError(f"{folder / RECORD} is not the record of a predictor of version {_VERSION}")

@@ -103,6 +103,13 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(storages.values())
 
 
+def file_bytes(module: nn.Module) -> int:
+    """Bytes of all tensors in a safetensors file of the module, which holds memory that several share several times."""
+    values = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    tensors = [tensor for value in values for tensor in _stored(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _stored(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that one is kept as, which has no memory of its own if another library quantized it."""
     if not is_traceable_wrapper_subclass(tensor):

@@ -1,6 +1,6 @@
 """From a model with layers of torch to the same model with quantized ones, by patterns of names and in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,24 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     if not layers:
         raise ValueError("the model has no linear or 2-D convolution layer to quantize")
     return layers
+
+
+def layers_left_out(model: nn.Module, chosen: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Layers with a weight of two dimensions or more that are not among the chosen: type and reason, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        tensors = {"weight": getattr(module, "weight", None), **dict(module.named_parameters(recurse=False))}
+        weights = [value for key, value in tensors.items() if "weight" in key and isinstance(value, Tensor)]
+        if name in chosen or all(weight.ndim < 2 for weight in weights):
+            continue
+        if type(module) in (nn.Linear, nn.Conv2d):
+            reason = "a pattern keeps it"
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            reason = "a subclass, which may compute otherwise"
+        else:
+            reason = "no quantized form"
+        found[name] = (type(module).__name__, reason)
+    return found
 
 
 def formats_of_layers(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, LayerFormat | None]:

@@ -62,6 +62,11 @@ def recorded_calls(network: nn.Module) -> Iterator[list[NetworkCall]]:
 
 def replay(network: nn.Module, call: NetworkCall) -> Tensor:
     """What the network, as it is now, predicts for the same arguments; float32, on its device."""
+    return prepared(network, call)()
+
+
+def prepared(network: nn.Module, call: NetworkCall) -> Callable[[], Tensor]:
+    """What asks for that, again and again; the arguments lie on the device of the network by then."""
     device = next(network.parameters()).device
 
     def moved(value: Tensor) -> Tensor:
@@ -69,8 +74,12 @@ def replay(network: nn.Module, call: NetworkCall) -> Tensor:
 
     arguments = tuple(_mapped(value, moved) for value in call.arguments)
     options = {name: _mapped(value, moved) for name, value in call.options.items()}
-    with torch.no_grad():
-        return _prediction(network(*arguments, **options), arguments, options)
+
+    def ask() -> Tensor:
+        with torch.no_grad():
+            return _prediction(network(*arguments, **options), arguments, options)
+
+    return ask
 
 
 def noise_to_signal(network: nn.Module, calls: Sequence[NetworkCall]) -> float:

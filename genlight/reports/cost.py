@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +134,9 @@ class CostEstimate:
         if self.setup_seconds:
             table.add_row("setup", duration(self.setup_seconds))
         table.add_row("time", self.line())
-        table.add_row("peak memory", size(self.peak_memory_bytes))
+        table.add_row("peak memory so far", size(self.peak_memory_bytes))
         if self.peak_gpu_bytes is not None:
-            table.add_row("peak GPU memory", size(self.peak_gpu_bytes))
+            table.add_row("peak GPU memory so far", size(self.peak_gpu_bytes))
         for file in self.files:
             table.add_row(file.name, f"{file.count:,} × {size(file.bytes)}")
         warning = "" if self.fits_on_disk else "  NOT ENOUGH"
@@ -181,10 +181,22 @@ def estimate(
     )
 
 
-def longer(estimated: CostEstimate, phase: Phase, folder: str | Path) -> CostEstimate:
-    """An estimate of the same run with one more phase."""
-    phases = (*estimated.phases, phase)
-    return estimate(phases, estimated.files, folder, setup_seconds=estimated.setup_seconds, extra=estimated.extra)
+def longer(estimated: CostEstimate, phases: Sequence[Phase], folder: str | Path) -> CostEstimate:
+    """An estimate of the same run with more phases."""
+    every = (*estimated.phases, *phases)
+    return estimate(every, estimated.files, folder, setup_seconds=estimated.setup_seconds, extra=estimated.extra)
+
+
+def after_trainings(estimated: CostEstimate, seconds: Mapping[str, tuple[float, float, float]]) -> CostEstimate:
+    """An estimate of a run that begins with the fits of others: by name of the fit its total, low and high seconds."""
+    total, low, high = (sum(each[i] for each in seconds.values()) for i in range(3))
+    return replace(
+        estimated,
+        total_seconds=estimated.total_seconds + total,
+        low_seconds=estimated.low_seconds + low,
+        high_seconds=estimated.high_seconds + high,
+        phases=(*(Phase(f"training of {name}", each[:1], 1) for name, each in seconds.items()), *estimated.phases),
+    )
 
 
 _LINE = re.compile(r"about (.+?) in all \((.+?) to (.+?)\)")
@@ -253,6 +265,26 @@ def count_macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         for part, training in modes:
             part.training = training
     return int(counter.get_total_flops()) // 2
+
+
+def network_macs(module: Any) -> dict[str, float]:
+    """Multiply-accumulates of one call of a generator's network for one sample; nothing for other modules."""
+    if not hasattr(module, "predict") or not hasattr(module, "sample_shape"):
+        return {}
+    import torch
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module.net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            label = torch.zeros(1, dtype=torch.long, device=x.device) if module.class_conditional else None
+            return torch.as_tensor(module.predict(x, torch.ones(1, device=x.device), label))
+
+    return {
+        "macs_per_network_call": float(count_macs(Call(), torch.zeros(1, *module.sample_shape, device=module.device)))
+    }
 
 
 def _attention_flops(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from genlight.errors import UserError
-from genlight.io import CorruptFileError, atomic_write_json, parse_json
+from genlight.io import CorruptFileError, atomic_write_json, read_json
 from genlight.reports.cost import count_macs
 
 Unit = Literal["ms", "macs"]
@@ -235,7 +235,7 @@ def read_costs(path: str | Path, wanted: CostKey | None = None) -> MemberCosts:
         UserError: no such file, not of this kind or version, changed since, or measured for something else.
     """
     try:
-        content = parse_json(Path(path).read_bytes(), str(path))
+        content = read_json(path)
         fingerprint = content.pop("fingerprint", None) if isinstance(content, dict) else None
         costs = _parsed(content)
     except (OSError, CorruptFileError, ValueError) as error:

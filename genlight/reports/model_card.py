@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ weights = load_file("{name}")
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# arguments of the call of a pipeline that makes videos
+_FRAMES = {"num_frames", "video_length"}
 # what a licence's name says of its terms, and what that means for this folder
 _TERMS = {
     "nd": "does not allow changed copies to be passed on: do not publish this folder",
@@ -155,10 +158,41 @@ def _library(folder: Path) -> str:
 
 
 def _task(folder: Path) -> str:
-    """The hub's name of what the folder does."""
+    """What the folder does, as the hub calls it; it has no name for images of classes, which get one in its manner."""
     if _is_language_model(folder):
         return "text-generation"
-    return "tabular-regression" if (folder / "predictor.json").is_file() else "unconditional-image-generation"
+    if (folder / "predictor.json").is_file():
+        return "tabular-regression"
+    index = folder / "model_index.json"
+    takes = _call_of(read_json(index).get("_class_name")) if index.is_file() else {}
+    if "prompt" in takes:
+        return "text-to-image" if _FRAMES.isdisjoint(takes) else "text-to-video"
+    labels = takes.get("class_labels")
+    told = _told(folder)
+    if told.get("text_dim") is not None:
+        return "text-to-image"
+    is_of_classes = told.get("num_classes") is not None or (labels is not None and labels.default is labels.empty)
+    return f"{'class-conditional' if is_of_classes else 'unconditional'}-image-generation"
+
+
+def _call_of(name: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a pipeline of diffusers; none of one that a folder brings along."""
+    if not isinstance(name, str):
+        return {}
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    return inspect.signature(kind.__call__).parameters if isinstance(kind, type) else {}
+
+
+def _told(folder: Path) -> Mapping[str, Any]:
+    """What the files of an own folder say of its network: of a pipeline, of a student, of a network of tokens."""
+    pipeline, student, tokens = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("genlight.json", "config.json", "autoregressive.json")
+    )
+    network = student.get("student", {}).get("transformer") or tokens.get("network", {}).get("config")
+    return network or pipeline
 
 
 def _is_language_model(folder: Path) -> bool:

@@ -68,6 +68,16 @@ class FeaturesRecord:
 
 
 @dataclass(frozen=True)
+class WeightsRecord:
+    """Where weights came from: the commit of a hub id, or the hash of `genlight.reports.origin.sampled_sha256`."""
+
+    __pydantic_config__ = STRICT
+    source: str
+    hub_commit: str | None = None
+    sampled_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """One measured result.
 
@@ -79,6 +89,8 @@ class Report:
         table: before and after: one row for each variant that was measured.
         files: paths below the run folder, worth looking at first.
         data: fingerprint of the data set, or None where it has none.
+        weights: those that the run began with, from each source.
+        deterministic: `trainer.deterministic`: true where torch was held to deterministic kernels.
     """
 
     __pydantic_config__ = STRICT
@@ -101,6 +113,8 @@ class Report:
     notes: list[str]
     table: list[dict[str, JsonValue]] = field(default_factory=list)
     data: str | None = None
+    weights: list[WeightsRecord] = field(default_factory=list)
+    deterministic: bool | Literal["warn"] | None = None
     date: str = ""
     kind: Literal["report"] = "report"
     version: Literal[1] = 1
@@ -252,7 +266,8 @@ def result_table(rows: Sequence[Mapping[str, Any]], width: int | None = None) ->
     """Rows for the terminal, without the ends of intervals, and of `width` characters only the first that fit."""
     from rich.table import Table
 
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _INTERVAL]
+    every = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in every if key.rsplit("_", 1)[-1] not in _INTERVAL]
     if width is not None:
         widths = [max(len(text) for text in (key, *(cell(row.get(key)) for row in rows))) for key in columns]
         ends = accumulate(size + 2 for size in widths)
@@ -349,10 +364,13 @@ def _made_by(report: Report) -> str:
     gpus = machine.get("gpus")
     devices = f", {', '.join(str(gpu) for gpu in gpus)}" if isinstance(gpus, list) and gpus else ""
     data = f"data {report.data[:12]} · " if report.data else ""
+    weights = [f"weights {w.source} {(w.hub_commit or w.sampled_sha256 or 'unknown')[:12]} · " for w in report.weights]
     packages = ", ".join(f"{name} {report.versions[name]}" for name in ("python", "torch") if name in report.versions)
+    kernels = " · deterministic" if report.deterministic is True else ""
     return (
         f"---\n{report.date or 'undated'} · revision {revision}{changed} · config {report.config_hash[:12]} · {data}"
-        f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{devices} · {packages}"
+        f"{''.join(weights)}"
+        f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{devices} · {packages}{kernels}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -28,10 +28,11 @@ class Claim:
         paper: its figures.
         setting: model, data and metric behind them.
         source: paper, table, or whoever quotes it.
-        proof: name of the file with the bars; one made on a GPU is `<proof>-<machine>`.
+        proof: name of the file with the bars; the same program's on another machine is `<proof>-<machine>`.
         bars: ids of the bars that speak to the claim; none where no bar does.
         open: what those bars do not show.
         checkpoint: what it would take to show it.
+        gpu: of proofs that need a GPU, by name, the bars that speak to the claim.
     """
 
     __pydantic_config__ = STRICT
@@ -44,6 +45,7 @@ class Claim:
     bars: list[str]
     open: str
     checkpoint: str
+    gpu: dict[str, list[str]] = field(default_factory=dict)
 
 
 @cache
@@ -116,29 +118,32 @@ def _claim_lines(claims: Sequence[Claim], proofs: Mapping[str, Proof]) -> list[s
     lines = ["", *_PREFACE.splitlines(), "", _row(*columns), "|" + "---|" * len(columns)]
     for claim in claims:
         paper = f"{claim.paper}: {claim.setting} ({claim.source})"
-        here = [_measured(claim, name, proofs[name]) for name in _of_claim(claim, proofs, gpu=False)]
-        there = [_measured(claim, name, proofs[name]) for name in _of_claim(claim, proofs, gpu=True)]
-        cells = (claim.method, claim.claim, paper, _joined(here), _joined(there), claim.open, claim.checkpoint)
+        here, there = (_joined(_measured(claim, proofs, gpu=gpu)) for gpu in (False, True))
+        cells = (claim.method, claim.claim, paper, here, there, claim.open, claim.checkpoint)
         lines.append(_row(*cells))
     return lines
 
 
-def _of_claim(claim: Claim, proofs: Mapping[str, Proof], *, gpu: bool) -> list[str]:
-    """Names of the proofs that hold bars of a claim, made with a GPU or without."""
-    if not claim.bars:
-        return []
-    names = [name for name in proofs if name == claim.proof or name.startswith(f"{claim.proof}-")]
-    return [name for name in names if bool(proofs[name].machine.get("gpus")) == gpu]
+def _measured(claim: Claim, proofs: Mapping[str, Proof], *, gpu: bool) -> list[str]:
+    """What was found with a GPU or without, proof by proof.
+
+    A proof that the claim names has all of the bars; the same program's on another machine those that it has.
+    """
+    found = []
+    for name, proof in proofs.items():
+        again = name.startswith(f"{claim.proof}-")
+        bars = claim.bars if again or name == claim.proof else claim.gpu.get(name, [])
+        if bool(proof.machine.get("gpus")) != gpu:
+            continue
+        known = {bar.id: bar for bar in proof.bars}
+        if missing := [bar for bar in bars if bar not in known and not again]:
+            raise UserError(f"{CLAIMS}: {claim.method}, {claim.claim!r}: {name}.json has no bar {missing[0]!r}")
+        found.append("; ".join(_shown(known[bar]) for bar in bars if bar in known))
+    return found
 
 
-def _measured(claim: Claim, name: str, proof: Proof) -> str:
-    """What a proof found, bar by bar; the proof that the claim names has all of them, others those that they have."""
-    known = {bar.id: bar for bar in proof.bars}
-    if missing := [bar for bar in claim.bars if bar not in known and name == claim.proof]:
-        raise UserError(f"{CLAIMS}: {claim.method}, {claim.claim!r}: {name}.json has no bar {missing[0]!r}")
-    found = [known[bar] for bar in claim.bars if bar in known]
-    shown = [f"{bar.what}: {cell(bar.value)} (wanted {bar.bar}{'' if bar.holds else '; **missed**'})" for bar in found]
-    return "; ".join(shown)
+def _shown(bar: Bar) -> str:
+    return f"{bar.what}: {cell(bar.value)} (wanted {bar.bar}{'' if bar.holds else '; **missed**'})"
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -159,5 +164,5 @@ def _circumstances(proof: Proof) -> str:
     gpus = proof.machine.get("gpus")
     if isinstance(gpus, list) and gpus:
         machine += ", " + ", ".join(str(gpu) for gpu in gpus)
-    seeds = ", ".join(str(seed) for seed in proof.seeds)
-    return f"{proof.date[:10]}, {revision}, {machine}, {duration(proof.wall_seconds)}, seeds {seeds}."
+    seeds = f", seeds {', '.join(str(seed) for seed in proof.seeds)}" if proof.seeds else ""
+    return f"{proof.date[:10]}, {revision}, {machine}, {duration(proof.wall_seconds)}{seeds}."

@@ -16,7 +16,7 @@ from genlight.errors import UserError
 from genlight.io import DiskFullError
 from genlight.search.archive import FAILURES_FOLDER, Archive
 from genlight.search.codec import CandidateCodec, canonical_json, canonical_key
-from genlight.search.evaluation import Evaluator
+from genlight.search.evaluation import DEVICE_LOST, Evaluator
 from genlight.search.protocols import Candidate, Strategy
 from genlight.search.records import PART, Failure, History, Problem, Proposal, Record, Trial, best_record
 
@@ -246,6 +246,8 @@ class Search(Generic[Candidate]):
             for trial, outcome in zip(chunk, outcomes, strict=True):
                 self.archive.save_traceback(trial.index, outcome.traceback)
                 self._record(Record(trial, outcome.score, outcome.facts, outcome.failure), report)
+        except DEVICE_LOST:
+            raise  # not released: whether the candidate did it shows when it is tried again, and again
         except BaseException:
             # The process ends in order, so none of them took it down; a full disk may keep this from being noted
             with suppress(OSError, DiskFullError):

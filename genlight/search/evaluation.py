@@ -26,6 +26,9 @@ _REASON_LENGTH = 300
 HANGS_TIMES = 10
 HANGS_SECONDS = 60.0
 _HANGS_KNOWN = 5
+# a device answers nothing more after such an error
+DEVICE_LOST = torch.AcceleratorError
+NO_FAULT = (DiskFullError, OSError, DEVICE_LOST)
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -81,7 +84,8 @@ def one_by_one(objective: Objective[Candidate], time_limit_s: float | None = Non
             is interrupted; one that does not return from native code is failed when it does. Without it, and in a
             single process, one that takes `HANGS_TIMES` the median of its fidelity, and `HANGS_SECONDS`, is failed.
 
-    A full disk is no candidate's fault and is raised.
+    What fails on the machine is no candidate's fault and is raised: a disk that is full or cannot be read, a device
+    that does not go on after an error.
     """
     return _one_by_one(objective, _Pace(time_limit_s))
 
@@ -113,7 +117,7 @@ def in_one_batch(objective: BatchObjective[Candidate], time_limit_s: float | Non
             with _time_limit(None if limit is None else limit * count):
                 found = objective.evaluate_many([trial.candidate for trial in trials], fidelity)
             outcomes = [_outcome_of(evaluation) for evaluation in found]
-        except DiskFullError:
+        except NO_FAULT:
             raise
         except (Exception, CandidateTimeout):
             _free_memory()
@@ -158,7 +162,7 @@ def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], pace
             raise CandidateTimeout
         pace.note(trial.fidelity, seconds)
         return _outcome_of(evaluation)
-    except DiskFullError:
+    except NO_FAULT:
         raise
     except CandidateTimeout:
         failure, text = Failure("timeout", late), traceback.format_exc()

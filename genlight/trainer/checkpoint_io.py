@@ -74,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Path, UserError | OSError]]]:
     """The newest checkpoint of a folder that verifies, and those newer ones that do not, with the reason.
 
     Newest is the highest training step that the file states, else the one in its name; never the time of the file. A
@@ -82,9 +82,9 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple
 
     Returns:
         path: None where no checkpoint is whole.
-        skipped: (path, reason) for each one passed over.
+        skipped: for each one passed over its path, and what was raised: `CorruptFileError` where it is damaged.
     """
-    skipped: list[tuple[Path, str]] = []
+    skipped: list[tuple[Path, UserError | OSError]] = []
     seen: set[Path] = set()
     for path in sorted(Path(folder).glob("*.ckpt"), key=_newness, reverse=True):
         real = path.resolve()
@@ -97,7 +97,7 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple
             else:
                 load_checkpoint(path)
         except (UserError, OSError) as error:
-            skipped.append((path, str(error)))
+            skipped.append((path, error))
             continue
         return path, skipped
     return None, skipped

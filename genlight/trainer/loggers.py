@@ -1,12 +1,14 @@
-"""Weights & Biases as a view of a run that never stops the run.
+"""Metrics as CSV, the record of a run; and Weights & Biases as a view of it that never stops the run.
 
-The CSV file is the record. W&B is asked first whether it answers; if it does not, or fails later, one warning is
+W&B is asked first whether it answers; if it does not, or fails later, one warning is
 printed and the run goes on: offline (files below the run folder, sent later by ``wandb sync``), or without W&B if
 that fails too.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import threading
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from genlight.io import atomic_write_text
 from genlight.secrets import masked
 
 T = TypeVar("T")
@@ -29,6 +33,32 @@ T = TypeVar("T")
 # seconds to wait for the server's first answer, and for the last data to arrive
 _ANSWER_TIMEOUT = 3.0
 _FINISH_TIMEOUT = 2.0
+
+
+class WholeCSVLogger(CSVLogger):
+    """Lightning's ``CSVLogger``, whose file loses no rows where a run dies while a metric that is new gets its column:
+    Lightning empties the file for that, and fills it again."""
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes, made at the first use."""
+        writer = self._experiment
+        if not isinstance(writer, _WholeWriter):
+            writer = self._experiment = _WholeWriter(log_dir=self.log_dir)
+        return writer
+
+
+class _WholeWriter(ExperimentWriter):
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(self.metrics_file_path, table.getvalue())
 
 
 class SilentExperiment:

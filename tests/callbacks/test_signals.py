@@ -95,6 +95,27 @@ def test_the_second_signal_leaves_without_saving(where: dict, tmp_path: Path) ->
     assert newest is not None and skipped == []
 
 
+def test_sigusr1_asks_once_however_often_it_comes(tmp_path: Path) -> None:
+    assert in_child(stopped(tmp_path, Signalled(signal.SIGUSR1, step=5, times=4))) == 143
+    newest, skipped = newest_whole_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "interrupted.ckpt" and skipped == []
+
+
+def test_in_a_slurm_job_lightning_still_puts_it_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = tmp_path / "scontrol"
+    queue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    queue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    job = {"JOB_NAME": "train", "JOB_ID": "12", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "localhost"}
+    for name, value in {**job, "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert in_child(stopped(tmp_path / "run", Signalled(signal.SIGUSR1, step=5))) == 143
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    assert (tmp_path / "run" / "interrupted.ckpt").exists()
+
+
 def test_a_second_signal_inside_the_save_leaves_the_old_state(tmp_path: Path) -> None:
     def action() -> None:
         def hook(name: str, path: Path) -> None:
@@ -122,11 +143,11 @@ def test_the_third_signal_ends_even_a_stuck_process(tmp_path: Path) -> None:
     assert in_child(stopped(tmp_path, Stuck(signal.SIGTERM, step=1))) == 143
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_handlers_are_put_back(number: int, tmp_path: Path) -> None:
     def ours(*arguments: object) -> None: ...
 
-    before = {one: signal.signal(one, ours) for one in (signal.SIGTERM, signal.SIGINT)}
+    before = {one: signal.signal(one, ours) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         train(tmp_path, callbacks=(SignalGuard(),), max_steps=2)
         assert signal.getsignal(number) is ours

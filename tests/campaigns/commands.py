@@ -5,17 +5,19 @@ For writes that fail, the command is run again with the fault in it. Each time t
 end with the results of a run that nothing disturbed.
 """
 
-import hashlib
+import csv
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from campaigns.watcher import Repeats, Watcher, digest, states
 from oracles.faults import in_child
 
 from genlight.cli import main
@@ -23,6 +25,10 @@ from genlight.io import primitives
 from genlight.trainer.checkpoint_io import load_checkpoint, newest_whole_checkpoint
 
 Hook = Callable[[str, Path], None]
+SAVED_EVERY = 1
+# of the files that are kept, which a run that was stopped between two of them knows others of
+_KEPT_FILES = ("dirpath", "best_k_models", "best_model_path", "kth_best_model_path", "kth_value", "last_model_path")
+_ROW = "metrics.csv, step "
 _NETWORK = [
     "module.num_inference_steps=2",
     "data.eval_batch_size=4",
@@ -50,7 +56,7 @@ FIT = [
     "trainer.val_check_interval=2",
     "trainer.num_sanity_val_steps=0",
     "trainer.log_every_n_steps=1",
-    "callbacks.checkpoint.every_n_train_steps=1",
+    f"callbacks.checkpoint.every_n_train_steps={SAVED_EVERY}",
     "callbacks.ema.update_starting_at_step=1",
 ]
 SEARCH = [
@@ -136,33 +142,47 @@ def results(folder: Path) -> dict[str, str]:
     found = {}
     newest, _ = newest_whole_checkpoint(folder / "checkpoints")
     if newest is not None:
-        kept = load_checkpoint(newest)  # all of it but the names of folders
-        for part in ("global_step", "state_dict", "current_model_state", "optimizer_states", "loops"):
-            found[f"{newest.name}: {part}"] = digest(_bytes_of(kept[part]))
+        for part, value in load_checkpoint(newest).items():
+            found[f"{newest.name}: {part}"] = digest(_bytes_of(value))
+        found |= _rows(folder / "metrics.csv")
     files = [*folder.glob("search/*/history.jsonl"), *folder.glob("search/*/outcome.json")]
     files += [*folder.glob("*.safetensors"), *(folder / "artifact").rglob("*")]
     for file in files:
         if file.is_file() and file.name not in ("README.md", "manifest.json"):
-            found[str(file.relative_to(folder))] = digest(file.read_bytes())
+            content = file.read_bytes()
+            if file.suffix == ".json":  # the order of keys says nothing
+                content = json.dumps(json.loads(content), sort_keys=True).encode()
+            found[str(file.relative_to(folder))] = digest(content)
     report = json.loads((folder / "report.json").read_text())
     found["metrics"] = json.dumps(report["metrics"], sort_keys=True)
-    found["table"] = json.dumps(report["table"], sort_keys=True)
+    # but for measured times of a step
+    rows = [{name: value for name, value in row.items() if not name.startswith("ms")} for row in report["table"]]
+    found["table"] = json.dumps(rows, sort_keys=True)
+    return found
+
+
+def _rows(table: Path) -> dict[str, str]:
+    """The rows of a table of metrics, by step and columns."""
+    found: dict[str, str] = {}
+    if not table.is_file():
+        return found
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            filled = {name: value for name, value in row.items() if value}
+            found[f"{_ROW}{row['step']}: {', '.join(sorted(filled))}"] = json.dumps(filled, sort_keys=True)
     return found
 
 
 def _bytes_of(value: Any) -> bytes:
-    """Of nested state, all bits of its tensors."""
+    """Of nested state, all bits of its tensors; without what it says of files that are kept."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype).encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        return b"".join(str(key).encode() + _bytes_of(inner) for key, inner in value.items())
+        names = sorted((key for key in value if key not in _KEPT_FILES), key=str)
+        return b"".join(str(key).encode() + _bytes_of(value[key]) for key in names)
     if isinstance(value, list | tuple):
         return b"".join(map(_bytes_of, value))
     return repr(value).encode()
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def differing(found: dict[str, str], expected: dict[str, str]) -> list[str]:
@@ -171,81 +191,6 @@ def differing(found: dict[str, str], expected: dict[str, str]) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*") if ".tmp-" in path.name or ".old-" in path.name]
-
-
-@dataclass
-class Repeats:
-    """Tells the third and further writes to a file in a row: there are thousands, one for each tensor."""
-
-    last: tuple[str, str] = ("", "")
-    times: int = 0
-
-    def __call__(self, name: str, path: Path) -> bool:
-        self.times = self.times + 1 if self.last == (name, str(path)) else 1
-        self.last = (name, str(path))
-        return name == "write" and self.times > 2
-
-
-@dataclass
-class Watcher:
-    """A hook that keeps what the disk holds before each write, each different content once.
-
-    Args:
-        run_root: that the run writes below.
-        kept: where the states go, numbered folders that can be a run.root.
-        power: with what was not synced cut off, as a power loss may leave it.
-    """
-
-    run_root: Path
-    kept: Path
-    power: bool = False
-    calls: int = 0
-    seen: set[str] = field(default_factory=set)
-    synced: dict[int, int] = field(default_factory=dict)
-    repeats: Repeats = field(default_factory=Repeats)
-
-    def __call__(self, name: str, path: Path) -> None:
-        self.calls += 1
-        if self.repeats(name, path):
-            return
-        folder = self.run_root / "tiny"
-        content = {
-            str(file.relative_to(self.run_root)): self._durable(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and not file.is_symlink()
-        }
-        links = {
-            str(file.relative_to(self.run_root)): os.readlink(file) for file in folder.rglob("*") if file.is_symlink()
-        }
-        key = digest(json.dumps([{n: digest(c) for n, c in content.items()}, links], sort_keys=True).encode())
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        place = self.kept / f"{len(self.seen):04d}"
-        for folder_ in [f for f in (self.run_root / "tiny").rglob("*") if f.is_dir()]:
-            (place / folder_.relative_to(self.run_root)).mkdir(parents=True, exist_ok=True)
-        for inner, data in content.items():
-            (place / inner).parent.mkdir(parents=True, exist_ok=True)
-            (place / inner).write_bytes(data)
-        for inner, target in links.items():
-            (place / inner).symlink_to(target)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "moment.txt").write_text(f"{self.calls} {name} {path.name}")
-
-    def trace_syncs(self) -> None:
-        """From here on know what was synced."""
-        real = os.fsync
-
-        def fsync(descriptor: int) -> None:
-            real(descriptor)
-            status = os.fstat(descriptor)
-            self.synced[status.st_ino] = status.st_size
-
-        os.fsync = fsync
-
-    def _durable(self, file: Path) -> bytes:
-        data = file.read_bytes()
-        return data[: self.synced.get(file.stat().st_ino, 0)] if self.power else data
 
 
 @dataclass(frozen=True)
@@ -267,66 +212,76 @@ def killed(root: Path, words: list[str], count: int | None = None, *, power: boo
     """SIGKILL, or a power loss, at every write (or at `count` of them), each followed by the same command again."""
     expected = reference(root, words)
     watcher = Watcher(root / "watched", root / "states", power)
-
-    ended = run(root / "watched", words, hook=watcher, before=watcher.trace_syncs if power else None)
+    ended = run(root / "watched", words, hook=watcher, before=watcher.begin)
     assert ended.code == 0, ended.text
-    wrong, states = [], sorted((root / "states").glob("[0-9]*"))
-    for state in some_of(states, count):
-        moment = (state / "moment.txt").read_text()
-        good = newest_whole_checkpoint(folder_of(state, words) / "checkpoints")[0]
-        saved = any((folder_of(state, words) / "checkpoints").glob("*.ckpt"))
-        if saved and good is None:
-            wrong.append(f"{moment}: no whole checkpoint")
-        wrong += [f"{moment}: {fault}" for fault in resumed(state, words, expected)]
+    wrong, chosen = [], some_of(states(root / "states"), count)
+    for state, moment, steps in chosen:
+        faults = [] if words[0] != "fit" else _lost(folder_of(state, words), steps)
+        faults += resumed(state, words, expected, None if power else 1)
+        wrong += [f"{moment}: {fault}" for fault in faults]
     shutil.rmtree(root / "states")
     shutil.rmtree(root / "watched")
-    return Points(len(some_of(states, count)), wrong)
+    return Points(len(chosen), wrong)
 
 
-def resumed(root: Path, words: list[str], expected: dict[str, str]) -> list[str]:
-    """What is wrong after the same command with resume=true."""
+def _lost(folder: Path, steps: int) -> list[str]:
+    """What is wrong with the checkpoints of a fit that died after so many optimizer steps."""
+    newest, _ = newest_whole_checkpoint(folder / "checkpoints")
+    saved = 0 if newest is None else load_checkpoint(newest)["global_step"]
+    if newest is None and any((folder / "checkpoints").glob("*.ckpt")):
+        return ["no whole checkpoint"]
+    return [f"{steps} steps were done, {saved} are saved"] if steps - saved > SAVED_EVERY else []
+
+
+def resumed(root: Path, words: list[str], expected: dict[str, str], rows: int | None = 1) -> list[str]:
+    """What is wrong after the same command with resume=true.
+
+    Args:
+        rows: how many rows of metrics.csv may be missing: Lightning writes that of a step after the step's checkpoint.
+            None: all, or torn, where the disk may have lost them: the table is not synced as it grows.
+    """
     ended = run(root, words, "resume=true")
     if ended.code != 0:
         return [f"resume ended with {ended.code}: {ended.text[-300:]}"]
     folder = folder_of(root, words)
-    wrong = [f"{name} differs" for name in differing(results(folder), expected)]
-    return wrong + [f"{name} is left over" for name in leftovers(folder)]
+    found = results(folder)
+    names = differing(found, expected)
+    lost = [name for name in names if name.startswith(_ROW) and (rows is None or name not in found)]
+    if rows is None or len(lost) <= rows:
+        names = [name for name in names if name not in lost]
+    return [f"{name} differs" for name in names] + [f"{name} is left over" for name in leftovers(folder)]
 
 
 def reference(root: Path, words: list[str]) -> dict[str, str]:
-    """The results of a run that nothing disturbs; made once below `root`."""
-    folder = folder_of(root / "whole", words)
-    if not (folder / "report.json").is_file():
-        ended = run(root / "whole", words)
-        assert ended.code == 0, ended.text
-    return results(folder)
-
-
-def writes(root: Path, words: list[str]) -> list[int]:
-    """The numbers of the system calls of a whole run that change the disk, without repeated writes to a file."""
-    calls, repeats, number = root / "calls.txt", Repeats(), 0
-    if calls.exists():
-        return [int(line) for line in calls.read_text().split()]
+    """The results of a run that nothing disturbs, made once below `root`; `writes` knows its writes then."""
+    place, calls = root / "whole", root / "calls.txt"
+    repeats, number = Repeats(), 0
 
     def hook(name: str, path: Path) -> None:
         nonlocal number
-        number += 1
-        if not repeats(name, path):
+        number += path.is_relative_to(place)
+        if path.is_relative_to(place) and not repeats(name, path):
             with calls.open("a") as file:
                 file.write(f"{number}\n")
 
-    assert run(root / "counted", words, hook=hook).code == 0
-    shutil.rmtree(root / "counted")
-    return writes(root, words)
+    if not (folder_of(place, words) / "report.json").is_file():
+        ended = run(place, words, hook=hook)
+        assert ended.code == 0, ended.text
+    return results(folder_of(place, words))
+
+
+def writes(root: Path) -> list[int]:
+    """The numbers of the calls of that run that change the disk, without repeated writes to a file."""
+    return [int(line) for line in (root / "calls.txt").read_text().split()]
 
 
 def failing(root: Path, words: list[str], code: int, count: int | None = None, *, for_good: bool = False) -> Points:
     """Every write fails in turn (or `count` of them), once or for good from there on; then the disk is well again."""
     expected, wrong = reference(root, words), []
-    numbers = some_of(writes(root, words), count)
+    numbers = some_of(writes(root), count)
     for number in numbers:
         place = root / f"failing-{number}"
-        ended = run(place, words, hook=_failing_from(number, code, for_good))
+        ended = run(place, words, hook=_failing_from(place, number, code, for_good))
         if not ended.is_told:
             wrong.append(f"call {number} ended with {ended.code}: {ended.text[-300:]}")
         wrong += [f"call {number}: {fault}" for fault in resumed(place, words, expected)]
@@ -334,11 +289,13 @@ def failing(root: Path, words: list[str], code: int, count: int | None = None, *
     return Points(len(numbers), wrong)
 
 
-def _failing_from(number: int, code: int, for_good: bool) -> Hook:
+def _failing_from(place: Path, number: int, code: int, for_good: bool) -> Hook:
     seen = 0
 
     def hook(name: str, path: Path) -> None:
         nonlocal seen
+        if not path.is_relative_to(place):  # a cache of several runs
+            return
         seen += 1
         # a full disk still takes new names for what is there, and removals
         takes_room = name in ("create", "open", "write", "fsync", "mkdir")
@@ -348,28 +305,46 @@ def _failing_from(number: int, code: int, for_good: bool) -> Hook:
     return hook
 
 
-def signalled(root: Path, words: list[str], number: int, count: int | None = None) -> Points:
-    """A signal at every write, or at `count` of them: the command ends with its code, or with what it was about to
-    finish; the same command again ends with the results of a run that none disturbed."""
+def artifact_without_room(root: Path, words: list[str]) -> Points:
+    """No room for a large file from the artifact on (RLIMIT_FSIZE), which those feel too who write it for genlight."""
+    expected, place = reference(root, words), root / "no-room"
+
+    def hook(name: str, path: Path) -> None:
+        if name == "mkdir" and path.name.startswith(".artifact"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+
+    ended = run(place, words, hook=hook)
+    told = ended.is_told and "disk full while writing" in ended.text
+    wrong = [] if told else [f"ended with {ended.code}: {ended.text[-300:]}"]
+    wrong += resumed(place, words, expected)
+    shutil.rmtree(place)
+    return Points(1, wrong)
+
+
+def signalled(root: Path, words: list[str], number: int, count: int | None = None, times: int = 1) -> Points:
+    """A signal at every write, or at `count` of them, `times` over: the command ends with its code, or with what it was
+    about to finish; the same command again ends with the results of a run that none disturbed."""
     expected, wrong = reference(root, words), []
-    calls = some_of(writes(root, words), count)
+    calls = some_of(writes(root), count)
     for call in calls:
         place = root / f"signal-{number}-{call}"
-        ended = run(place, words, hook=_sending_at(call, number))
-        if ended.code not in (128 + number, 0) or "Traceback" in ended.text:
+        ended = run(place, words, hook=_sending_at(place, call, number, times))
+        codes = (128 + number, 0) if times == 1 else (128 + number,)
+        if ended.code not in codes or "Traceback" in ended.text:
             wrong.append(f"call {call} ended with {ended.code}: {ended.text[-300:]}")
         wrong += [f"call {call}: {fault}" for fault in resumed(place, words, expected)]
         shutil.rmtree(place)
     return Points(len(calls), wrong)
 
 
-def _sending_at(call: int, number: int) -> Hook:
+def _sending_at(place: Path, call: int, number: int, times: int) -> Hook:
     seen = 0
 
     def hook(name: str, path: Path) -> None:
         nonlocal seen
-        seen += 1
-        if seen == call:
-            os.kill(os.getpid(), number)
+        seen += path.is_relative_to(place)
+        if seen == call and path.is_relative_to(place):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
 
     return hook

@@ -1,6 +1,7 @@
 """Checkpoints of a dozen tiny models, each given to all the others."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+# what a refusal names: a key of the description with both values, or a weight that is missing, or of another shape
+_NAMED = re.compile(r"(?:missing |unexpected )?([\w.]+)(?:$|: .* found, .* expected$| has shape )", re.DOTALL)
+
+
 def load(module: Any, path: Path) -> None:
     """As a command with ckpt_path=… does."""
     checkpoint = load_checkpoint(path)
@@ -86,14 +91,16 @@ def load(module: Any, path: Path) -> None:
 
 
 def pairs(root: Path) -> Points:
-    """Each model takes its own checkpoint, and refuses every other one in one line that names what differs."""
-    wrong, files = [], {}
+    """Each model takes its own checkpoint, and refuses every other one in one line that names keys that differ."""
+    wrong, files, described = [], {}, {}
     for name, make in MODELS.items():
         torch.manual_seed(0)
         module = make()
         module.configure_model()
         checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 1}
         module.on_save_checkpoint(checkpoint)
+        shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        described[name] = _flat(checkpoint.get("genlight_module", {})) | shapes
         files[name] = root / f"{name}.ckpt"
         AtomicCheckpointIO().save_checkpoint(checkpoint, files[name])
     for own, make in MODELS.items():
@@ -104,7 +111,8 @@ def pairs(root: Path) -> Points:
             try:
                 load(module, path)
             except UserError as error:
-                if own == other or "\n" in str(error) or ":" not in str(error):
+                is_named = _names_what_differs(str(error), described[own], described[other])
+                if own == other or "\n" in str(error) or not is_named:
                     wrong.append(f"{own} given {other}: {error}")
                 if any(not torch.equal(value, before[key]) for key, value in module.state_dict().items()):
                     wrong.append(f"{own} given {other}: weights changed before the refusal")
@@ -114,3 +122,20 @@ def pairs(root: Path) -> Points:
                 if own != other:
                     wrong.append(f"{own} given {other}: accepted")
     return Points(len(MODELS) ** 2, wrong)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """What nested mappings hold, by dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix.removesuffix("."): value}
+    return {key: held for name, inner in value.items() for key, held in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _names_what_differs(error: str, own: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether each key that a refusal names is one that the two models have not both, or not with the same value."""
+    differ = {key for key in own.keys() | other.keys() if key not in own or key not in other or own[key] != other[key]}
+    *items, last = error.partition(" than the module: ")[2].split("; ")
+    named = [_NAMED.match(item) for item in (items if last.startswith("and ") else [*items, last])]
+    return bool(named) and all(
+        found is not None and any(f"{key}.".startswith(f"{found[1]}.") for key in differ) for found in named
+    )

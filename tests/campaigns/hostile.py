@@ -1,8 +1,11 @@
 """Inputs made to run code or to exhaust a reader, at every place where genlight reads what others may have written."""
 
+import hashlib
 import json
+import os
 import pickle
 import random
+import shutil
 import string
 import time
 import tracemalloc
@@ -13,18 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 from campaigns.commands import Points
+from safetensors.torch import load_file
 
 from genlight import build, io
 from genlight.checkpoints.importing import import_checkpoints
 from genlight.checkpoints.trajectory import Trajectory
 from genlight.config_check import ConfigError, check
+from genlight.data import score_table
+from genlight.data.npz import read_npz
 from genlight.data.prompts import read_prompts
 from genlight.data.tokenizer import load_tokenizer
 from genlight.errors import UserError
 from genlight.metrics.features import ClassifierFeatures, InceptionFeatures
+from genlight.modules.consistency_folder import read_consistency
+from genlight.modules.imagegpt_folder import read_imagegpt
+from genlight.modules.model_schedule_file import load_model_schedule
+from genlight.modules.pipeline_calls import load_pipeline
 from genlight.modules.pretrained import load_autoencoder, read_pipeline
 from genlight.modules.pretrained_lm import load_language_model
+from genlight.modules.teacher import read_teacher
 from genlight.modules.token_folder import read_token_teacher, read_tokenizer
+from genlight.modules.zoo import load_zoo
+from genlight.nets.published import load_published
 from genlight.predictors.predictor_file import load_predictor
 from genlight.quantization.saving import load_quantized
 from genlight.quantization.statistics import load_statistics
@@ -66,6 +79,16 @@ _CONFIG = {
     "config.json": {"model_type": "mixtral", "auto_map": _CODE, "num_hidden_layers": 1, "hidden_size": 8},
     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": _CODE},
 }
+# the same folder with code of its own in other places: of the pipeline, of a part, of what Python has, of configs
+_WITH_CODE: tuple[dict[str, Any], ...] = (
+    {"model_index.json": {"_class_name": ["pipeline", "Model"], **_PARTS}},
+    {"model_index.json": {"_class_name": "DDIMPipeline", "custom_pipeline": "pipeline", **_PARTS}},
+    {"model_index.json": {"_class_name": "DDIMPipeline", **_PARTS, "unet": ["unet", "Model"]}},
+    {"model_index.json": {"_class_name": "DDIMPipeline", **_PARTS, "unet": ["subprocess", "Popen"]}},
+    {"unet/config.json": {**_UNET, "_class_name": "code.Model", "auto_map": _CODE}},
+    {"scheduler/scheduler_config.json": {"_class_name": "code.Model", "auto_map": _CODE}},
+    {"config.json": {"model_type": "own", "auto_map": {**_CODE, "AutoConfig": "code.Model"}}},
+)
 SLOTS: dict[str, Callable[[Path], Any]] = {
     "ckpt_path": load_checkpoint,
     "resume": lambda file: newest_whole_checkpoint(file.parent),
@@ -82,10 +105,21 @@ SLOTS: dict[str, Callable[[Path], Any]] = {
     "data.tokenizer": lambda file: load_tokenizer(str(file.parent)),
     "module.teacher": lambda file: read_token_teacher(file.parent),
     "module.tokenizer": lambda file: read_tokenizer(file.parent),
+    "module.pretrained, any pipeline": lambda file: load_pipeline(str(file.parent), "auto", None, False),
+    "module.pretrained, consistency": lambda file: read_consistency(file.parent),
+    "module.members": lambda file: load_zoo({"one": str(file.parent)}),
+    "module.teacher, diffusion": lambda file: read_teacher(file.parent),
+    "module.teacher, ImageGPT": lambda file: read_imagegpt(file.parent),
+    "module.schedule": load_model_schedule,
+    "published weights": lambda file: load_published(torch.nn.Linear(2, 2), file),
+    "tensors": io.load_tensors,
+    "labels": io.read_labels,
     "predictor": lambda file: load_predictor(file.parent),
     "trajectory": lambda file: Trajectory.open(file.parent),
     "trajectory of checkpoints": lambda file: import_checkpoints([file], file.parent / "new", ["weight"]),
     "data.path": read_prompts,
+    "data.path, arrays": lambda file: read_npz(file, ["features"]),
+    "data.path, scores": score_table._read,
     "method.costs": read_costs,
     "history": lambda file: [unseal(line, str(file)) for line in io.read_lines(file)],
 }
@@ -113,10 +147,11 @@ def write_payload(file: Path, sentinel: Path) -> None:
         file.write_bytes(pickle.dumps(payload))
 
 
-def folder_with(folder: Path, sentinel: Path, name: str) -> Path:
-    """A folder like those of the hub, with code, a pickle under `name` beside every config, and no whole weights."""
+def folder_with(folder: Path, sentinel: Path, name: str, other: dict[str, Any]) -> Path:
+    """A folder like those of the hub, with code, a pickle under `name` beside every config, and no whole weights; with
+    `other` configs than usual."""
     code = f"from pathlib import Path\nPath({str(sentinel)!r}).mkdir(exist_ok=True)\nclass Model: ...\n"
-    for inner, content in _CONFIG.items():
+    for inner, content in (_CONFIG | other).items():
         (folder / inner).parent.mkdir(parents=True, exist_ok=True)
         (folder / inner).write_text(json.dumps(content))
         write_payload((folder / inner).parent / name, sentinel)
@@ -129,22 +164,24 @@ def folder_with(folder: Path, sentinel: Path, name: str) -> Path:
 def pickles(root: Path) -> Points:
     """A payload under every name at every input: the sentinel never appears, and the refusal is an error for a user."""
     wrong, sentinel = [], root / "sentinel"
-    for name in NAMES:
-        for number, (slot, read) in enumerate(SLOTS.items()):
-            file = folder_with(root / f"{name}-{number}", sentinel, name)
+    folders: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in NAMES]
+    folders += [("model.safetensors", other) for other in _WITH_CODE]
+    for number, (name, other) in enumerate(folders):
+        file = folder_with(root / str(number), sentinel, name, other)
+        for slot, read in SLOTS.items():
             try:
                 read(file)
                 if slot != "resume":  # which passes over what it cannot read, and says so
-                    wrong.append(f"{slot}, {name}: accepted")
+                    wrong.append(f"{slot}, {name} {other}: accepted")
             except UserError as error:
                 if "\n" in str(error):
-                    wrong.append(f"{slot}, {name}: {error}")
+                    wrong.append(f"{slot}, {name} {other}: {error}")
             except Exception as error:
-                wrong.append(f"{slot}, {name}: {type(error).__name__}: {error}")
+                wrong.append(f"{slot}, {name} {other}: {type(error).__name__}: {error}")
             if sentinel.exists():
-                wrong.append(f"{slot}, {name}: the payload ran")
+                wrong.append(f"{slot}, {name} {other}: the payload ran")
                 sentinel.rmdir()
-    return Points(len(NAMES) * len(SLOTS), wrong)
+    return Points(len(folders) * len(SLOTS), wrong)
 
 
 def hostile_texts(count: int, seed: int = 0) -> list[bytes]:
@@ -191,6 +228,51 @@ def json_fuzz(root: Path, count: int, seed: int = 0) -> tuple[Points, float, flo
             else:
                 longest = max(longest, time.process_time() - begun)
     return Points(count, wrong), longest, most
+
+
+def weight_maps(root: Path) -> Points:
+    """Folders whose index of weights names a file outside of them, where the whole weights lie: it is not read."""
+    import diffusers
+
+    pipeline, outside = root / "pipeline", root / "outside.safetensors"
+    diffusers.DDIMPipeline(diffusers.UNet2DModel(**_UNET), diffusers.DDIMScheduler()).save_pretrained(pipeline)
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    inside = shutil.move(weights, weights.with_name("inside.safetensors"))
+    shutil.copy(inside, outside)
+    readers = (lambda: read_pipeline(pipeline), lambda: load_pipeline(str(pipeline), "auto", None, False))
+    wrong, shards = [], (inside.name, os.path.relpath(outside, inside.parent), str(outside))
+    for shard in shards:
+        for read in readers:
+            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(load_file(inside), shard)}
+            weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+            try:
+                read()
+            except UserError as error:
+                if shard == inside.name:
+                    wrong.append(f"{shard}: {error}")
+            else:
+                if shard != inside.name:
+                    wrong.append(f"{shard}: read")
+    return Points(len(shards) * len(readers), wrong)
+
+
+def headers(root: Path, count: int, seed: int = 0) -> Points:
+    """Hostile texts in the header of a file of tensors, with the checksum that it asks for: refused or read."""
+    wrong, file = [], root / "hostile.safetensors"
+    texts = [text for text in hostile_texts(count, seed) if len(text) <= 10**6]
+    for number, text in enumerate(texts):
+        header = b'{"__metadata__":{"sha256":"' + b"0" * 64 + b'"},"x":' + text + b"}"
+        whole = len(header).to_bytes(8, "little") + header
+        file.write_bytes(whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode(), 1))
+        for read in (io.load_tensors, io.read_labels):
+            try:
+                read(file)
+            except io.CorruptFileError as error:
+                if len(str(error)) > 400 or "\n" in str(error):
+                    wrong.append(f"text {number}: {error}")
+            except Exception as error:
+                wrong.append(f"text {number}: {type(error).__name__}")
+    return Points(2 * len(texts), wrong)
 
 
 def names(root: Path, count: int, seed: int = 0) -> Points:

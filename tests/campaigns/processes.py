@@ -8,21 +8,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from campaigns.commands import FIT, Points, differing, folder_of, reference, results, resumed, run
 from oracles.faults import in_child
-from search.toy_search import Schedule, ScheduleSpace, Word, WordSpace, rugged, run_search, schedule_error
+from search.toy_search import (
+    FINGERPRINT,
+    Counting,
+    Schedule,
+    ScheduleSpace,
+    Word,
+    WordSpace,
+    rugged,
+    run_search,
+    schedule_error,
+)
+from torch import distributed
 
 from genlight.search import evaluation
 from genlight.search.archive import HISTORY_FILE
-from genlight.search.evaluation import one_by_one
+from genlight.search.engine import Budget, Search, open_archive
+from genlight.search.evaluation import one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.protocols import Evaluation
 from genlight.search.random_search import RandomSearch
-from genlight.search.records import Trial
+from genlight.search.records import Outcome, Problem, Trial
 
 _STRATEGY = Evolution(population=6, children=5)
 
@@ -32,37 +46,68 @@ def _lines(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def sigkills(root: Path, kills: int, strategy: Any = _STRATEGY, seed: int = 0) -> Points:
-    """So many SIGKILLs at random times into one search, which then has the bytes of one that none disturbed."""
+def _slow(schedule: Schedule) -> float:
+    time.sleep(0.002)
+    return schedule_error(schedule)
 
-    def slow(schedule: Schedule) -> float:
-        time.sleep(0.002)
-        return schedule_error(schedule)
 
+def sigkills(root: Path, kills: int, strategy: Any = _STRATEGY, seed: int = 0, ranks: int = 1) -> Points:
+    """So many SIGKILLs at random times into one search, or into one of the ranks that share it; it then has the bytes
+    of one that none disturbed."""
     folder, rng, wrong, done = root / "killed", random.Random(seed), [], 0
-    budget = 4 * kills + 20
+    budget = 4 * kills * ranks + 20
 
-    def search(place: Path, function: Any) -> Any:
-        return run_search(place, strategy, ScheduleSpace(), function, budget, seed=seed)
+    def search(rank: int) -> str:
+        if ranks > 1:
+            return _search_as(rank, ranks, root / f"meeting-{done}", folder, strategy, budget, seed)
+        return run_search(folder, strategy, ScheduleSpace(), _slow, budget, seed=seed).stopped
 
     while True:
-        before, pid = _lines(folder), os.fork()
-        if pid == 0:
-            os._exit(0 if search(folder, slow).stopped == "budget" else 1)
+        before, pids = _lines(folder), [_forked(lambda rank=rank: search(rank)) for rank in range(ranks)]
         # two candidates further: a second kill on one candidate would make it poison
-        while done < kills and _lines(folder) < before + 2 and not _has_ended(pid):
+        while done < kills and _lines(folder) < before + 2 and not any(map(_has_ended, pids)):
             time.sleep(0.0005)
         if done < kills:
             time.sleep(rng.random() * 0.006)
-            os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status != -signal.SIGKILL:
+            os.kill(rng.choice(pids), signal.SIGKILL)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        if -signal.SIGKILL not in statuses:
             break
         done += 1
-    search(root / "whole", schedule_error)
-    if status != 0 or (folder / HISTORY_FILE).read_bytes() != (root / "whole" / HISTORY_FILE).read_bytes():
-        wrong.append(f"after {done} kills the search ended with {status}, or with other bytes")
+    run_search(root / "whole", strategy, ScheduleSpace(), schedule_error, budget, seed=seed)
+    if any(statuses) or (folder / HISTORY_FILE).read_bytes() != (root / "whole" / HISTORY_FILE).read_bytes():
+        wrong.append(f"after {done} kills the search ended with {statuses}, or with other bytes")
     return Points(done, wrong)
+
+
+def _forked(search: Callable[[], str]) -> int:
+    """The process of a search, whose status is 0 if it ends with its budget."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if search() == "budget" else 1
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _search_as(rank: int, ranks: int, meeting: Path, folder: Path, strategy: Any, budget: int, seed: int) -> str:
+    """One of the processes that search together over gloo, as they do under the trainer: the first one writes."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    where: dict[str, Any] = {"init_method": f"file://{meeting}", "rank": rank, "world_size": ranks}
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=30), **where)
+    problem: Problem[Schedule] = Problem(ScheduleSpace(), seed, 1, {})
+    archive = open_archive(folder, problem, strategy, fingerprint=FINGERPRINT, writable=rank == 0)
+    distributed.barrier()
+
+    def gather(outcomes: list[Outcome]) -> list[list[Outcome]]:
+        shares: list[Any] = [None] * ranks
+        distributed.all_gather_object(shares, outcomes)
+        return shares
+
+    evaluate = over_ranks(one_by_one(Counting(_slow)), rank, ranks, gather)
+    return Search(problem, strategy, archive, evaluate, workers=ranks).run(Budget(budget)).stopped
 
 
 def _has_ended(pid: int) -> bool:
@@ -158,38 +203,44 @@ def clock_jumps(root: Path) -> Points:
     return Points(2, wrong)
 
 
-def second_process(root: Path) -> tuple[Points, float]:
-    """A second process in a held folder: the seconds until it gives up, and what it changed."""
+def second_process(root: Path) -> tuple[Points, float, float]:
+    """A fit in a folder that another process holds: what it changed, and until it gives up, from its start, the seconds
+    by the clock and of the CPU."""
     program = (
         "import sys, time; from genlight.run_folder import RunFolder\n"
-        "from genlight.errors import UserError\n"
-        "begun = time.monotonic()\n"
-        "try: RunFolder.open(sys.argv[1], command=['fit'], config={}, resume=sys.argv[2] == 'resume')\n"
-        "except UserError as error: print(time.monotonic() - begun, error); sys.exit(1)\n"
+        "RunFolder.open(sys.argv[1], command=['fit'], config={}, resume=sys.argv[2] == 'resume')\n"
         "print('held', flush=True); time.sleep(60)"
     )
-    path, wrong, longest = root / "held", [], 0.0
-    command = [sys.executable, "-c", program, str(path)]
-    first = subprocess.Popen([*command, "new"], stdout=subprocess.PIPE, text=True)
+    path, wrong, longest, most = root / "held" / "fit", [], 0.0, 0.0
+    holder = [sys.executable, "-c", program, str(path)]
+    first = subprocess.Popen([*holder, "new"], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     try:
         before = {file.name: file.read_bytes() for file in path.iterdir()}
-        for how in ("new", "resume"):
-            done = subprocess.run([*command, how], capture_output=True, text=True, check=False)
-            longest = max(longest, float(done.stdout.split()[0]))
-            if done.returncode != 1 or f"process {first.pid} on {os.uname().nodename}" not in done.stdout:
+        for how in ("resume=true", "run.overwrite=true"):
+            command = [sys.executable, "-m", "genlight", "fit", f"run.root={root}", "run.name=held", how]
+            begun, used = time.monotonic(), _children_seconds()
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            longest, most = max(longest, time.monotonic() - begun), max(most, _children_seconds() - used)
+            if done.returncode != 1 or f"process {first.pid} on {os.uname().nodename}" not in done.stderr:
                 wrong.append(f"{how}: {done.returncode}, {done.stdout}{done.stderr}")
         if before != {file.name: file.read_bytes() for file in path.iterdir()}:
             wrong.append("the second process changed the folder")
     finally:
         first.kill()
         first.wait()
-    third = subprocess.Popen([*command, "resume"], stdout=subprocess.PIPE, text=True)
+    third = subprocess.Popen([*holder, "resume"], stdout=subprocess.PIPE, text=True)
     if third.stdout is None or third.stdout.readline() != "held\n":
         wrong.append("a dead process holds the folder")
     third.kill()
     third.wait()
-    return Points(3, wrong), longest
+    return Points(3, wrong), longest, most
+
+
+def _children_seconds() -> float:
+    """CPU seconds of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def small_disk(root: Path) -> str:
@@ -218,7 +269,7 @@ def fit_on_small_disk(root: Path, free: int = 500_000) -> str:
     if not ended.is_told or "disk full" not in ended.text:
         return f"ended with {ended.code}: {ended.text[-500:]}"
     filler.unlink()
-    return "; ".join(resumed(disk, words, reference(root, words)))
+    return "; ".join(resumed(disk, words, reference(root, words), rows=None))
 
 
 def can_unshare() -> bool:

@@ -31,7 +31,8 @@ def test_a_kill_at_any_write_is_resumed_to_the_same_results(name: str, count: in
 
 
 def test_what_was_not_synced_is_not_needed(root: Path) -> None:
-    assert commands.killed(root / "fit", FIT, 2, power=True).wrong == []
+    # of both kinds: with the names that are there, and with those that were synced
+    assert commands.killed(root / "fit", FIT, 4, power=True).wrong == []
 
 
 @pytest.mark.parametrize(("name", "count"), [("fit", 2), ("calibration", 1)])
@@ -41,6 +42,10 @@ def test_a_full_disk_from_any_write_on_is_one_line_and_loses_nothing(name: str, 
 
 def test_one_write_that_fails_is_one_line_and_loses_nothing(root: Path) -> None:
     assert commands.failing(root / "fit", FIT, errno.EIO, 1).wrong == []
+
+
+def test_no_room_for_the_artifact_is_one_line_and_loses_nothing(root: Path) -> None:
+    assert commands.artifact_without_room(root / "fit", FIT).wrong == []
 
 
 def test_a_cut_file_is_named_or_passed_over(root: Path) -> None:
@@ -71,9 +76,12 @@ def test_a_small_disk_fills_up_in_one_line(tmp_path: Path, root: Path) -> None:
     assert processes.small_disk(tmp_path) == ""
 
 
-@pytest.mark.parametrize(("name", "number", "count"), [("search", signal.SIGTERM, 2), ("fit", signal.SIGINT, 1)])
-def test_a_signal_at_any_write_is_resumed_to_the_same_results(name: str, number: int, count: int, root: Path) -> None:
-    assert commands.signalled(root / name, COMMANDS[name], number, count).wrong == []
+@pytest.mark.parametrize(
+    ("name", "number", "times"),
+    [("search", signal.SIGTERM, 1), ("search", signal.SIGINT, 2), ("fit", signal.SIGINT, 1)],
+)
+def test_a_signal_at_any_write_is_resumed_to_the_same_results(name: str, number: int, times: int, root: Path) -> None:
+    assert commands.signalled(root / name, COMMANDS[name], number, 1, times).wrong == []
 
 
 def test_a_signal_inside_a_silent_validation_ends_in_order(root: Path) -> None:

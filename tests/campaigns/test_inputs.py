@@ -24,8 +24,21 @@ def test_hostile_json_costs_little(tmp_path: Path) -> None:
     assert found.wrong == [] and seconds <= 0.05 and megabytes <= 50
 
 
+def test_hostile_headers_of_tensors_are_refused_or_read(tmp_path: Path) -> None:
+    assert hostile.headers(tmp_path, 60).wrong == []
+
+
+def test_an_index_of_weights_names_no_file_outside(tmp_path: Path) -> None:
+    assert hostile.weight_maps(tmp_path).wrong == []
+
+
 def test_random_kills_of_a_search_change_no_byte(tmp_path: Path) -> None:
     assert processes.sigkills(tmp_path, 10).wrong == []
+
+
+def test_kills_of_one_of_two_ranks_change_no_byte(tmp_path: Path) -> None:
+    found = processes.sigkills(tmp_path, 3, ranks=2)
+    assert found.wrong == [] and found.tried >= 2
 
 
 def test_a_candidate_that_never_ends_is_failed(tmp_path: Path) -> None:
@@ -41,7 +54,8 @@ def test_a_candidate_beyond_the_memory_of_the_process_fails_alone() -> None:
 
 
 def test_a_second_process_gives_up_at_once(tmp_path: Path) -> None:
-    found, seconds = processes.second_process(tmp_path)
+    found, _, seconds = processes.second_process(tmp_path)
+    # of the CPU: other tests stretch what the clock says
     assert found.wrong == [] and seconds <= 2
 
 

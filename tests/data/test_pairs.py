@@ -105,6 +105,23 @@ def test_a_fit_makes_the_pairs_once_and_a_checkpoint_of_others_is_refused(folder
         pairs(folder, seed=1).load_state_dict(data.state_dict())
 
 
+def test_a_dry_run_makes_a_few_pairs_and_keeps_none(folder: str) -> None:
+    """They stand for all, of which there are as many as there will be; with all at hand it is as any run."""
+    cache = Path(folder).parent / "cache"
+    data, whole = pairs(folder, shard_size=6), pairs(folder, shard_size=6)
+    data.dry_run = True
+    data.setup("fit")
+    assert not cache.exists() and len(data.pairs) == 30 and len(list(data.train_dataloader())) == 6
+    (left,) = data.left
+    assert left.count == 2 and len(left.seconds) == 2
+    whole.setup("fit")
+    assert torch.equal(data.pairs.tokens[:18], whole.pairs.tokens[:18])
+    again = pairs(folder, shard_size=6)
+    again.dry_run = True
+    again.setup("fit")
+    assert again.left == () and torch.equal(again.pairs.tokens, whole.pairs.tokens)
+
+
 def test_what_does_not_fit_is_named(folder: str) -> None:
     with pytest.raises(UserError, match="holds no pairs"):
         _ = pairs(folder).pairs

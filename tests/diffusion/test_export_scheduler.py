@@ -14,6 +14,7 @@ from genlight.diffusion.export_scheduler import (
     bank_of,
     scheduler_of,
     stock_form,
+    why_no_stock_form,
     write_scheduler,
     write_stock_scheduler,
 )
@@ -93,7 +94,9 @@ def test_stock_forms(name: str, end: str, expected: Any) -> None:
     scheduler = scheduler_of(SolverBank.of(EPS, {5: preset(name, VP, times)}))
     form = stock_form(scheduler, 5)
     assert (form and (form.class_name, form.config["solver_order"])) == expected
-    if form is not None:
+    if form is None:
+        assert "take others" in why_no_stock_form(scheduler, 5)
+    else:
         assert form.call == {"timesteps": [999, 700, 431, 250, 90]}
         run(scheduler, 5, noise())
         other = form.build()

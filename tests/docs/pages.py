@@ -1,7 +1,8 @@
-"""What a page shows as files and commands, and a folder in which they are tried."""
+"""What a page shows as files, programs and commands, and a folder in which they are tried."""
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,21 @@ import pytest
 from genlight.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _FILE = re.compile(r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^```python\n(.*?)^```$|((?:^ {4,}\S[^\n]*\n\n*)+)", re.MULTILINE | re.DOTALL)
 
 
 def files_of(page: str) -> dict[str, str]:
     """Fenced blocks below a line that is a file name and nothing else, by that name."""
     return dict(_FILE.findall((ROOT / page).read_text()))
+
+
+def programs_of(page: str) -> list[str]:
+    """Its Python, in the order of the page: fenced blocks, and indented ones that begin with an import."""
+    blocks = [textwrap.dedent(fenced or indented) for fenced, indented in _PYTHON.findall((ROOT / page).read_text())]
+    return [block for block in blocks if block.startswith(("import ", "from "))]
 
 
 def commands_of(page: str) -> list[list[str]]:

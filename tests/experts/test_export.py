@@ -165,3 +165,18 @@ def test_the_model_is_given_back_when_writing_fails(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="no room"):
         export(editor, tmp_path / "model")
     assert state(model) == held and model.config.num_local_experts == 8 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_vllm_answers_as_the_pruned_model_does(tmp_path: Path) -> None:
+    vllm = pytest.importorskip("vllm")
+    # heads of a size that its kernels have
+    model = tiny_model("mixtral", hidden_size=256, intermediate_size=256)
+    editor = ExpertEditor(model)
+    editor.apply(dict.fromkeys(editor.layers, selection_maps(KEPT, 8)))
+    export(editor, tmp_path / "model")
+    served = vllm.LLM(str(tmp_path / "model"), skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=4, detokenize=False)
+    (answer,) = served.generate([{"prompt_token_ids": tokens(1)[0].tolist()}], greedy)
+    expected = model.generate(tokens(1), max_new_tokens=4, do_sample=False)[0, -4:]
+    assert list(answer.outputs[0].token_ids) == expected.tolist()

@@ -10,6 +10,7 @@ import pytest
 from command_line import assert_accounted, report_of, the_error, untrained_features
 from modules.tiny_imagegpt import saved_imagegpt
 from modules.tiny_token_teacher import saved_teacher
+from PIL import Image
 
 from genlight.cli import main
 
@@ -50,6 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert fit(root, "llamagen") == 0
         assert fit(root, "var", "module.timesteps=[0,1]") == 0
         words = ["method.refine=[1,16]", "method.involved=[[1,6],[13,17],[1,17]]", "method.latency_batches=[1,3]"]
+        words += ["method.quantized=[w8,w8a8,w4]"]
         assert validate(root, "llamagen", "all", *words, "module.split_timestep=8") == 0
     return root
 
@@ -85,13 +87,22 @@ def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
         "skip-8": 8,
         "onestep*, by class": 1,
         "onestep*": 1,
+        "student, 1 step, w8": 1,
+        "student, 1 step, w8a8": 1,
+        "student, 1 step, w4": 1,
     }
     columns = {"fd_digits", "nll", "agreement", "agreement_first_quarter", "bigram_distance", "ms_1", "ms_3"}
     assert all(columns <= row.keys() for row in rows.values())
     assert all(row["ms_1"] > 0 for row in rows.values())
+    sizes = {name: row["megabytes"] for name, row in rows.items() if row["megabytes"] is not None}
+    assert sizes["student, 1 step"] > sizes["student, 1 step, w8"] > sizes["student, 1 step, w4"] > 0
+    assert len(sizes) == 6
     metrics = report_of(folder)["metrics"]
     assert metrics["fd_digits_teacher"] == rows["teacher"]["fd_digits"]
     assert metrics["fd_digits_student"] == rows["student, 1 step"]["fd_digits"]
+    assert metrics["fd_digits_student_w8"] == rows["student, 1 step, w8"]["fd_digits"]
+    for name in ("w8", "w8a8", "w4"):
+        assert (folder / "artifact" / name / "sample.py").is_file()
     # the module as it is configured
     assert metrics["val/fd_digits"] == pytest.approx(rows["student, vectors from 8"]["fd_digits"], rel=1e-4)
     figures = {path.name for path in (folder / "figures").glob("*.png")}
@@ -114,13 +125,14 @@ def test_what_must_equal_the_teacher_does(root: Path) -> None:
 
 
 def test_a_var_is_distilled_too_and_stops_between_scales(root: Path) -> None:
-    assert validate(root, "var", "var-all", "method.refine=[3]", "module.timesteps=[0,1]") == 0
+    assert validate(root, "var", "var-all", "method.refine=[3]", "module.timesteps=[0,1]", "method.quantized=[w8]") == 0
     folder = root / "var-all" / "validate"
     rows = rows_of(folder)
     assert rows["student + 3 passes of the teacher"]["agreement"] == 1.0
     # the sum of two scales has an image and a distance, but no likelihood of all tokens
     assert rows["skip-1"]["nll"] is None and rows["skip-1"]["fd_digits"] > 0
     assert rows["teacher"]["calls"] == 3
+    assert rows["student, 1 step, w8"]["megabytes"] < rows["student, 1 step"]["megabytes"]
 
 
 def test_the_artifact_samples_without_genlight(root: Path) -> None:
@@ -162,8 +174,11 @@ def test_a_student_that_is_told_scales_is_measured_at_the_one_asked_for(
 
 def test_an_imagegpt_of_transformers_is_distilled_and_measured(root: Path) -> None:
     """64 pixels of 9 colours, no classes; the teacher for all groups is the teacher."""
-    words = ["experiment=dd/digits", "metrics=none", "module.teacher_recipe=null", "trainer.accelerator=cpu"]
-    words += ["data.images.num_classes=null", "data.images.channels=3", "data.images.num_samples=8"]
+    (root / "pictures").mkdir()
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(root / "pictures" / f"{number}.png")
+    words = ["experiment=dd/imagegpt", "metrics=none", "trainer.accelerator=cpu", "module.timesteps=[0,5]"]
+    words += [f"data.images.root={root / 'pictures'}", "data.images.image_size=8", "data.images.num_samples=8"]
     words += [f"module.teacher={saved_imagegpt(root / 'gpt', size=8)}", f"run.root={root}"]
     words += ["data.num_pairs=20", "data.shard_size=20", "data.batch_size=10"]
     assert main(["fit", *words, *FIT, "run.name=gpt-student"]) == 0
@@ -183,6 +198,7 @@ def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -
         (["method.involved=[[1,18]]"], "method: involved = [1, 18]"),
         (["method.skip=[16]"], "method: skip = [16] must be less than 16"),
         (["method.refine=[0]"], "method.refine = [0] must be 1 or more"),
+        (["method.quantized=[w3]"], "method.quantized = ['w3']: w3 must be one of w8, w8a8, w4"),
         (["data.num_pairs=61"], "pairs"),
     ):
         assert validate(root, "llamagen", "mistake", "run.overwrite=true", *words) != 0

@@ -142,7 +142,7 @@ def test_a_one_step_student_is_quantized(root: Path) -> None:
     assert report_of(folder)["metrics"]["val/fd_digits"] > 0
 
 
-def test_checkpoints_of_a_token_student_are_combined(root: Path) -> None:
+def test_checkpoints_of_a_token_student_are_combined(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the trainer's steps as they were, so that only the weights differ."""
     pairs = ["experiment=dd/digits", "module.teacher_recipe=null", f"module.teacher={root}/teacher"]
     pairs += ["data.num_pairs=40", "data.shard_size=40", "data.batch_size=20", "metrics.metrics=[fd]"]
@@ -153,8 +153,10 @@ def test_checkpoints_of_a_token_student_are_combined(root: Path) -> None:
     assert {"last", "LCSC"} <= rows.keys()
     config = io.read_json(root / "d2" / "validate" / "artifact" / "config.json")
     assert config["kind"] == "distilled_decoding_student"
-    for words, reason in ((S3, "does not offer"), (VIDITQ, "has no network to quantize")):
-        assert run(root, "d3", *pairs, f"ckpt_path={root}/d/fit", *words) == 1, reason
+    for words, reason in ((S3, "does not offer"), (VIDITQ, "quantize: use method=dd with method.quantized")):
+        capsys.readouterr()
+        assert run(root, "d3", *pairs, f"ckpt_path={root}/d/fit", *words) == 1
+        assert reason in the_error(capsys.readouterr().err)
 
 
 ONE_PASS, EXPERTS, PIPELINE = "student of Distilled Decoding", "module=causal_lm reads", "a pipeline of diffusers"

@@ -84,7 +84,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["variant"]: row for row in report_of(folder)["table"]}
+    """Of the table, without times, which are others in each run."""
+    rows = report_of(folder)["table"]
+    return {row["variant"]: {key: row[key] for key in row if not key.startswith("ms")} for row in rows}
 
 
 def test_every_rival_stands_in_the_table(root: Path) -> None:
@@ -143,6 +145,19 @@ def test_the_artifact_keeps_tokens_and_splits(root: Path) -> None:
         [sys.executable, "-c", LOAD, unet], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.strip() == expected
+
+
+def test_the_dequantized_folder_is_plain(root: Path) -> None:
+    """Its weights are those of the quantized layers, in layers of torch."""
+    artifact = root / "run" / "validate" / "artifact"
+    plain, quantized = (
+        diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+        for folder in (artifact / "dequantized", artifact)
+    )
+    assert not quantized_layers(plain) and "quantization_config" not in plain.config
+    for name, layer in quantized_layers(quantized).items():
+        weight = plain.get_submodule(name).weight
+        assert torch.equal(weight, layer.effective_weight().reshape(weight.shape))
 
 
 def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> None:

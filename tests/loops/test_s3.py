@@ -20,7 +20,7 @@ from command_line import (
     the_error,
     untrained_features,
 )
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 from genlight import io
 from genlight.cli import main
@@ -90,6 +90,8 @@ def test_the_report_says_what_was_gained(root: Path) -> None:
         assert report["metrics"][f"rmse_tuned_{nfe}"] == tuned["rmse"]
     assert "Before and after" in (folder / "report.md").read_text()
     assert report["predicted"]["total_seconds"] > 0
+    assert sum("no scheduler of diffusers takes the steps" in note for note in report["notes"]) == 2
+    assert not (folder / "artifact" / "stock").exists()
     names = {path.name for path in (folder / "figures").glob("*.png")}
     assert {"quality.png", "schedules.png", "search-nfe2.png", "search-nfe3.png"} <= names
 
@@ -236,8 +238,17 @@ def test_the_method_needs_a_search(root: Path, capsys: pytest.CaptureFixture) ->
     assert "DiffusionModule" in capsys.readouterr().err
 
 
-def test_a_model_without_integer_times_may_be_searched_on_them(root: Path) -> None:
-    assert validate(root, "integers", "method.integer_times=true", "method.nfe=[3]", "method.refine=null") == 0
-    bank = bank_from_json((root / "integers" / "validate" / "artifact" / "solver_bank.json").read_text())
+def test_whole_times_of_one_solver_are_a_stock_schedulers(root: Path) -> None:
+    """Which lies in the artifact; the model itself takes any times."""
+    words = ["method.integer_times=true", "method.nfe=[3]", "method.refine=null", "method.finetune=null"]
+    assert validate(root, "integers", *words, "method.solvers=[ddim]", "method.genes=[times]") == 0
+    artifact = root / "integers" / "validate" / "artifact"
+    bank = bank_from_json((artifact / "solver_bank.json").read_text())
     times = [time for time in bank.schedules[3].times[:-1] if time is not None]
     assert bank.schedules[3].time_domain == "time" and torch.tensor(times).frac().abs().max() == 0
+    stock = artifact / "stock" / "3"
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(stock, subfolder="scheduler")
+    scheduler.set_timesteps(**io.read_json(stock / "call.json"))
+    assert scheduler.timesteps.tolist() == times
+    assert io.read_json(stock / "model_index.json")["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
+    assert any("artifact/stock/3" in note for note in report_of(root / "integers" / "validate")["notes"])

@@ -69,7 +69,9 @@ def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["variant"]: row for row in report_of(folder)["table"]}
+    """Of the table, without times, which are others in each run."""
+    rows = report_of(folder)["table"]
+    return {row["variant"]: {key: row[key] for key in row if not key.startswith("ms")} for row in rows}
 
 
 def output(network: Any) -> torch.Tensor:
@@ -112,6 +114,38 @@ def test_memory_is_what_the_codes_take(root: Path) -> None:
     packed = sum(outputs * (packed_width(inputs, 4) + 4 + 1) for outputs, inputs in shapes)
     saved = (rows["full precision"]["megabytes"] - rows["dynamic"]["megabytes"]) * 1e6
     assert saved == pytest.approx(plain - packed, abs=1)
+
+
+def test_a_file_holds_what_the_table_says(root: Path) -> None:
+    """The tensors of the artifact's network, and of the plain one, which has those of the dequantized."""
+    folder, rows = root / "run" / "validate", rows_of(root / "run" / "validate")
+    for place, name in (("transformer", "ViDiT-Q mixed"), ("dequantized/transformer", "full precision")):
+        (file,) = (folder / "artifact" / place).glob("*.safetensors")
+        content = file.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        assert rows[name]["file_megabytes"] * 1e6 == pytest.approx(len(content) - header, abs=0.5)
+
+
+def test_the_report_begins_with_what_a_step_takes(root: Path) -> None:
+    """So small a network is slower in few bits."""
+    report = report_of(root / "run" / "validate")
+    times = {row["variant"]: [row[key] for key in ("ms_low", "ms", "ms_high")] for row in report["table"]}
+    assert all((None in found) == (name not in ("full precision", "ViDiT-Q mixed")) for name, found in times.items())
+    for name in ("full precision", "ViDiT-Q mixed"):
+        assert times[name][0] > 0 and times[name] == sorted(times[name])
+    first = next(note for note in report["notes"] if not note.startswith("ckpt_path"))
+    assert first.startswith("simulated: not faster on this machine (cpu, ")
+
+
+def test_layers_in_floating_point_are_named(root: Path) -> None:
+    folder = root / "run" / "validate"
+    content = io.read_json(folder / "artifact" / "quantization.json")
+    left = content["left_out"]
+    assert left.keys().isdisjoint(content["layers"]) and "proj_out_2" in left
+    assert left["proj_out_2"] == {"type": "Linear", "reason": "a pattern keeps it"}
+    assert {entry["reason"] for entry in left.values() if entry["type"] == "Embedding"} == {"no quantized form"}
+    (note,) = [note for note in report_of(folder)["notes"] if note.startswith("left in floating point: ")]
+    assert " Linear (a pattern keeps it): " in note
 
 
 def test_the_artifact_is_the_network_that_was_measured(root: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from genlight.diffusion.noise_schedules import FlowSchedule, VPSchedule
 from genlight.errors import UserError
 from genlight.modules.diffusion import DiffusionModule
+from genlight.modules.pipeline_calls import pipeline_folder
 from genlight.modules.pretrained import load_autoencoder
+from genlight.reports.model_card import stated_license
 
 CLASSES = {"class_conditional": True, "num_classes": 3}
 
@@ -163,6 +165,35 @@ def test_an_unreachable_hub_id_is_one_line_at_once(tmp_path, monkeypatch):
             read(tmp_path / "absent")
     with pytest.raises(UserError, match=r"holds no config\.json of an autoencoder"):
         load_autoencoder(tmp_path)
+
+
+def test_the_card_of_a_pipeline_of_the_hub_is_taken_too(tmp_path, monkeypatch):
+    """diffusers leaves README.md out, and with it the licence; where it cannot be had, the pipeline is there anyhow."""
+    commit, asked = "0123456789abcdef0123456789abcdef01234567", []
+    kept = tmp_path / "models--some--pipeline"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    folder = kept / "snapshots" / commit
+    folder.mkdir(parents=True)
+
+    class Session:
+        def head(self, url, timeout):
+            pass
+
+    def download(source, name, revision):
+        asked.append((source, name, revision))
+        if len(asked) == 1:
+            raise OSError("no route to host")
+        (folder / name).write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *sources, **options: str(folder))
+    assert pipeline_folder("some/pipeline") == folder and stated_license("some/pipeline") == {}
+    assert pipeline_folder("some/pipeline") == folder
+    assert stated_license("some/pipeline") == {"license": "cc-by-nc-4.0"}
+    assert set(asked) == {("some/pipeline", "README.md", commit)}
 
 
 def test_reading_waits_for_configure_model_and_can_be_tried_again(tiny, tmp_path):

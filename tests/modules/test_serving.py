@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from experts.tiny_models import KEPT, tiny_model
+from lightning.pytorch import Trainer
 from modules.test_consistency import _student
 from modules.test_distilled_decoding import module_of as student_of
 from modules.test_pretrained_searched import schedules_for
@@ -24,10 +26,11 @@ from modules.tiny_folders import tiny_folder
 from modules.tiny_token_teacher import saved_teacher
 from predictors.test_predictor_file import trained
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from genlight.data.prompts import PromptsDataModule
 from genlight.data.tokenizer import character_tokenizer
-from genlight.diffusion.export_scheduler import scheduler_of
+from genlight.diffusion.export_scheduler import scheduler_of, stock_form, write_stock_form
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import preset
 from genlight.diffusion.solver.serialization import SolverBank
@@ -35,18 +38,29 @@ from genlight.diffusion.solver_schedule import SolverScheduleScheduler
 from genlight.experts.editor import ExpertEditor
 from genlight.experts.export import export
 from genlight.experts.maps import selection_maps
+from genlight.loops.cost import first_validation
+from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_report import save_artifact
 from genlight.loops.quantization_settings import KEPT as KEPT_LAYERS
 from genlight.loops.quantization_settings import GroupSettings, formats_by_layer
+from genlight.loops.quantization_work import Variant, checked_work
+from genlight.modules.latent_consistency import LatentConsistencyModule
 from genlight.modules.model_schedule_file import apply_to_pipeline, load_model_schedule, write_model_schedule
+from genlight.modules.pipeline import PipelineModule
 from genlight.modules.zoo import ZooEntry, load_zoo
 from genlight.predictors.predictor_file import load_predictor, save_predictor
 from genlight.quantization.convert import quantize_layer, replace_layers
 from genlight.quantization.diffusers_format import marked_quantized
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.recipe import dequantized_layer
+from genlight.quantization.torchao_format import as_torchao
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+# packages that need not be installed, by a word of the blocks that need them
+NEEDS = {"torchao": "torchao", "load_lora_weights": "peft"}
+ABSENT = [word for word, package in NEEDS.items() if find_spec(package) is None]
+ALL_BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+BLOCKS = [block for block in ALL_BLOCKS if not any(word in block for word in ABSENT)]
 PLAIN = [number for number, block in enumerate(BLOCKS) if "genlight" not in block]
 # what blocks call their result
 RESULTS = ("images", "logits", "mean")
@@ -114,6 +128,9 @@ def searched_artifacts(tiny: Any) -> Iterator[tuple[str, Tensor]]:
         module.scheduler, module.num_inference_steps = functools.partial(SolverScheduleScheduler, **config), steps
         module.save_pretrained(name)
         yield name, pictures(module)
+    form = stock_form(scheduler, 4)
+    assert form is not None
+    write_stock_form(form, Path("even"), Path("even/stock/4"))
 
 
 def quantized_artifacts(tiny: Any) -> Iterator[tuple[str, Tensor]]:
@@ -129,6 +146,58 @@ def quantized_artifacts(tiny: Any) -> Iterator[tuple[str, Tensor]]:
     replace_layers(module.net, {name: dequantized_layer(plain[name], layers[name]) for name in layers})
     module.save_pretrained("quantized/dequantized")
     yield "quantized/dequantized", pictures(module)
+    if "torchao" in ABSENT:
+        return
+    module = tiny.module("vp")
+    linear = {name: layer for name, layer in module.net.named_modules() if isinstance(layer, nn.Linear)}
+    form = LayerFormat(WeightFormat(8, symmetric=True))
+    with as_torchao(module.net, {name: quantize_layer(layer, form) for name, layer in linear.items()}):
+        module.save_pretrained("quantized/torchao")
+        yield "quantized/torchao", pictures(module)
+
+
+def text_pictures(pipe: Any, guidance_scale: float = 3.0) -> Tensor:
+    """What blocks ask of the pipeline, which is the live one here."""
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    return torch.from_numpy(pipe("a cat", num_inference_steps=2, guidance_scale=guidance_scale, **options).images)
+
+
+def mixdq_artifacts(root: Path) -> Iterator[tuple[str, Tensor]]:
+    """The pipeline's network as a calibration quantizes it, first token kept and shortcuts split."""
+    module = PipelineModule("pipeline", num_inference_steps=2, guidance_scale=3.0)
+    data = PromptsDataModule(num_samples=4, eval_batch_size=4)
+    module.check_data(data)
+    data.noise_shape = module.sample_shape
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", default_root_dir=str(root), **quiet)
+    method = QuantizationCalibration(
+        title="MixDQ", weight_symmetric=True, activation_symmetric=False, activation_mode="static",
+        split_shortcuts=True, constant_tokens="warn", constant_ratio=0.0, rounding="nearest", balance="none",
+        keep="^conv_", samples=8, trajectory=1,
+    )  # fmt: skip
+    work = checked_work(method, trainer, module, data)
+    first_validation(trainer, module, data)
+    layers = work.layers(Variant.mixed(method, method.title))
+    assert work.special.splits and work.special.text
+    save_artifact(work, layers, {}, Path("mixdq"), module)
+    plain = {name: dequantized_layer(work.calibrated.layers[name], layer) for name, layer in layers.items()}
+    for name, made in (("mixdq", layers), ("mixdq/dequantized", plain)):
+        with work.replaced(made):
+            yield name, text_pictures(module.pipe)
+
+
+def adapters() -> Iterator[tuple[str, Tensor]]:
+    if "load_lora_weights" in ABSENT:
+        return
+    module = LatentConsistencyModule("pipeline", lora_rank=2)
+    module.configure_model()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.networks.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    module.save_pretrained("adapters")
+    yield "adapters", text_pictures(module.pipe, guidance_scale=1.0)
 
 
 def by_turns(root: Path) -> Iterator[tuple[str, Tensor]]:
@@ -177,7 +246,7 @@ def test_every_block_gives_what_the_live_model_gives(
     expected: dict[str, Tensor] = {}
     for made in (
         diffusion_artifacts(tiny), searched_artifacts(tiny), quantized_artifacts(tiny), by_turns(tmp_path),
-        other_artifacts(),
+        mixdq_artifacts(tmp_path), adapters(), other_artifacts(),
     ):  # fmt: skip
         expected |= dict(made)
     found: dict[int, Tensor] = {}
@@ -195,8 +264,7 @@ def test_every_block_gives_what_the_live_model_gives(
     done = subprocess.run([sys.executable, "program.py"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found |= {int(number): value for number, value in load_file("found.safetensors").items()}
-    # all blocks but the one that writes a scheduler
-    assert len(found) == len(BLOCKS) - 1 and sum("genlight" in block for block in BLOCKS) == 4
+    assert len(found) == len(BLOCKS) and sum("genlight" in block for block in BLOCKS) == 4
     used = set()
     for number, value in found.items():
         name = max((name for name in expected if f'"{name}' in BLOCKS[number]), key=len)
@@ -205,5 +273,4 @@ def test_every_block_gives_what_the_live_model_gives(
         assert (value - expected[name]).abs().max() <= 1e-5, (number, name, (value - expected[name]).abs().max())
         assert expected[name].std() > 1e-3 or name == "predictor", name
     assert used == set(expected)
-    assert not (tmp_path / "even" / "scheduler" / "solver_schedule.py").exists()
     assert load_predictor("predictor").head == "fusion"

@@ -10,7 +10,7 @@ import torch
 from predictors.toy_pool import toy
 
 from genlight.errors import UserError
-from genlight.io import CorruptFileError
+from genlight.io import CorruptFileError, write_manifest
 from genlight.predictors.expert_heads import ExpertScorePredictor, ScoreScale
 from genlight.predictors.expert_training import ExpertTraining, finetune, pretrain
 from genlight.predictors.experts import ExpertSettings
@@ -91,3 +91,9 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path) -> None:
         (tmp_path / "predictor.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(error):
             load_predictor(tmp_path)
+    (tmp_path / "predictor.json").write_text(json.dumps(record))
+    write_manifest(tmp_path)
+    load_predictor(tmp_path)
+    (tmp_path / "predictor.json").write_text(json.dumps({**record, "facts": {"altered": 1}}))
+    with pytest.raises(CorruptFileError, match=r"predictor\.json"):
+        load_predictor(tmp_path)

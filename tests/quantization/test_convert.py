@@ -5,10 +5,12 @@ import pytest
 import torch
 from quantization.tiny_pixart import KEPT, PIXART, W4A8, call, converted, pixart
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from genlight.quantization.convert import (
     LayerGroup,
     formats_of_layers,
+    layers_left_out,
     quantizable_layers,
     quantize_layer,
     quantize_split,
@@ -68,6 +70,25 @@ def test_patterns_that_do_not_fit_are_refused() -> None:
 def test_layers_that_compute_otherwise_are_left_out() -> None:
     """torch's attention reads the weight of its output layer and never calls it."""
     assert list(quantizable_layers(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8)))) == ["1"]
+
+
+def test_layers_that_are_left_out_have_a_reason() -> None:
+    """All that has a weight, however it is kept; not norms and biases."""
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.Conv3d(1, 1, 1), nn.Conv1d(1, 1, 1),
+        Conv1D(8, 8), nn.Embedding(4, 8), nn.LayerNorm(8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+    )  # fmt: skip
+    otherwise = "a subclass, which may compute otherwise"
+    assert layers_left_out(model, {"0"}) == {
+        "1": ("Linear", "a pattern keeps it"),
+        "2": ("MultiheadAttention", "no quantized form"),
+        "2.out_proj": ("NonDynamicallyQuantizableLinear", otherwise),
+        "3": ("Conv3d", "no quantized form"),
+        "4": ("Conv1d", "no quantized form"),
+        "5": ("Conv1D", "no quantized form"),
+        "6": ("Embedding", "no quantized form"),
+        "8": ("ParametrizedLinear", otherwise),
+    }
 
 
 def sqnr(found: Tensor, expected: Tensor) -> float:

@@ -130,6 +130,16 @@ def test_the_line_of_an_estimate_is_read_as_it_is_written(tmp_path):
     assert cost.seconds_said("nothing of the kind") is None
 
 
+def test_trainings_come_before_with_their_own_intervals(tmp_path):
+    own = estimate([Phase("step", (0.1, 0.1), 100)], [], tmp_path)
+    assert cost.after_trainings(own, {}) == own
+    found = cost.after_trainings(own, {"a": (60.0, 50.0, 80.0), "b": (5.0, 4.0, 7.0)})
+    assert [(phase.name, phase.total) for phase in found.phases[:2]] == [("training of a", 60), ("training of b", 5)]
+    assert found.total_seconds == pytest.approx(own.total_seconds + 65)
+    assert found.low_seconds == pytest.approx(own.low_seconds + 54)
+    assert found.high_seconds == pytest.approx(own.high_seconds + 87)
+
+
 def test_table_warns_of_a_full_disk(tmp_path):
     from rich.console import Console
 

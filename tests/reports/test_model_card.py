@@ -128,3 +128,30 @@ def test_what_a_folder_is_decides_library_and_task(tmp_path):
     card = card_of(tmp_path / "made", None)
     assert card.data.library_name == "transformers"
     assert {result.task_type for result in card.data.eval_results} == {"text-generation"}
+
+
+@pytest.mark.parametrize(
+    ("files", "task"),
+    [
+        ({"model_index": {"_class_name": "StableDiffusionPipeline"}}, "text-to-image"),
+        ({"model_index": {"_class_name": "LattePipeline"}}, "text-to-video"),
+        ({"model_index": {"_class_name": "DiTPipeline"}}, "class-conditional-image-generation"),
+        ({"model_index": {"_class_name": "DDPMPipeline"}}, "unconditional-image-generation"),
+        # of these the class does not tell
+        (
+            {"model_index": {"_class_name": "ConsistencyModelPipeline"}, "genlight": {"num_classes": 10}},
+            "class-conditional-image-generation",
+        ),
+        (
+            {"model_index": {"_class_name": ["pipeline", "GenerationPipeline"]}, "genlight": {"num_classes": None}},
+            "unconditional-image-generation",
+        ),
+        ({"config": {"student": {"transformer": {"num_classes": 10}}}}, "class-conditional-image-generation"),
+        ({"autoregressive": {"network": {"config": {"num_classes": 10, "text_dim": 8}}}}, "text-to-image"),
+    ],
+)
+def test_the_task_is_what_the_model_is_told(tmp_path, files, task):
+    (tmp_path / "made").mkdir()
+    for name, content in files.items():
+        (tmp_path / "made" / f"{name}.json").write_text(json.dumps(content))
+    assert {result.task_type for result in card_of(tmp_path / "made", None).data.eval_results} == {task}

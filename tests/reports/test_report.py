@@ -48,6 +48,8 @@ def record(**changes):
         "real": {"total_seconds": 231.5},
         "files": ["figures/samples.png"],
         "notes": ["a note"],
+        "weights": [{"source": "a/b", "hub_commit": "89abcdef01234567", "sampled_sha256": None}],
+        "deterministic": True,
     }
     return {**base, **changes}
 
@@ -74,6 +76,8 @@ def test_the_page_says_what_was_run_and_what_it_may_be_compared_with():
         "[figures/samples.png](figures/samples.png)",
         "a note",
         "revision 0123456789ab with local changes",
+        " · weights a/b 89abcdef0123 · ",
+        " · deterministic",
     ):
         assert part in page, part
     assert "FID" not in page and "real against real | ratio" in page
@@ -111,6 +115,7 @@ def test_the_search_draw_is_refused(tmp_path):
         ({"machine": {"x": object()}}, "does not fit into JSON"),
         ({"draw": "other"}, "draw: "),
         ({"version": 2}, "version: "),
+        ({"deterministic": "yes"}, "deterministic"),
     ],
 )
 def test_records_are_strict(change, message, tmp_path):

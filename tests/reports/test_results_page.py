@@ -64,6 +64,15 @@ def test_what_a_gpu_measured_has_its_own_column(folder):
     assert "18" in cells[3] and cells[4] == "gain: 25 (wanted ≥ 20)"
 
 
+def test_a_proof_of_its_own_on_a_gpu_joins_by_name(folder):
+    claims(folder, replace(CLAIM, gpu={"large_gpu": ["speed"]}))
+    on_a_gpu(folder, "large_gpu", [bar_at_least("speed", "times as fast", 1.4, 1.3), bar_at_least("gain", "g", 1, 2)])
+    assert claim_cells(folder)[4] == "times as fast: 1.4 (wanted ≥ 1.3)"
+    claims(folder, replace(CLAIM, gpu={"large_gpu": ["gone"]}))
+    with pytest.raises(UserError, match=r"large_gpu\.json has no bar 'gone'"):
+        results_page(folder)
+
+
 def test_no_bar_and_no_file_are_not_measured(folder):
     claims(folder, replace(CLAIM, bars=[]))
     assert claim_cells(folder)[3:5] == ["not measured", "not measured"]
@@ -96,7 +105,11 @@ def test_every_method_has_a_claim_and_every_claim_a_proof():
     pages = {path.read_text().splitlines()[0] for path in (ROOT / "docs" / "methods").glob("*.md")}
     for claim in found:
         assert claim.open and claim.checkpoint and claim.source, claim
-        assert (ROOT / "tools" / "proofs" / f"{claim.proof}.py").is_file(), claim.proof
+        for name in (claim.proof, *claim.gpu):
+            assert (ROOT / "tools" / "proofs" / f"{name}.py").is_file(), name
+        for name, bars in claim.gpu.items():
+            program = (ROOT / "tools" / "proofs" / f"{name}.py").read_text()
+            assert all(f'"{bar}"' in program or bar.startswith("c6-") for bar in bars), (name, bars)
         if claim.proof in proofs:
             assert set(claim.bars) <= {bar.id for bar in read_proof(RESULTS / f"{claim.proof}.json").bars}
     papers = {claim.method for claim in found}

@@ -1,5 +1,6 @@
 """What the driver promises beside resuming: when it gives up, what it reports, what it refuses."""
 
+import errno
 import math
 import threading
 import time
@@ -15,7 +16,7 @@ from genlight.errors import UserError
 from genlight.io import DiskFullError
 from genlight.search import evaluation
 from genlight.search.engine import Budget, Progress, SearchFailedError, open_archive
-from genlight.search.evaluation import in_one_batch, one_by_one, over_ranks
+from genlight.search.evaluation import DEVICE_LOST, in_one_batch, one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.protocols import (
     Evaluation,
@@ -176,12 +177,13 @@ def test_ranks_that_are_not_in_step_are_found() -> None:
         over_ranks(one_by_one(Counting(rugged)), 0, 2, lambda mine: [mine, []])(trials(4))
 
 
-def test_a_full_disk_is_no_candidates_fault() -> None:
-    def full(word: Word) -> float:
-        raise DiskFullError("disk full while writing a picture")
+@pytest.mark.parametrize("error", [DiskFullError("disk full"), OSError(errno.EIO, "i/o"), DEVICE_LOST("CUDA error")])
+def test_what_fails_on_the_machine_is_no_candidates_fault(error: Exception) -> None:
+    def fail(word: Word) -> float:
+        raise error
 
-    for evaluate in (one_by_one(Counting(full)), in_one_batch(Batch(full))):
-        with pytest.raises(DiskFullError):
+    for evaluate in (one_by_one(Counting(fail)), in_one_batch(Batch(fail))):
+        with pytest.raises(type(error)):
             evaluate(trials(2))
 
 

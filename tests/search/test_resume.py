@@ -38,7 +38,7 @@ from genlight.predictors.ranking import RankingPredictor
 from genlight.search.archive import HISTORY_FILE
 from genlight.search.cma import CMAES
 from genlight.search.engine import Budget, FailureLimits, Search, open_archive
-from genlight.search.evaluation import one_by_one, over_ranks
+from genlight.search.evaluation import DEVICE_LOST, one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.guided import PredictorGuided
 from genlight.search.halving import SuccessiveHalving
@@ -275,6 +275,19 @@ def test_only_the_candidate_that_kills_twice_is_poison(workers: int, tmp_path: P
     failed = {r.candidate.letters: r.failure for r in result.records if r.failure}
     assert failed.keys() == deadly
     assert {(f.kind, f.reason) for f in failed.values()} == {("poison", "took the process down 2 times")}
+
+
+def test_only_the_candidate_that_loses_the_device_twice_is_poison(tmp_path: Path) -> None:
+    def lose(word: Word) -> float:
+        if word.letters == (0, 1, 2, 0):
+            raise DEVICE_LOST("CUDA error: device-side assert triggered")
+        return rugged(word)
+
+    for _ in range(2):
+        with pytest.raises(DEVICE_LOST):
+            run_search(tmp_path, RandomSearch(), WordSpace(), lose, 81)
+    result = run_search(tmp_path, RandomSearch(), WordSpace(), lose, 81)
+    assert [r.failure.kind for r in result.records if r.failure] == ["poison"] and len(result.records) == 81
 
 
 def test_an_orderly_end_is_no_attempt(tmp_path: Path) -> None:

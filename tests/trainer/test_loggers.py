@@ -1,6 +1,7 @@
 """W&B offline, unreachable, silent and half-dead; every server here is on the loopback device."""
 
 import contextlib
+import csv
 import http.server
 import json
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from omegaconf import OmegaConf
+from oracles.faults import hooked
 
-from genlight.trainer.loggers import ResilientWandbLogger, answers
+from genlight.trainer.loggers import ResilientWandbLogger, WholeCSVLogger, answers
 
 CONF = Path(__file__).parents[2] / "conf" / "logger"
 # What a server that cannot be reached may cost beyond an offline run, the end of the process included. Alone on the
@@ -88,15 +90,16 @@ for name, scenario in scenarios.items():
 
 
 class Dying(http.server.BaseHTTPRequestHandler):
-    """Answers the first requests, then accepts and says nothing."""
+    """Answers the first requests, each after `delay` seconds; then accepts and says nothing."""
 
-    answered, replies = 0, 1
+    answered, replies, delay = 0, 1, 0.0
 
     def do_POST(self):
         type(self).answered += 1
         if type(self).answered > self.replies:
             time.sleep(60)
             return
+        time.sleep(self.delay)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b"{}")
@@ -108,8 +111,8 @@ class Dying(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def dying_server(replies=1):
-    handler = type("DyingAfter", (Dying,), {"answered": 0, "replies": replies})
+def dying_server(replies=1, delay=0.0):
+    handler = type("DyingAfter", (Dying,), {"answered": 0, "replies": replies, "delay": delay})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False
@@ -140,7 +143,8 @@ def outcomes(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     root = root / "wandb_scenarios"
-    with FileLock(f"{root}.lock"), dying_server() as dying, dying_server(3) as later, silent_server() as silent:
+    servers = dying_server(), dying_server(3), dying_server(3, delay=2.9), silent_server()
+    with FileLock(f"{root}.lock"), servers[0] as dying, servers[1] as later, servers[2] as slow, servers[3] as silent:
         if not (root / "done").exists():
             key = {"WANDB_API_KEY": "0" * 40}
             environs = {
@@ -149,6 +153,7 @@ def outcomes(tmp_path_factory):
                 "silent": key | {"WANDB_BASE_URL": silent},
                 "dying": key | {"WANDB_BASE_URL": dying},
                 "dying after three": key | {"WANDB_BASE_URL": later},
+                "slow": key | {"WANDB_BASE_URL": slow},
             }
             scenarios = {
                 name: {"folder": str(root / name), "environ": environ, "options": {"log_model": name == "offline"}}
@@ -250,18 +255,40 @@ def test_an_init_timeout_that_could_stall_a_run_is_refused():
             ResilientWandbLogger(init_timeout=seconds)
 
 
+def test_the_csv_keeps_its_rows_where_a_run_dies_as_a_column_is_added(tmp_path):
+    def dies(operation, path):
+        if operation == "rename" and Path(path).name == "metrics.csv":
+            raise KeyboardInterrupt
+
+    logger = WholeCSVLogger(tmp_path, name="metrics")
+    file = Path(logger.log_dir) / "metrics.csv"
+    for step, row in enumerate(({"loss": 1.0}, {"loss": 0.5, "val/fd": 2.0})):
+        logger.log_metrics(row, step=step)
+        logger.save()
+    with file.open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert [row["loss"] for row in found] == ["1.0", "0.5"] and [row["val/fd"] for row in found] == ["", "2.0"]
+    before = file.read_text()
+    logger.log_metrics({"best": 3.0}, step=2)
+    with hooked(dies), pytest.raises(KeyboardInterrupt):
+        logger.save()
+    assert file.read_text() == before
+
+
 def test_the_configs_keep_csv_on():
     csv = OmegaConf.load(CONF / "csv.yaml")
     wandb = OmegaConf.load(CONF / "wandb.yaml")
-    assert csv.csv._target_ == "lightning.pytorch.loggers.CSVLogger"
+    assert csv.csv._target_ == "genlight.trainer.loggers.WholeCSVLogger"
     assert wandb.defaults[0] == "csv" and wandb.wandb._target_ == "genlight.trainer.loggers.ResilientWandbLogger"
     assert all(path.read_text().startswith("# ") for path in CONF.glob("*.yaml"))
 
 
-def test_a_server_that_dies_in_the_middle_costs_one_warning(outcomes):
+# a slow one is waited for twice: as it is asked, and as the run begins
+@pytest.mark.parametrize(("scenario", "most"), [("dying after three", WAITED_SECONDS), ("slow", 10.0)])
+def test_a_server_that_dies_in_the_middle_costs_one_warning(outcomes, scenario, most):
     """Whether it dies before or after the run began there decides which."""
-    _, found = outcomes["dying after three"]
+    _, found = outcomes[scenario]
     assert found["steps"] == 3
     (warning,) = found["warnings"]
     assert "the run goes on" in warning
-    assert found["lost"] - outcomes["offline"][1]["lost"] <= WAITED_SECONDS
+    assert found["lost"] - outcomes["offline"][1]["lost"] <= most

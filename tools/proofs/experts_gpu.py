@@ -1,6 +1,6 @@
 """EEP on a GPU: what it costs at the size of Mixtral-8x7B's layers, and what it finds in a larger trained mixture.
 
-Results go to docs/results/eep_gpu.json. Needs a GPU of 80 GB and no data. Each part writes what it has after every
+Results go to docs/results/experts_gpu.json. Needs a GPU of 80 GB and no data. Each part writes what it has after every
 measurement, goes on after one that fails, and stops at its limit of seconds.
 
 - "speed": random weights in bfloat16. A Mixtral with eight layers of the true shapes of 8x7B (12 B parameters) and one
@@ -100,7 +100,7 @@ def join(files: Sequence[Path]) -> None:
     surroundings["git_revision"] = surroundings["git_revision"] or environment([])["git_revision"]
     seconds = sum(part["seconds"] for part in parts)
     proof = Proof(**surroundings, seeds=list(SEEDS), wall_seconds=seconds, bars=bars_of(values), table=table)
-    target = RESULTS / "eep_gpu.json"
+    target = RESULTS / "experts_gpu.json"
     atomic_write_json(target, asdict(proof))
     read_proof(target)
     write_results_page(RESULTS)

@@ -66,11 +66,13 @@ def campaigns(share: float) -> list[Campaign]:
         return max(2, round(count * share))
 
     made = [
-        Campaign("kill-fit", "SIGKILL in fit, at every write", partial(killed, FIT, part(400))),
+        Campaign("kill-fit", "SIGKILL in fit, at every write", partial(killed, FIT, part(240))),
         Campaign("disk-full", "disk full in fit, from every write on", partial(full, FIT, part(120))),
         Campaign("disk-full", "disk full in a search", partial(full, SEARCH, part(40))),
         Campaign("disk-full", "disk full in a calibration", partial(full, CALIBRATION, part(40))),
         Campaign("disk-full", "a single write of fit fails (EIO)", partial(broken, FIT, part(60))),
+        Campaign("disk-full", "a single write of a search fails (EIO)", partial(broken, SEARCH, part(20))),
+        Campaign("disk-full", "a single write of a calibration fails (EIO)", partial(broken, CALIBRATION, part(20))),
         Campaign("kill-search", "SIGKILL in a search, at every write", partial(killed, SEARCH, part(60))),
         Campaign(
             "kill-calibration", "SIGKILL in a calibration, at every write", partial(killed, CALIBRATION, part(60))
@@ -78,10 +80,16 @@ def campaigns(share: float) -> list[Campaign]:
         Campaign("kill-fit", "SIGKILL in fit on another file system", partial(elsewhere, part(20))),
         Campaign("power-loss", "power loss in fit: what is not synced is gone", partial(unsynced, FIT, part(60))),
         Campaign("power-loss", "power loss in a search", partial(unsynced, SEARCH, part(20))),
+        Campaign("power-loss", "power loss in a calibration", partial(unsynced, CALIBRATION, part(20))),
         Campaign("truncated", "files of finished runs cut in half or emptied, then resumed", partial(harmed, part(60))),
         Campaign("signals", "SIGTERM in a search and its report", partial(sent, SEARCH, signal.SIGTERM, part(30))),
         Campaign("signals", "SIGTERM in a calibration", partial(sent, CALIBRATION, signal.SIGTERM, part(20))),
+        Campaign("signals", "Ctrl-C in a calibration", partial(sent, CALIBRATION, signal.SIGINT, part(10))),
+        Campaign("signals", "Ctrl-C in a search", partial(sent, SEARCH, signal.SIGINT, part(10))),
+        Campaign("signals", "SIGTERM twice in a search", partial(sent, SEARCH, signal.SIGTERM, part(20), times=2)),
         Campaign("signals", "Ctrl-C in fit", partial(sent, FIT, signal.SIGINT, part(30))),
+        Campaign("signals", "SIGTERM in fit", partial(sent, FIT, signal.SIGTERM, part(20))),
+        Campaign("disk-full", "no room for the artifact of a fit, a search, a calibration", cramped),
         Campaign("truncated", "every file that is read again, cut at 20 lengths", cut),
         Campaign(
             "bit-flip", "random bits flipped in checkpoints, artifacts and archives", partial(flipped, part(1000))
@@ -92,11 +100,14 @@ def campaigns(share: float) -> list[Campaign]:
         Campaign("failing-candidates", "candidates that never end", processes.hanging),
         Campaign("clock-jumps", "fit while the clock jumps by ten years; checkpoints touched", processes.clock_jumps),
         Campaign("path-traversal", "names that lead out of a folder", partial(hostile.names, count=part(20_000))),
+        Campaign("path-traversal", "indices of weights that name files inside and outside", hostile.weight_maps),
         Campaign("targets", "targets and nodes that a config may not name", refused),
     ]
     for name, strategy in STRATEGIES.items():
         run = partial(processes.sigkills, kills=part(60), strategy=strategy)
         made.append(Campaign("kill-search", f"SIGKILL at random times, {name}", run))
+    run = partial(processes.sigkills, kills=part(60), ranks=2)
+    made.append(Campaign("kill-search", "SIGKILL at random times of one of two ranks", run))
     if processes.can_unshare():
         made.append(Campaign("disk-full", "fit on a file system of 4 MB", small))
     return made
@@ -123,8 +134,12 @@ def broken(words: list[str], count: int, root: Path) -> Points:
     return commands.failing(root, words, errno.EIO, count)
 
 
-def sent(words: list[str], number: int, count: int, root: Path) -> Points:
-    return commands.signalled(root, words, number, count)
+def sent(words: list[str], number: int, count: int, root: Path, times: int = 1) -> Points:
+    return commands.signalled(root, words, number, count, times)
+
+
+def cramped(root: Path) -> Points:
+    return _sum([commands.artifact_without_room(root / name, words) for name, words in COMMANDS.items()])
 
 
 def small(root: Path) -> Points:
@@ -191,7 +206,7 @@ def carry_out(campaign: int, share: float, folder: str) -> tuple[Points, float]:
 
 
 def wandb_seconds(folder: Path) -> float:
-    """What a W&B that is closed, silent or dying costs beyond an offline run, at most, as its test finds."""
+    """What a W&B that is closed, silent, slow or dying costs beyond an offline run, at most, as its test finds."""
     test = ROOT / "tests" / "trainer" / "test_loggers.py"
     base = folder / "wandb"
     subprocess.run([sys.executable, "-m", "pytest", "-q", test, f"--basetemp={base}"], cwd=ROOT, check=True)
@@ -201,8 +216,10 @@ def wandb_seconds(folder: Path) -> float:
 
 def alone(folder: Path, share: float) -> list[Bar]:
     """What is timed, with nothing beside it."""
-    two, seconds = processes.second_process(folder)
-    fuzz, longest, most = hostile.json_fuzz(folder, max(60, round(2000 * share)))
+    two, seconds, _ = processes.second_process(folder)
+    texts = max(60, round(2000 * share))
+    fuzz, longest, most = hostile.json_fuzz(folder, texts)
+    headers = hostile.headers(folder, texts)
     cost = damage.hash_cost(folder, 512)
     growth = processes.memory_growth()
     return [
@@ -213,13 +230,18 @@ def alone(folder: Path, share: float) -> list[Bar]:
             processes.beyond_the_limit(),
             0,
         ),
-        bar_at_most("two-processes", "seconds until a second process in a folder gives up", seconds, 2.0),
+        bar_at_most("two-processes", "seconds until a second command in a folder has ended", seconds, 2.0),
         bar_at_most("two-processes-wrong", f"of {two.tried} such processes ended otherwise", len(two.wrong), 0),
         bar_at_most("json", f"CPU seconds of the slowest of {fuzz.tried} hostile texts", longest, 0.05),
         bar_at_most("json-memory", "MB that the largest of them took", most, 50),
-        bar_at_most("json-wrong", "of them ended otherwise than refused or read", len(fuzz.wrong), 0),
+        bar_at_most(
+            "json-wrong",
+            f"of them, and of {headers.tried} in headers of tensors, ended otherwise than refused or read",
+            len(fuzz.wrong) + len(headers.wrong),
+            0,
+        ),
         bar_at_most("hash-cost", "CPU seconds a GB to verify", cost["seconds_per_gb"], 1.0),
-        bar_at_most("wandb", "seconds lost to a W&B that is closed, silent or dies", wandb_seconds(folder), 10.0),
+        bar_at_most("wandb", "seconds lost to a W&B that is closed, silent, slow or dies", wandb_seconds(folder), 10.0),
     ]
 
 
