@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m genlight
 STAMP := $(VENV)/.installed
 # read what is written for them, in tests; apart, since diffusers imports both wherever they are, which takes two seconds
-FORMATS := $(VENV)/formats
+FORMATS := $(CURDIR)/$(VENV)/formats
 FORMAT_TESTS := tests/modules/test_serving.py tests/quantization/test_torchao_format.py
 # those of a GPU have a script of their own, tools/proofs/gpu.sh
 PROOFS := $(filter-out %_gpu.py %_cifar.py,$(wildcard tools/proofs/[!_]*.py))

@@ -13,7 +13,7 @@ from genlight.errors import UserError
 from genlight.io import read_json, verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.pretrained import downloaded, first_line, read_object
-from genlight.modules.pretrained_lm import check_loaded
+from genlight.modules.pretrained_lm import check_loaded, check_shards
 from genlight.nets.autoregressive import SamplingSettings
 from genlight.nets.imagegpt import ColourClusters, ImageGPT, imagegpt_options
 
@@ -47,6 +47,7 @@ def read_imagegpt(folder: Path) -> tuple[ImageGPT, SamplingSettings]:
     """
     if read_object(folder / "config.json").get("model_type") != "imagegpt":
         raise UserError(f"{folder} is neither an ImageGPT nor a fit of module=autoregressive{told_kind(folder)}")
+    check_shards(folder)
     verify_if_described(folder)
     clusters = _colours(folder)
     if not any(folder.glob("*.safetensors")):

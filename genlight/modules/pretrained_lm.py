@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from genlight.errors import UserError
-from genlight.io import verify_if_described
+from genlight.io import read_json, verify_if_described
 from genlight.modules.artifact_kind import told_kind
 from genlight.modules.networks import first_of
 from genlight.modules.pretrained import downloaded, first_line, read_object
@@ -102,5 +102,18 @@ def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
         folder = downloaded(source, [*_FILES, "*.py"] if trust_remote_code else _FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is no folder of transformers: it has no config.json{told_kind(folder)}")
+    check_shards(folder)
     verify_if_described(folder)
     return folder
+
+
+def check_shards(folder: Path) -> None:
+    """UserError if an index of weights names what is no file of its own folder: transformers opens whatever is named."""
+    for index in folder.glob("*.safetensors.index.json"):
+        # 700 billion weights in a quarter of a million tensors have an index of 20 MB
+        content = read_json(index, max_bytes=1 << 26, max_entries=1_000_000)
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        names = set(map(str, named.values())) if isinstance(named, dict) else {""}
+        for name in sorted(names):
+            if not name or Path(name).name != name:
+                raise UserError(f"{index} names {name!r} for weights: a file of its own folder is needed")

@@ -231,7 +231,10 @@ def json_fuzz(root: Path, count: int, seed: int = 0) -> tuple[Points, float, flo
 
 
 def weight_maps(root: Path) -> Points:
-    """Folders whose index of weights names a file outside of them, where the whole weights lie: it is not read."""
+    """Folders whose index of weights names a file outside of them, where the whole weights lie: it is not read.
+
+    Those of diffusers; of transformers' folders every name is refused that is not plain.
+    """
     import diffusers
 
     pipeline, outside = root / "pipeline", root / "outside.safetensors"

@@ -297,6 +297,10 @@ def test_faults_of_a_folder_are_named(tmp_path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no weights as safetensors; pickled weights are not read"):
         load_language_model(edited())
+    for name in ("../outside.safetensors", str(tmp_path / "model.safetensors"), ""):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
+        with pytest.raises(UserError, match="a file of its own folder is needed"):
+            load_language_model(edited())
 
 
 def test_data_and_arguments_that_do_not_fit_are_named() -> None:

@@ -5,6 +5,7 @@ One folder holds a tiny artifact of each kind under the names of the page, and o
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -261,6 +262,7 @@ def test_every_block_gives_what_the_live_model_gives(
     # a copy of files that folders bring goes to a cache of modules: keep it out of the user's
     cache = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **cache}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # where torchao and peft may lie
     done = subprocess.run([sys.executable, "program.py"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found |= {int(number): value for number, value in load_file("found.safetensors").items()}
