@@ -196,6 +196,7 @@ class SearchRunner:
                 values[f"search/{task.name}/best"] = best.score
             for logger in self.evaluations.trainer.loggers:
                 logger.log_metrics(values, step=record.index)
+                logger.save()  # a killed search keeps its curve
         note = "none yet" if best is None or best.score is None else f"best {best.score:.5g} ({best.source})"
         failed = f", {progress.failed} failed" if progress.failed else ""
         self.evaluations.display.show(_shown(task), progress.evaluated, note + failed)

@@ -108,7 +108,7 @@ def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:
 
 
 def check_shards(folder: Path) -> None:
-    """UserError if an index of weights names what is no file of its own folder: transformers opens whatever is named."""
+    """UserError if an index of weights names what is no file of its own folder: transformers opens what is named."""
     for index in folder.glob("*.safetensors.index.json"):
         # 700 billion weights in a quarter of a million tensors have an index of 20 MB
         content = read_json(index, max_bytes=1 << 26, max_entries=1_000_000)
