@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from genlight.trainer.loggers import WholeCSVLogger
+
 _BATCHES = "epoch_loop.batch_progress"
 _METRICS = "genlight_metrics"
 _VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
@@ -15,7 +17,7 @@ _VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
 class ExactResume(Callback):
     """Make a run that was killed and resumed repeat the batches, validations and weights of one never stopped.
 
-    Five cases need help:
+    Six cases need help:
 
     - A checkpoint between two optimizer steps lacks the gradients accumulated so far. Its weights are those of the last
       step, so its progress is set back to there and the resumed run repeats these batches.
@@ -26,6 +28,7 @@ class ExactResume(Callback):
     - A checkpoint at the end of an epoch, in a run limited by `max_steps`, would resume inside the finished epoch and
       train one batch too many.
     - A checkpoint of the last step resumes to nothing, and the averaged weights would not become the model's.
+    - The row of `metrics.csv` of a step is written after the step's checkpoint, and lost where the run dies in between.
 
     What was logged is kept too, for the report of a run that was killed after its last step.
 
@@ -47,6 +50,8 @@ class ExactResume(Callback):
         checkpoint[_METRICS] = {**self.metrics, **logged}
         progress = loops[_BATCHES]
         current = progress["current"]
+        if current["completed"] < current["processed"]:
+            _write_row(trainer)
         is_epoch_over = current["processed"] >= trainer.num_training_batches or progress["is_last_batch"]
         ahead = 0 if is_epoch_over else current["processed"] % trainer.accumulate_grad_batches
         if ahead:
@@ -112,6 +117,16 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     found = {name: value for c in callbacks if isinstance(c, ExactResume) for name, value in c.metrics.items()}
     found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _write_row(trainer: Trainer) -> None:
+    """Into the CSV, before the checkpoint; Lightning logs it once more at the end of the step, everywhere."""
+    loggers = trainer.loggers
+    trainer.loggers = [logger for logger in loggers if isinstance(logger, WholeCSVLogger)]
+    try:
+        trainer._logger_connector.update_train_step_metrics()
+    finally:
+        trainer.loggers = loggers
 
 
 def _at(progress: dict[str, Any], batches: int) -> dict[str, Any]:

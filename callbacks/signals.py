@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight import io
+from genlight.leaving import Leave
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 INTERRUPTED_NAME = "interrupted.ckpt"
@@ -130,7 +131,8 @@ class SignalGuard(Callback):
             return
         if number == signal.SIGUSR1:
             self._signal = self._signal or signal.SIGTERM
-            if callable(before := self._previous.get(signal.SIGUSR1)):
+            before = self._previous.get(signal.SIGUSR1)
+            if callable(before) and not isinstance(before, Leave):
                 before(number, frame)
             return
         self._count += 1

@@ -12,6 +12,7 @@ from genlight.errors import UserError
 from genlight.help import COMMANDS, help_text, versions_text
 
 FAILURE, USAGE_ERROR = 1, 2
+INSPECT = "inspect"
 MULTIRUN = ("--multirun", "-m")
 RERUN = "--rerun"
 FLAGS = (*MULTIRUN, "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command is None:
             sys.stdout.write(_help(arguments))
             return 0
-        return _run_hydra(flags_first([f"command={command}", *words]))
+        return _run_hydra(flags_first([f"command={command}", *_of_inspection(command, words)]))
     except UserError as error:
         if "traceback=true" in arguments:
             raise
@@ -83,6 +84,20 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
             raise UserError(f"there is no command '{word}'{nearest(word, list(COMMANDS))} ({', '.join(COMMANDS)})")
         return word, [*arguments[:index], *arguments[index + 1 :]]
     raise UserError(f"no command is given: the first word is one of {', '.join(COMMANDS)} (--help shows more)")
+
+
+def _of_inspection(command: str, words: list[str]) -> list[str]:
+    """The words; where a model is to be inspected whose folder alone is named, any module that takes one will do.
+
+    Raises:
+        UserError: a sweep of inspections.
+    """
+    if command != INSPECT:
+        return words
+    if any(word in MULTIRUN for word in words):
+        raise UserError("inspect shows one model and leaves no results that could be compared: --multirun is for runs")
+    keys = {word.lstrip("+").split("=")[0] for word in words}
+    return words if keys & {"module", "experiment"} or "module.pretrained" not in keys else ["module=pipeline", *words]
 
 
 def _asks_for_help(arguments: list[str]) -> bool:

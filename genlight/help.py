@@ -11,6 +11,7 @@ from genlight.config_errors import CONF, options_of
 COMMANDS = {
     "fit": "train: gradients (a generator, a student, a predictor, a feature extractor)",
     "validate": "measure, search, calibrate: no gradients",
+    "inspect": "show the layers of a model, and what a method would do with each: nothing runs or is written",
 }
 
 
@@ -27,7 +28,7 @@ def help_text() -> str:
     lines = [
         "genlight: make an existing generator cheaper (fewer steps, fewer bits, fewer experts, less training)",
         "",
-        "  python -m genlight fit|validate [key=value ...]",
+        "  python -m genlight fit|validate|inspect [key=value ...]",
         "",
         "commands",
         *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
@@ -37,6 +38,8 @@ def help_text() -> str:
         "",
         "config groups, chosen by <group>=<option>; single values by key=value (data.batch_size=64)",
         *(f"  {group:<10} {', '.join(options_of(group))}" for group in GROUPS),
+        "",
+        "a model before it is compressed: inspect module.pretrained=<folder or hub id> method=viditq",
         "",
         "for every command",
         "  run.name=<name>      results go to runs/<name>/<command>; run.overwrite=true replaces them",

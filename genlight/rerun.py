@@ -53,6 +53,8 @@ def rerun(arguments: Sequence[str]) -> int:
     words = [*repeated(old["command"][4:], keys), *typed]
     if "run.name" not in keys:
         words.append(f"run.name='{old['config']['run']['name']}-rerun'")
+    if "shared" in (old["config"].get("search") or {}) and "search.shared" not in keys:
+        words.append("search.shared=false")  # else it would take the scores of the run that it is compared with
     command = old["command"][3]
     found = composed(flags, [f"command={command}", *words])
     if found is None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from genlight import io
 from genlight.config_check import resolved
 from genlight.context import Run
 from genlight.errors import UserError
+from genlight.leaving import leaving_on_signals
 from genlight.reports.environment import environment, git_diff
 from genlight.run_folder import RunFolder, process_rank, run_path
 
@@ -37,8 +34,10 @@ FREE_KEYS = (
     "trainer.enable_model_summary",
     "search.budget",
     "search.seconds",
+    "search.shared",
     "method.search.budget",
     "method.search.seconds",
+    "method.search.shared",
     "method.drop_failing",
     "callbacks.progress",
 )
@@ -47,7 +46,7 @@ FAILURE = 1
 
 def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
     """Carry out one accepted config; returns the exit code. Faults are told in one line, details go to a file."""
-    with ExitStack() as scratch, _leaving_on_signals():
+    with ExitStack() as scratch, leaving_on_signals():
         return _run(config, choices, overrides, scratch)
 
 
@@ -59,6 +58,8 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: Ex
     folder: RunFolder | None = None
     state, code = "failed", FAILURE
     try:
+        if config.command == "inspect":
+            config.dry_run = True  # as that, it leaves nothing behind
         if config.dry_run:
             place = scratch.enter_context(tempfile.TemporaryDirectory(prefix="genlight-"))
             OmegaConf.update(config, "run.dir", place)
@@ -91,32 +92,6 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: Ex
         if folder is not None and not _closed(folder, state):
             code = code or FAILURE
     return code
-
-
-@contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """Where no callback listens, such as in what a method measures beside a search, SIGTERM and Ctrl-C end the run in
-    order, at once: every file is whole at any time. Lightning would pass over the one and turn the other into exit 1.
-    """
-    process = os.getpid()
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a forked child owns neither the folder nor the run
-            os._exit(128 + number)
-        raise SystemExit(128 + number)
-
-    handled = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    # an embedding program that handles them itself goes on doing so; other threads cannot
-    before = {number: usual for number, usual in handled.items() if signal.getsignal(number) is usual}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}
-    for number in before:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
 
 
 def _closed(folder: RunFolder, state: str) -> bool:
@@ -185,10 +160,15 @@ def _in_one_line(error: Exception) -> str:
 
 def _carry_out(this: Run) -> None:
     from genlight.build import check_targets
-    from genlight.session import Session
 
     _quiet()
     check_targets(this.plain, this.plain["targets"]["allow"])
+    if this.command == "inspect":
+        from genlight.inspection import inspect_model
+
+        return inspect_model(this)
+    from genlight.session import Session
+
     if this.plain["dry_run"]:
         _dry_run(this)
     elif this.command == "fit":

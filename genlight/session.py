@@ -20,6 +20,7 @@ from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
+from genlight.leaving import let_requeue
 from genlight.loops.result import MethodResult
 from genlight.recipes import Training, fit_where_missing
 from genlight.reports.cost import after_trainings, free_bytes, longer, network_macs, real_cost
@@ -139,7 +140,7 @@ class Session:
         check_callbacks(strategy, callbacks, str(config.trainer.precision))
         loggers = [] if config.dry_run else self._build_loggers()
         # a single process opens the folder; its children and torchrun's other processes write nothing of their own
-        return build(  # type: ignore[no-any-return]
+        trainer: Trainer = build(
             config.trainer,
             "trainer",
             strategy=strategy,
@@ -150,6 +151,8 @@ class Session:
             enable_checkpointing=not config.dry_run,
             enable_progress_bar=any(type(c).__name__ == "StepProgress" for c in callbacks),
         )
+        let_requeue(trainer)
+        return trainer
 
     def _build_loggers(self) -> list[Any]:
         loggers = []

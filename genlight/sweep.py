@@ -45,6 +45,8 @@ MAY_DIFFER = (
     "paths",
     "logger",
     "callbacks.progress",
+    "search.shared",
+    "method.search.shared",
     "trainer.enable_model_summary",
 )
 _LONGEST = 100

@@ -20,7 +20,7 @@ SOURCES = sorted(
 
 # A package may import from its own rank or below.
 RANKS = {
-    "errors": 0, "io": 0, "secrets": 0,
+    "errors": 0, "io": 0, "secrets": 0, "leaving": 0, "memory": 0,
     "nets": 1,
     "diffusion": 2, "metrics": 2, "reports": 2, "search": 2, "predictors": 2, "checkpoints": 2,
     "experts": 2, "quantization": 2,
@@ -28,14 +28,14 @@ RANKS = {
     "loops": 4,
     "build": 5,
     "context": 4,
-    "session": 6,
+    "session": 6, "inspection": 6,
     "runner": 7,
     "guards": 1, "signatures": 1, "config_check": 2, "config_errors": 3, "help": 4, "options": 5,
     "cli": 8, "sweep": 8, "rerun": 8, "__main__": 9, "__init__": 0, "conf": 0,
 }  # fmt: skip
 WITHOUT_LIGHTNING = (
     "nets", "diffusion", "metrics", "reports", "search", "predictors", "checkpoints", "experts",
-    "quantization", "io", "errors", "secrets",
+    "quantization", "io", "errors", "secrets", "leaving", "memory",
 )  # fmt: skip
 WITHOUT_TORCH_AT_TOP = (
     "cli",
@@ -49,6 +49,7 @@ WITHOUT_TORCH_AT_TOP = (
     "rerun",
     "errors",
     "io",
+    "leaving",
     "run_folder",
     "secrets",
 )

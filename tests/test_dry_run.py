@@ -103,6 +103,7 @@ def test_members_and_feature_network_come_as_trainings(
     assert len(asked) == 6 and not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow  # half a minute; members and a student go the same way
 def test_a_language_model_that_was_begun_stays_as_it_is(tmp_path: Path, planned: Callable[..., dict[str, str]]) -> None:
     """Nor is a folder touched that the fit would replace."""
     begun = tmp_path / "runs" / "eep" / "tiny_moe" / "fit"

@@ -49,6 +49,7 @@ FEW: dict[str, list[str]] = {
         "search.fidelity=2",
         "search.strategy.screening_fidelity=1",
         "search.strategy.promoted=2",
+        "search.shared=false",
     ],
     "viditq": ["method.samples=2", "method.trajectory=1", "method.rivals=false", "module.num_inference_steps=2"],
     "mixdq": ["method.samples=8", "method.trajectory=1", "method.mixed.samples=1", "method.rivals=false"],
@@ -66,6 +67,7 @@ FEW: dict[str, list[str]] = {
         "search.strategy.rounds=1",
         "search.strategy.per_budget=2",
         "search.strategy.generations=2",
+        "search.shared=false",
         "module.num_inference_steps=2",
     ],
 }

@@ -57,6 +57,7 @@ def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monk
         assert both["metrics"]["val/fd_digits"] == pytest.approx(one["metrics"]["val/fd_digits"], rel=1e-4)
 
 
+@pytest.mark.slow  # half a minute; zero3 is consolidated above
 def test_a_language_model_in_shards_is_saved_with_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

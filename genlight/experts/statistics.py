@@ -66,7 +66,8 @@ class RoutingStatistics:
 
     The tokens that count are those that the `attention_mask` [B, T] given to the model marks; all, if it has none. The
     sample is the same tokens in every layer, and depends on seed and order of the real tokens only: not on padding or
-    batch size. Each pass runs the experts twice, the second time without weights and sum.
+    batch size. A call of the model that raises counts nowhere. Each pass runs the experts twice, the second time
+    without weights and sum.
 
     Attributes:
         kept_tokens: tokens a layer in the sample.
@@ -93,12 +94,18 @@ class RoutingStatistics:
         self._generator = torch.Generator().manual_seed(seed)
         self._results: dict[str, LayerStatistics] = {}
         self._handles: list[Any] = []
+        self._pending: dict[str, LayerStatistics] = {}
+        self._random_before: Tensor | None = None  # of a call that has not come to its end
         self._mask: Tensor | None = None
         self._priorities: Tensor | None = None
         self._routed: dict[str, Tensor] = {}
 
     def __enter__(self) -> "RoutingStatistics":
-        self._handles = [self.editor.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)]
+        model = self.editor.model
+        self._handles = [
+            model.register_forward_pre_hook(self._see_mask, with_kwargs=True),
+            model.register_forward_hook(self._see_end),
+        ]
         for name, layer in self.editor.layers.items():
             self._handles += [
                 layer.router.register_forward_hook(lambda _, __, output, name=name: self._see_logits(name, output[0])),
@@ -126,6 +133,15 @@ class RoutingStatistics:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask of shape {list(mask.shape)} must be [batch, tokens] to count tokens")
         self._mask, self._priorities = mask, None
+        if self._random_before is not None:  # the call before failed
+            self._generator.set_state(self._random_before)
+        self._random_before, self._pending = self._generator.get_state(), {}
+
+    def _see_end(self, *_: Any) -> None:
+        for name, found in self._pending.items():
+            before = self._results.get(name)
+            self._results[name] = found if before is None else before.plus(found, self.kept_tokens)
+        self._random_before = None
 
     def _see_logits(self, name: str, logits: Tensor) -> None:
         self._routed[name] = logits.detach()
@@ -159,9 +175,7 @@ class RoutingStatistics:
                 self._priorities = torch.rand(len(inputs), generator=self._generator, dtype=torch.float64)
             chosen = self._priorities.argsort(stable=True)[: self.kept_tokens]
             sample = inputs[chosen.to(inputs.device)].detach().cpu()
-        found = LayerStatistics(**sums, inputs=sample, priorities=self._priorities[chosen])
-        before = self._results.get(name)
-        self._results[name] = found if before is None else before.plus(found, self.kept_tokens)
+        self._pending[name] = LayerStatistics(**sums, inputs=sample, priorities=self._priorities[chosen])
 
     def _real_tokens(self, tokens: int, device: torch.device) -> Tensor:
         if self._mask is None:
@@ -189,13 +203,19 @@ def routing_load(editor: ExpertEditor, run: Callable[[], object]) -> dict[str, T
     """How often each expert is chosen in all layers while `run` calls the model, int64 [E] by layer, on the CPU.
 
     Under an edit, an expert that is only kept counts under its old number, a merged one under that of the old expert
-    it has most of. Padding, as the `attention_mask` marks it, does not count.
+    it has most of. Padding, as the `attention_mask` marks it, does not count, nor does a call that raises.
     """
     counts = {name: torch.zeros(editor.num_experts, dtype=torch.int64) for name in editor.layers}
     masks: list[Tensor | None] = [None]
+    pending: list[tuple[str, Tensor]] = []
 
     def see_mask(_: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
         masks[0] = kwargs.get("attention_mask")
+        pending.clear()
+
+    def see_end(*_: Any) -> None:
+        for name, found in pending:
+            counts[name] += found
 
     def see_index(name: str, index: Tensor) -> None:
         chosen = index.cpu()
@@ -204,9 +224,10 @@ def routing_load(editor: ExpertEditor, run: Callable[[], object]) -> dict[str, T
         maps = editor.maps.get(name)
         if maps is not None and chosen_rows(maps.expert_map) is None:
             chosen = maps.expert_map.argmax(dim=1)[chosen]
-        counts[name] += torch.bincount(chosen.flatten(), minlength=editor.num_experts)
+        pending.append((name, torch.bincount(chosen.flatten(), minlength=editor.num_experts)))
 
     handles: list[Any] = [editor.model.register_forward_pre_hook(see_mask, with_kwargs=True)]
+    handles.append(editor.model.register_forward_hook(see_end))
     for name, layer in editor.layers.items():
         handles.append(layer.experts.register_forward_pre_hook(lambda _, inputs, name=name: see_index(name, inputs[1])))
     try:

@@ -54,7 +54,8 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
     headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
     notes = [
         f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
-        f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}"
+        f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}",
+        *work.runner.notes,
     ]
     return MethodResult(
         {**own, **headline},

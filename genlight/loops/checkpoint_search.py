@@ -147,4 +147,4 @@ class CheckpointSearch:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         with in_config("method.trajectory"):
             check_names(space.trajectory, module.live_weights())
-        return CheckpointWork(self, evaluations, module, datamodule, space)
+        return CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))

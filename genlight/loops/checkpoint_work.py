@@ -62,6 +62,7 @@ class CheckpointWork:
         method: the settings.
         evaluations, module, datamodule: of the run.
         space: of the checkpoints.
+        weights: fingerprint of the module as it was loaded, before any combination was written into it.
         results: the searches that were done, by kind.
     """
 
@@ -70,6 +71,7 @@ class CheckpointWork:
     module: Any
     datamodule: Any
     space: CheckpointCoefficients
+    weights: str
     results: dict[str, SearchResult[Combination]] = field(default_factory=dict)
 
     @cached_property
@@ -110,7 +112,8 @@ class CheckpointWork:
         return SearchTask(name, problem, plan, evaluator, self._depends_on())
 
     def _depends_on(self) -> dict[str, str]:
-        return {**self.draws.describe(), "sampler": str(getattr(self.module, "num_inference_steps", ""))}
+        sampler = str(getattr(self.module, "num_inference_steps", ""))
+        return {**self.draws.describe(), "sampler": sampler, "weights": self.weights}
 
     @property
     def searched_kinds(self) -> list[str]:

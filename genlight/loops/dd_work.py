@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 from genlight.loops.cost import FirstValidation, artifact_of, method_cost, timed
 from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
 from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
+from genlight.memory import Halves
 from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
 from genlight.modules.generation import GRID_IMAGES
 from genlight.nets.dd_student import Student
@@ -128,7 +129,6 @@ class CurveWork:
 
     def _one(self, variant: Variant, noise: Tensor, label: Tensor) -> Measured:
         module, metrics = self.module, self.module.metrics
-        teacher, settings, size = module.teacher, module.settings, self.datamodule.eval_batch_size
         synced = getattr(metrics, "sync", None)
         if metrics is not None:
             metrics.to(module.device)
@@ -139,21 +139,30 @@ class CurveWork:
         tokens: list[Tensor] = []
         nll: list[Tensor] = []
         kept: list[Tensor] = []
-        for start in range(0, len(noise), size):
-            part, classes = (value[start : start + size].to(module.device) for value in (noise, label))
-            decoded: Decoded = variant.decode(part, classes)
-            images = module.images_of(decoded)
+        sample = partial(self._sampled, variant, noise, label)
+        for part, (made, images, scores) in Halves().parts(len(noise), sample, self.datamodule.eval_batch_size):
             if metrics is not None:
-                metrics.update(images, torch.arange(start, start + len(part), device=module.device))
-            if decoded.tokens.shape[1] == noise.shape[1]:
-                scores = negative_log_likelihood(teacher.model, decoded.tokens, classes, settings)
+                metrics.update(images, torch.arange(part.start, part.start + len(images), device=module.device))
+            if scores is not None:
                 nll.append(scores.cpu())
-            tokens.append(decoded.tokens.cpu())
+            tokens.append(made)
             kept.append(images[: GRID_IMAGES - sum(len(each) for each in kept)].cpu())
         values = {} if metrics is None else {name: float(value) for name, value in metrics.compute().items()}
         if synced is not None:
             metrics.sync = synced
         return Measured(values, torch.cat(tokens), float(torch.cat(nll).mean()) if nll else None, torch.cat(kept))
+
+    def _sampled(
+        self, variant: Variant, noise: Tensor, label: Tensor, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens on the CPU, images, and the teacher's nats per token where there are all tokens, of a part."""
+        module = self.module
+        classes = label[part].to(module.device)
+        decoded: Decoded = variant.decode(noise[part].to(module.device), classes)
+        images, scores = module.images_of(decoded), None
+        if decoded.tokens.shape[1] == noise.shape[1]:
+            scores = negative_log_likelihood(module.teacher.model, decoded.tokens, classes, module.settings)
+        return decoded.tokens.cpu(), images, scores
 
     def _seconds(self, variant: Variant, noise: Tensor, label: Tensor) -> float:
         begun = time.monotonic()

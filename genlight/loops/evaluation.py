@@ -53,6 +53,10 @@ class CandidateTrainer:
         """How many processes measure different candidates at a time."""
         return 1 if self.sharded else int(self.trainer.world_size)
 
+    def rounds(self, count: int) -> int:
+        """How many times processes work beside each other until so many pieces of work are done."""
+        return -(-count // self.shares)
+
     @cached_property
     def _local(self) -> Trainer:
         return local_trainer(self.trainer)
@@ -266,3 +270,16 @@ def in_turn(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) ->
         return [mine[index] for index in range(len(work))]
     parts = [evaluations.trainer.strategy.broadcast(mine, src) for src in range(share)]
     return [parts[index % share][index] for index in range(len(work))]
+
+
+def in_rounds(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) -> Iterator[list[Any]]:
+    """As `in_turn`, for results that are kept on the way: in their order, round by round, each process doing one."""
+    share = evaluations.shares
+    rank = int(evaluations.trainer.global_rank) if share > 1 else 0
+    for start in range(0, len(work), share):
+        pieces = work[start : start + share]
+        mine = pieces[rank]() if rank < len(pieces) else None
+        if share == 1:
+            yield [mine]
+        else:
+            yield [evaluations.trainer.strategy.broadcast(mine, src) for src in range(len(pieces))]

@@ -106,6 +106,7 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
         *[f"failed, and left out: {', '.join(each.failed)}" for each in every if each.failed],
         *([f"{RANDOM}: mean of {first.method.random_draws} draws"] if every[0].random else []),
         *[f"the artifact holds {MAPS} alone: {each.refusal}" for each in every if each.refusal],
+        *[note for each in every for note in each.work.runner.notes],
     ]
     if first.cache is not None and first.cache.layers_seen:
         share = first.cache.passed_over / first.cache.layers_seen

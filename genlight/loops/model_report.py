@@ -84,6 +84,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
         f"budgets are in calls of the dearest member; cost in {unit} for a batch. Search and select scores are against "
         f"halves of the other split of real images; {name} and what follows is on the report draw",
         *work.notes(),
+        *work.runner.notes,
     ]
     return MethodResult(
         {**own, **headline},

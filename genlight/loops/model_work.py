@@ -223,7 +223,9 @@ class ModelWork:
         measure = one_by_one(self.draws.objective(self.space, "search"), settings.time_limit_s)
         evaluator = naming_members(measure, self.module.scheduled)
         depends = {**self.draws.describe(), "weights": self.evaluations.fingerprint(self.module)}
-        return SearchTask(SCHEDULES, problem, plan, evaluator, depends, self._check)
+        # costs that were timed here are those of this run alone
+        shared = self.costs.unit != "ms" or self.method.costs is not None
+        return SearchTask(SCHEDULES, problem, plan, evaluator, depends, self._check, shared)
 
     def _check(self, record: Record[ModelSchedule]) -> None:
         """Leave out the member for which a candidate failed, if one did."""

@@ -218,7 +218,7 @@ class PredictorWork:
             "weights": self.weights,
             "finetune_steps": str(self.method.finetune_steps),
         }
-        return SearchTask(f"{name}-{seed}", problem, plan, evaluator, depends)
+        return SearchTask(f"{name}-{seed}", problem, plan, evaluator, depends, shared=False)
 
     def regrets(self) -> dict[str, list[list[float]]]:
         """By search and seed: how far the best so far stays behind the best of all, after each evaluation."""

@@ -17,8 +17,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.evaluation import measured
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
-from genlight.loops.quantization_report import quantization_result
+from genlight.loops.quantization_report import FULL, quantization_result
 from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
 from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
@@ -150,17 +151,21 @@ class QuantizationCalibration:
 
         Raises:
             UserError: patterns that match nothing, a calibration of another network, a budget that cannot be kept, a
-                module without a network to quantize, or several processes.
+                module without a network to quantize, or a strategy that splits the weights.
         """
         work = checked_work(self, trainer, module, datamodule)
         first = first_validation(trainer, module, datamodule)
+        own = first.logged
+        if work.evaluations.shares > 1:  # together they add up in another order than one, and each saw a part only
+            with work.evaluations.display.phase(FULL):
+                own = measured(work.evaluations, module, datamodule, "report", datamodule.num_samples)
         if hasattr(module.metrics, "keep_reference"):
             module.metrics.keep_reference()  # the videos of full precision
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
         with work.evaluations.display.phase(ESTIMATE):
             predicted = calibrated_cost(work, first)
         announce(trainer, predicted)
-        return quantization_result(work, first.logged, predicted)
+        return quantization_result(work, own, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Calibrate on a few samples, quantize a few layers, and multiply."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
 from genlight.loops.quantization_bits import BUDGETS, ways_of
 from genlight.loops.quantization_libraries import library_phases
-from genlight.loops.quantization_report import LAYERS, VARIANTS, variants_of
+from genlight.loops.quantization_report import FULL, LAYERS, VARIANTS, variants_of
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
 from genlight.loops.quantization_speed import ROUNDS, SPEED, step_times
 from genlight.loops.quantization_work import QuantizationWork, Variant, checked_work
@@ -34,7 +34,13 @@ def quantization_cost(method: QuantizationCalibration, trainer: Any, module: Any
     work = checked_work(replace(method, samples=few), trainer, module, datamodule)
     first = first_validation(trainer, module, datamodule, dry=True)
     (calibrated,) = timed([lambda: work.calibrated])
-    return calibrated_cost(work, first, [Phase("calibration", (calibrated / few,), method.samples - few)])
+    # several processes measure full precision once more, each all of it
+    whole = first.every * work.evaluations.shares if work.evaluations.shares > 1 else 0
+    phases = [
+        Phase(FULL, first.batch_seconds, whole),
+        Phase("calibration", (calibrated / few,), method.samples - few),
+    ]
+    return calibrated_cost(work, first, phases)
 
 
 def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequence[Phase] = ()) -> CostEstimate:
@@ -74,10 +80,10 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
     images = fmean(seconds) - each + sample * (mixed.samples if mixed is not None else 0)
     phases = [
         *phases,
-        Phase(LAYERS, layer, len(probes)),
+        Phase(LAYERS, layer, work.evaluations.rounds(len(probes))),
         *(library_phases(work, each, sample) if method.rivals else []),
         Phase("ratios of budgets", (images,), tried),
-        Phase(VARIANTS, seconds, len(variants)),
+        Phase(VARIANTS, seconds, work.evaluations.rounds(len(variants))),
         Phase(SPEED, (turn,), ROUNDS),
     ]
     files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized + method.torchao)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from genlight.loops.cost import timed
-from genlight.loops.evaluation import noise_of
+from genlight.loops.evaluation import in_turn, noise_of
 from genlight.loops.model_costs import reason_of
-from genlight.loops.quantization_work import QuantizationWork, Reference
+from genlight.loops.quantization_work import QuantizationWork
 from genlight.quantization.libraries import LIBRARIES, LibraryFormat, library_layers
+from genlight.quantization.trajectory import Reference
 from genlight.reports.cost import Phase
 
 OTHERS = "other libraries"  # in the account of time
@@ -25,22 +27,11 @@ def library_rows(work: QuantizationWork) -> tuple[list[dict[str, Any]], list[str
     A library that is absent has no rows, and neither has a format that fails on this network or this machine, for
     which the run does not end: the report tells of both.
     """
-    rows, notes = [], []
-    for library in LIBRARIES:
-        if not library.installed:
-            notes.append(f"{library.name} is not installed")
-            continue
-        for form in library.formats:
-            try:
-                rows.append(_row(work, form))
-                if form.observes:
-                    samples = work.method.samples
-                    notes.append(
-                        f"{form.name} has one range for each input of a linear layer, from {samples} samples of the "
-                        "search draw, and rounds no inputs of convolutions"
-                    )
-            except Exception as error:  # a library of others raises what it likes
-                notes.append(f"{form.name} is left out: {reason_of(error)}")
+    forms = [form for library in LIBRARIES if library.installed for form in library.formats]
+    found = in_turn(work.evaluations, [partial(_tried, work, form) for form in forms])
+    rows = [row for row, _ in found if row is not None]
+    notes = [note for _, note in found if note is not None]
+    notes += [f"{library.name} is not installed" for library in LIBRARIES if not library.installed]
     if rows:
         notes.insert(0, "rows of other libraries are what their own functions make of copies of the same layers")
     return rows, notes
@@ -70,7 +61,21 @@ def library_phases(work: QuantizationWork, each: float, sample: float) -> list[P
             continue
         observing = sample * work.method.samples if form.observes else 0.0
         seconds.append(each + making * len(plain) / len(few) + observing)
-    return [Phase(OTHERS, tuple(seconds), len(seconds))] if seconds else []
+    return [Phase(OTHERS, tuple(seconds), work.evaluations.rounds(len(seconds)))] if seconds else []
+
+
+def _tried(work: QuantizationWork, form: LibraryFormat) -> tuple[dict[str, Any] | None, str | None]:
+    """The row of a format, if there is one, and what has to be said of it."""
+    try:
+        row = _row(work, form)
+    except Exception as error:  # a library of others raises what it likes
+        return None, f"{form.name} is left out: {reason_of(error)}"
+    if not form.observes:
+        return row, None
+    return row, (
+        f"{form.name} has one range for each input of a linear layer, from {work.method.samples} samples of the search "
+        "draw, and rounds no inputs of convolutions"
+    )
 
 
 def _row(work: QuantizationWork, form: LibraryFormat) -> dict[str, Any]:

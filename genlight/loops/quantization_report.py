@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from genlight import io
 from genlight.callbacks.timing import print_line
+from genlight.loops.evaluation import in_rounds
 from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
 from genlight.loops.quantization_libraries import OTHERS, library_rows
 from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
@@ -83,25 +85,27 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
         own: what full precision reaches.
         predicted: what all of it was to cost.
     """
-    method = work.method
+    method, evaluations = work.method, work.evaluations
+    first = bool(evaluations.trainer.is_global_zero)
     reference = work.reference("report", method.trajectory)
     paired = ("sqnr", *image_scores(reference.images, reference.images))
     full: dict[str, Any] = {"variant": FULL, **dict.fromkeys((*paired, *INTERVALS))}
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
-    with work.evaluations.timing(LAYERS):
+    with evaluations.timing(LAYERS):
         found = measure_sensitivity(work, method.mixed) if method.mixed is not None else []
-    bits, program = allocated_bits(work, method.mixed, found) if method.mixed is not None else ({}, {})
-    with work.evaluations.timing(OTHERS):
+    bits, program = ({}, {}) if method.mixed is None else evaluations.agreed(allocated_bits(work, method.mixed, found))
+    with evaluations.timing(OTHERS):
         others, notes = library_rows(work) if method.rivals else ([], [])
     winner = f"{method.title} {WAYS[0]}" if bits else method.title
     own_rows, images, layers = _measured(work, variants_of(method, bits), winner, own)
     rows = [full, *others, *own_rows]
-    with work.evaluations.timing(SPEED):
-        times = step_times(work, layers)
+    with evaluations.timing(SPEED):  # in one process, while the others wait
+        times = evaluations.agreed(step_times(work, layers) if first else None)
     verdict = times.verdict(winner, device_name(work.module.device))
-    print_line(verdict)
     chosen = next(row for row in rows if row["variant"] == winner)
-    _pictures(work, {FULL: middle_frame(reference.images), **images}, winner, layers, found)
+    if first:
+        print_line(verdict)
+        _pictures(work, {FULL: middle_frame(reference.images), **images}, winner, layers, found)
     # a model card is about its artifact, so the run's own metrics are those of the winner
     headline = {name: chosen[name.removeprefix("val/")] for name in own}
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
@@ -117,7 +121,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
         table=_with_times(rows, winner, times),
         notes=[verdict, *_notes(work, winner, chosen, full), *notes],
         predicted=predicted,
-        spent=work.evaluations.spent,
+        spent=evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
     )
 
@@ -127,27 +131,38 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, QuantizedLayer]]:
     """Rows of the variants, images of those that are shown, and the layers of the winner.
 
-    What an earlier run has measured is read; then only what is shown and the artifact are made again.
+    What an earlier run has measured is read; then only what is shown and the artifact are made again. Several processes
+    measure one variant each.
     """
-    kept = VariantRows(work, metrics)
+    kept, evaluations = VariantRows(work, metrics), work.evaluations
     rows, images, layers = list[dict[str, Any]](), dict[str, Tensor](), dict[str, QuantizedLayer]()
-    for variant in work.evaluations.display.counted(variants, "rows of the table"):
-        shown = variant.name in (DYNAMIC, NAIVE, winner)
-        with work.evaluations.timing(VARIANTS):
-            row = kept.get(variant)
-            if row is None or shown:
-                made = work.layers(variant)
-                if row is None:
-                    row, image = work.measure(made)
-                    kept.keep(variant, row)
-                else:
-                    with work.replaced(made):
-                        image = middle_frame(work.images(work.reference("report", work.method.trajectory)))
-                if shown:
+
+    def one(variant: Variant) -> tuple[dict[str, Any], Tensor | None]:
+        row, shown = kept.get(variant), variant.name in (DYNAMIC, NAIVE, winner)
+        if row is not None and not shown:
+            return row, None
+        made = work.layers(variant)
+        if variant.name == winner:
+            layers.update(made)
+        if row is None:
+            row, image = work.measure(made)
+        else:
+            with work.replaced(made):
+                image = middle_frame(work.images(work.reference("report", work.method.trajectory)))
+        return row, image if shown else None
+
+    with evaluations.timing(VARIANTS):
+        evaluations.display.start(VARIANTS, len(variants))
+        for found in in_rounds(evaluations, [partial(one, variant) for variant in variants]):
+            for row, image in found:
+                variant = variants[len(rows)]
+                kept.keep(variant, row)
+                rows.append({"variant": variant.name, **row})
+                if image is not None:
                     images[variant.name] = image
-                if variant.name == winner:
-                    layers = made
-        rows.append({"variant": variant.name, **row})
+            evaluations.display.show(VARIANTS, len(rows))
+        if not layers:  # another process made them
+            layers = work.layers(next(variant for variant in variants if variant.name == winner))
     return rows, images, layers
 
 

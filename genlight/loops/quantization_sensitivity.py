@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import spearmanr
 
 from genlight import io
-from genlight.callbacks.progress import StepProgress
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.errors import UserError
+from genlight.loops.evaluation import in_rounds
 from genlight.loops.quantization_work import QuantizationWork, Variant
 from genlight.metrics.paired import image_scores
 from genlight.quantization.accounting import tensor_bytes
@@ -85,35 +86,35 @@ def probes_of(mixed: MixedBits, names: Iterable[str]) -> list[tuple[str, int, in
 
 
 def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensitivity]:
-    """Every layer in every choice of bits, from where an earlier run stopped.
+    """Every layer in every choice of bits, from where an earlier run stopped; several processes measure one each.
 
     Raises:
         UserError: the file is of another network, data or settings.
         CorruptFileError: a line is damaged.
         RunInterrupted: a signal asked to stop; what was measured is kept.
     """
-    path, header = work.folder / FILE, _header(work, mixed)
-    found = _read(path, header)
-    trainer = work.evaluations.trainer
+    path, evaluations = work.folder / FILE, work.evaluations
+    trainer, display = evaluations.trainer, evaluations.display
+    header = _header(work, mixed)
+    known = evaluations.agreed(_read(path, header))
+    if known is None and trainer.is_global_zero:
+        io.append_line(path, header)
+    found: list[Sensitivity] = known or []
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     guard = next((c for c in callbacks if isinstance(c, SignalGuard)), SignalGuard())
-    display = next((c.display for c in callbacks if isinstance(c, StepProgress)), None)
-    pending = probes_of(mixed, work.forms)
-    if display is not None:
-        display.start("sensitivity", len(pending), len(found))
-    try:
-        with guard.listening():
-            for number, (name, bits, activation) in enumerate(pending[len(found) :], start=len(found) + 1):
-                if guard.requested(trainer) is not None:
-                    raise RunInterrupted(guard.requested(trainer))
-                entry = measured_layer(work, mixed, name, bits, activation)
-                io.append_line(path, seal({"kind": "result", **asdict(entry)}))
-                found.append(entry)
-                if display is not None:
-                    display.show("sensitivity", number, f"{name}, {min(bits, activation or bits)} bits")
-    finally:
-        if display is not None:
-            display.stop("sensitivity")
+    probes = probes_of(mixed, work.forms)
+    pending = [partial(measured_layer, work, mixed, *probe) for probe in probes[len(found) :]]
+    with display.phase("sensitivity", len(probes), len(found)), guard.listening():
+        for entries in in_rounds(evaluations, pending):
+            if trainer.is_global_zero:
+                for entry in entries:
+                    io.append_line(path, seal({"kind": "result", **asdict(entry)}))
+            found += entries
+            last = found[-1]
+            note = f"{last.layer}, {min(last.bits, last.activation_bits or last.bits)} bits"
+            display.show("sensitivity", len(found), note)
+            if (code := guard.requested(trainer)) is not None:
+                raise RunInterrupted(code)
     return found
 
 
@@ -170,11 +171,11 @@ def _header(work: QuantizationWork, mixed: MixedBits) -> str:
     return seal({"kind": _KIND, "version": _VERSION, "fingerprint": fingerprint})
 
 
-def _read(path: Any, header: str) -> list[Sensitivity]:
+def _read(path: Any, header: str) -> list[Sensitivity] | None:
+    """What was measured before; None where the file was not begun."""
     lines = io.read_lines(path) if path.exists() else []
     if not lines:
-        io.append_line(path, header)
-        return []
+        return None
     if lines[0] != header:
         there, here = (unseal(line, f"line 1 of {path}") for line in (lines[0], header))
         keys = [key for key in here["fingerprint"] if there.get("fingerprint", {}).get(key) != here["fingerprint"][key]]

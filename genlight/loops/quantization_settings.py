@@ -109,8 +109,11 @@ def network_of(module: Any) -> Any:
     """The denoising network of a generator.
 
     Raises:
-        UserError: a module that has none, several that take turns, or a pipeline that switches between two.
+        UserError: a module that has none, several that take turns, a pipeline that switches between two, or one whose
+            networks wait in the memory of the host.
     """
+    if getattr(module, "offload", False):
+        raise UserError("method: a network is calibrated on the device where it stays: use module.offload=false")
     if getattr(module, "members", None):
         raise UserError("method: several denoisers take turns here, of which none can be quantized: members={}")
     if not hasattr(module, "sample_latents"):

@@ -18,10 +18,17 @@ from torch import nn
 
 from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, drawing, whole_loader
+from genlight.memory import Halves
 from genlight.quantization.calls import numbered_calls
 from genlight.quantization.context import SamplingContext
 from genlight.quantization.observers import InputObserver
-from genlight.quantization.statistics import InputStatistics, StatisticsSettings, load_statistics, save_statistics
+from genlight.quantization.statistics import (
+    BatchPart,
+    InputStatistics,
+    StatisticsSettings,
+    load_statistics,
+    save_statistics,
+)
 
 SAVE_SECONDS = 60.0
 CALIBRATION = "calibration"  # for the person who waits
@@ -40,16 +47,22 @@ class _CalibrationStep(LightningModule):
         path: Path,
         fingerprint: str,
         progress: Callable[[int], None],
+        writes: bool,
+        rows: int,
     ) -> None:
         super().__init__()
         self.module, self.contexts = module, contexts
         self._network, self._names, self._settings = [network], names, settings
-        self.path, self.fingerprint, self._progress = path, fingerprint, progress
-        self.done, self._before = 0, dict[str, InputStatistics]()
+        self.path, self.fingerprint, self._progress, self._writes = path, fingerprint, progress, writes
+        self.begin(rows)
+
+    def begin(self, rows: int) -> None:
+        """Go on from what is saved, with so many samples at a time."""
+        self.rows, self.done, self._before = rows, 0, dict[str, InputStatistics]()
         self._observer: InputObserver | None = None
         self._saved = time.monotonic()
-        if path.is_file():
-            self._before, self.done = load_statistics(path, fingerprint=fingerprint)
+        if self.path.is_file():
+            self._before, self.done = load_statistics(self.path, fingerprint=self.fingerprint)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         if batch_idx < self.done:
@@ -59,17 +72,20 @@ class _CalibrationStep(LightningModule):
             device = next(network.parameters()).device
             before = {name: on_device(found, device) for name, found in self._before.items()}
             self._observer = InputObserver(network, self._names, self._settings, statistics=before)
-        self._observer.begin(f"batch {batch_idx}")
+        noise, label = batch["noise"], batch.get("label")
         with self._observer, numbered_calls(network, self.contexts):
-            self.module.sample_latents(batch["noise"], batch.get("label"))
+            for start in range(0, len(noise), self.rows):
+                stop = min(start + self.rows, len(noise))
+                self._observer.begin(f"batch {batch_idx}", BatchPart(start, stop, len(noise)))
+                self.module.sample_latents(noise[start:stop], None if label is None else label[start:stop])
         self.done = batch_idx + 1
         self._progress(self.done)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Write what was observed so far."""
-        if self._observer is not None:
+        """Write what was observed so far, in the process that writes."""
+        if self._observer is not None and self._writes:
             save_statistics(self.path, self._observer.statistics, fingerprint=self.fingerprint, batches=self.done)
         self._saved = time.monotonic()
 
@@ -88,6 +104,10 @@ def calibrated_statistics(
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of layers over `samples` of the search draw, on the network's device.
 
+    Every process observes all samples, for sums in another order would round differently; all read the first one's.
+    Where memory runs out, a process goes on from what is saved, with half as many samples at a time: what was observed
+    of a batch that failed counts nowhere.
+
     Args:
         evaluations, module, datamodule: of the run.
         network: of the module.
@@ -101,14 +121,24 @@ def calibrated_statistics(
     Raises:
         UserError: the file is of another calibration, or inputs are not finite.
         CorruptFileError: the file is damaged.
+        torch.OutOfMemoryError: memory does not suffice for one sample.
     """
-    display, batches = evaluations.display, -(-samples // int(datamodule.eval_batch_size))
+    display, size = evaluations.display, int(datamodule.eval_batch_size)
     progress = partial(display.show, CALIBRATION)
-    step = _CalibrationStep(module, network, contexts, names, settings, path, fingerprint, progress)
-    shown = display.phase(CALIBRATION, batches, step.done)
-    with shown, drawing(datamodule, "search", samples), in_config("method"):
-        evaluations.validate(step, dataloaders=whole_loader(datamodule))
+    writes = bool(evaluations.trainer.is_global_zero)
+    step = _CalibrationStep(module, network, contexts, names, settings, path, fingerprint, progress, writes, size)
+    evaluations.agreed(None)  # all have read what is there before it is written anew
+
+    def observe(rows: int) -> None:
+        if rows < step.rows:
+            step.begin(rows)
+        shown = display.phase(CALIBRATION, -(-samples // size), step.done)
+        with shown, drawing(datamodule, "search", samples), in_config("method"):
+            evaluations.validate(step, dataloaders=whole_loader(datamodule))
+
+    Halves().attempt(observe, size)
     step.save()
+    evaluations.agreed(None)
     # read back, so that a fresh calibration and one that was taken from a file are the same
     return read_statistics(path, network, fingerprint, step.done)
 

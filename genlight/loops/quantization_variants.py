@@ -37,15 +37,18 @@ class VariantRows:
             "metrics": f"{sorted(metrics)} of {data.num_samples} samples, seed {getattr(data, 'seed', 0)}",
             "precision": str(work.evaluations.trainer.precision),
         }
-        self._rows = _read(self._path)
+        self._rows: dict[str, dict[str, Any]] = work.evaluations.agreed(_read(self._path))
+        self._writes = bool(work.evaluations.trainer.is_global_zero)
 
     def get(self, variant: Variant) -> dict[str, Any] | None:
         """The row of a variant; None where it is still to be measured."""
         return self._rows.get(self._key(variant))
 
     def keep(self, variant: Variant, row: Mapping[str, Any]) -> None:
-        """Add the row of a variant and make it durable."""
-        content = {"variant": variant.name, "fingerprint": self._key(variant), "row": dict(row)}
+        """Add the row of a variant, if it is new, and make it durable; the first process writes."""
+        if not self._writes or self._key(variant) in self._rows:
+            return
+        content = {"variant": variant.name, "fingerprint": self._key(variant), "row": dict(row), "columns": list(row)}
         io.append_line(self._path, seal({"kind": _KIND, "version": _VERSION, **content}))
 
     def _key(self, variant: Variant) -> str:
@@ -61,5 +64,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         found = content.get("kind"), content.get("version")
         if found != (_KIND, _VERSION):
             raise UserError(f"{where} has kind and version {found}; this genlight reads {(_KIND, _VERSION)}")
-        rows[content["fingerprint"]] = content["row"]
+        # a sealed line has its keys sorted
+        row = content["row"]
+        rows[content["fingerprint"]] = {name: row[name] for name in content.get("columns", row)}
     return rows

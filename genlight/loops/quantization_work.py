@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
 from genlight.loops.quantization_settings import formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
+from genlight.memory import Halves
 from genlight.metrics.paired import image_scores, score_intervals
 from genlight.metrics.text_image import middle_frame
 from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, file_bytes, model_cost
@@ -41,7 +42,7 @@ from genlight.quantization.recipe import (
 from genlight.quantization.special_inputs import SpecialInputs, special_inputs
 from genlight.quantization.statistics import StatisticsSettings
 from genlight.quantization.torchao_format import check_for_torchao
-from genlight.quantization.trajectory import NetworkCall, decibels, noise_to_signal, recorded_calls, replay
+from genlight.quantization.trajectory import NetworkCall, Reference, decibels, noise_to_signal, recorded_calls, replay
 
 if TYPE_CHECKING:
     from genlight.loops.quantization_calibrate import QuantizationCalibration
@@ -91,19 +92,6 @@ class Variant:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What full precision makes of some noise: the calls of the network on the way, and images [N, C, H, W].
-
-    Of a generator of videos `images` are those, [N, F, C, H, W].
-    """
-
-    noise: Tensor
-    label: Tensor | None
-    calls: list[NetworkCall]
-    images: Tensor
-
-
 @dataclass
 class QuantizationWork:
     """Everything that the steps of the method share.
@@ -117,6 +105,8 @@ class QuantizationWork:
     evaluations: CandidateTrainer
     module: Any
     datamodule: Any
+    _samples: Halves = field(default_factory=Halves, init=False, repr=False)
+    _rows: Halves = field(default_factory=partial(Halves, "rows of a call", ""), init=False, repr=False)
     _references: dict[str, Reference] = field(default_factory=dict, init=False, repr=False)
     _balances: dict[tuple[Any, ...], BalancedInput] = field(default_factory=dict, init=False, repr=False)
 
@@ -141,8 +131,8 @@ class QuantizationWork:
 
     @cached_property
     def folder(self) -> Path:
-        """Of the run."""
-        return Path(self.evaluations.trainer.default_root_dir)
+        """Of the run: that of the first process, for in a dry run each has one of its own."""
+        return Path(self.evaluations.agreed(self.evaluations.trainer.default_root_dir))
 
     @cached_property
     def contexts(self) -> tuple[SamplingContext, ...]:
@@ -236,12 +226,12 @@ class QuantizationWork:
         if key not in self._references:
             noise, label = self._noise(draw, count)
 
-            def sample() -> tuple[list[NetworkCall], Tensor]:
+            def sample(rows: int) -> tuple[list[NetworkCall], Tensor]:
                 with recorded_calls(self.network) as calls:
-                    images = self._images(noise, label)
+                    images = self._images(noise, label, rows)
                 return calls, images
 
-            found = self._references[key] = Reference(noise, label, *self.inside(sample))
+            found = self._references[key] = Reference(noise, label, *self._fitting(sample))
             if "motion" in self.metrics.values() and found.images.ndim < 5:
                 raise UserError("method.groups: metric = motion needs a generator of videos; take ssim")
         return self._references[key]
@@ -296,11 +286,11 @@ class QuantizationWork:
 
     def noise(self, reference: Reference) -> float:
         """Noise-to-signal ratio of the network, as it is, along a trajectory of full precision."""
-        return float(self.inside(lambda: noise_to_signal(self.network, reference.calls)))
+        return float(self.inside(lambda: noise_to_signal(self.network, reference.calls, self._rows)))
 
     def images(self, reference: Reference) -> Tensor:
         """What the network, as it is, makes of the noise of a reference."""
-        found: Tensor = self.inside(lambda: self._images(reference.noise, reference.label))
+        found: Tensor = self._fitting(partial(self._images, reference.noise, reference.label))
         return found
 
     def image_error(self, variant: Variant, samples: int) -> float:
@@ -363,12 +353,15 @@ class QuantizationWork:
         device = self.module.device
         return noise.to(device), None if label is None else label.to(device)
 
-    def _images(self, noise: Tensor, label: Tensor | None) -> Tensor:
+    def _fitting(self, work: Callable[[int], Any]) -> Any:
+        """`work` with as many samples at a time as fit into memory, called `inside`."""
+        return self.inside(lambda: self._samples.attempt(work, int(self.datamodule.eval_batch_size)))
+
+    def _images(self, noise: Tensor, label: Tensor | None, rows: int) -> Tensor:
         noise, label = self._placed(noise, label)
-        size = int(self.datamodule.eval_batch_size)
         parts = [
-            self.module.sample_whole(noise[i : i + size], None if label is None else label[i : i + size]).cpu()
-            for i in range(0, len(noise), size)
+            self.module.sample_whole(noise[i : i + rows], None if label is None else label[i : i + rows]).cpu()
+            for i in range(0, len(noise), rows)
         ]
         return torch.cat(parts)
 
@@ -377,12 +370,15 @@ def checked_work(method: QuantizationCalibration, trainer: Any, module: Any, dat
     """The work of a run.
 
     Raises:
-        UserError: weights that are sharded, several processes, a GPU without float8 where that is asked for, patterns
-            that do not fit the network, or layers that torchao cannot hold where it is asked for.
+        UserError: weights that are sharded, a GPU without float8 where that is asked for, patterns that do not fit the
+            network, or layers that torchao cannot hold where it is asked for.
     """
     evaluations = CandidateTrainer(trainer)
-    if evaluations.sharded or trainer.world_size > 1:
-        raise UserError("method: one process quantizes the whole network: use strategy=auto and trainer.devices=1")
+    if evaluations.sharded:
+        raise UserError(
+            "strategy: layers are quantized whole, and here each process holds a part of them: use strategy=ddp, or "
+            "strategy=auto with trainer.devices=1"
+        )
     if method.numbers == "float8":
         with in_config("method"):
             require_float8(trainer.strategy.root_device)

@@ -7,17 +7,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+
 from genlight import io
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.predictors.ranking import RankingPredictor
+from genlight.reports.environment import machine, source_digest, versions
+from genlight.run_folder import RUN_FILE, config_fingerprint, read_run
+from genlight.search.codec import canonical_key
 from genlight.search.dele import DelePredictor, require_indicators
 from genlight.search.engine import Budget, FailureLimits, Progress, Search, SearchResult, open_archive
 from genlight.search.evaluation import Evaluator
 from genlight.search.plan import SearchPlan, with_predictor
 from genlight.search.records import Problem, Record
+from genlight.search.shared import Known, keep_score, known_first, read_scores
 
 PREDICTORS: Mapping[str, Callable[[], Any]] = {
     "dele": DelePredictor,
@@ -26,6 +32,8 @@ PREDICTORS: Mapping[str, Callable[[], Any]] = {
 }
 _BUDGET_FILE = "budget.json"
 _KIND, _VERSION = "search_budget", 1
+# of a config, what scores may depend on; what they depend on of the method stands in the fingerprint of its task
+_MEASURE = ("seed", "ckpt_path", "data", "module", "metrics", "trainer", "strategy", "callbacks")
 
 
 class Planner(Protocol):
@@ -53,6 +61,7 @@ class SearchSettings:
             `genlight.search.evaluation.HANGS_TIMES`.
         workers: candidates measured together in one process, in shared forward passes where the method can.
         failure_limits: when a search gives up.
+        shared: take scores that other runs measured, see `SearchRunner.scores_file`, and let them have this run's.
     """
 
     strategy: Planner
@@ -65,6 +74,7 @@ class SearchSettings:
     time_limit_s: float | None = None
     workers: int = 8
     failure_limits: FailureLimits = field(default_factory=FailureLimits)
+    shared: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budget", "fidelity", "finalists", "workers"):
@@ -87,6 +97,7 @@ class SearchTask:
         evaluator: measures candidates in this process.
         fingerprint: what the scores depend on beside the search itself.
         check: is given each new record, on all processes; what it raises ends the search, the record is kept.
+        shared: whether other runs may have its scores; False where they depend on time, or cost nothing.
     """
 
     name: str
@@ -95,6 +106,7 @@ class SearchTask:
     evaluator: Evaluator[Any]
     fingerprint: Mapping[str, str]
     check: Callable[[Record[Any]], None] | None = None
+    shared: bool = True
 
 
 class SearchRunner:
@@ -103,10 +115,13 @@ class SearchRunner:
     Args:
         evaluations: the trainer as searches use it.
         settings: how they are carried out.
+
+    Attributes:
+        notes: what a report has to say of the searches.
     """
 
     def __init__(self, evaluations: CandidateTrainer, settings: SearchSettings) -> None:
-        self.evaluations, self.settings = evaluations, settings
+        self.evaluations, self.settings, self.notes = evaluations, settings, list[str]()
         trainer: Any = evaluations.trainer
         self.folder = Path(trainer.default_root_dir) / "search"
         guards = [c for c in trainer.callbacks if isinstance(c, SignalGuard)]
@@ -142,6 +157,31 @@ class SearchRunner:
         with self.evaluations.timing(part or _shown(task)):
             return self._run(task)
 
+    def scores_file(self, task: SearchTask) -> Path | None:
+        """Where this run leaves the scores of a search for others, below `paths.cache`, beside theirs; None: nowhere.
+
+        Other searches, budgets and methods' settings share a folder; another config of model, data, metric or trainer,
+        other code, packages or processors do not. Classes of the user's own (`targets.allow`) share nothing, since
+        their code may change.
+        """
+        folder = self.folder.parent
+        if not (self.settings.shared and task.shared and (folder / RUN_FILE).is_file()):
+            return None
+        record = read_run(folder)
+        config, here = record["config"], machine()
+        place = str(config["paths"]["cache"])
+        if config["targets"]["allow"] or "${" in place:  # the record does not say what the environment says
+            return None
+        depends = {
+            **task.fingerprint,
+            "space": task.problem.space.fingerprint(),
+            "config": config_fingerprint({name: config[name] for name in _MEASURE}, ("callbacks.progress",)),
+            "code": [source_digest(), versions()],
+            "machine": [here["system"], here["cpu"], here["gpus"], torch.get_num_threads()],
+        }
+        own = canonical_key([str(folder.resolve()), record["created"]])
+        return Path(place) / "scores" / canonical_key(depends) / f"{own}.jsonl"
+
     def _run(self, task: SearchTask) -> SearchResult[Any]:
         plan, evaluations, trainer = task.plan, self.evaluations, self.evaluations.trainer
         if self.settings.predictor == "dele":
@@ -154,16 +194,29 @@ class SearchRunner:
             fingerprint=task.fingerprint,
             writable=self.main,
         )
-        evaluations.agreed(None)  # all have read the archive before any of them goes on
+        scores = self.scores_file(task) if self.main else None
+        # which also lets all read the archive before any of them goes on
+        known: Known = evaluations.agreed(read_scores(scores) if scores else {})
+        taken = set[int]()
+
+        def take(indices: list[int]) -> None:
+            taken.update(indices)
+            archive.share(indices)
+
+        def progressed(progress: Progress[Any]) -> None:
+            if scores and progress.record.index not in taken:
+                keep_score(scores, progress.record)
+            self._progress(task, progress)
+
         search = Search(
             task.problem,
             plan.strategy,
             archive,
-            evaluations.spread(task.evaluator),
+            known_first(evaluations.spread(task.evaluator), known, take),
             plan.initial,
             workers=self.settings.workers * evaluations.shares,
             limits=self.settings.failure_limits,
-            on_progress=lambda progress: self._progress(task, progress),
+            on_progress=progressed,
             should_stop=lambda: self.guard.requested(trainer) is not None,
             clock=evaluations.clock,
         )
@@ -178,6 +231,8 @@ class SearchRunner:
                     raise RunInterrupted(self.guard.requested(trainer))
         finally:
             evaluations.display.stop(_shown(task))
+        if taken:
+            self.notes.append(f"{len(taken)} candidates of the search {task.name} have the scores of other runs")
         return result
 
     def _progress(self, task: SearchTask, progress: Progress[Any]) -> None:

@@ -73,7 +73,7 @@ def solver_result(
         metrics,
         method="S³ (searched solver schedule)",
         table=rows,
-        notes=[*notes, *found],
+        notes=[*notes, *work.runner.notes, *found],
         predicted=predicted,
         spent=work.evaluations.spent,
         save=lambda folder, module: save_artifact(work, outcomes, rows, forms, folder, module),

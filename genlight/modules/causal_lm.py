@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from genlight.errors import UserError, in_config
 from genlight.experts.editor import ExpertEditor
 from genlight.metrics.text_tasks import TaskScores, answer_f1, exact_match, extracted
 from genlight.modules.generation import LiveParameters
+from genlight.modules.halving import InHalves
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.pretrained import first_line
@@ -24,7 +26,7 @@ from genlight.recipes import fit_where_missing
 from genlight.trainer.resident import is_sharded
 
 
-class CausalLMModule(LiveParameters, Optimization, LightningModule):
+class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
     """A causal language model, dense or with experts, pretrained or built from a config and trained from scratch.
 
     Training minimises the cross-entropy of the labelled tokens, and for experts the load-balancing loss of their family
@@ -147,10 +149,18 @@ class CausalLMModule(LiveParameters, Optimization, LightningModule):
 
     def log_likelihoods(self, batch: Mapping[str, Any]) -> Tensor:
         """log p(option | prompt) of each option, float32 [O], in nats; the batch is that of `scoring_batch`."""
-        targets, rows = batch["option_targets"], batch["option_row"]
-        mask = batch["attention_mask"]
+        parts = self.in_halves(len(batch["input_ids"]), partial(self._option_scores, batch))
+        found = [one for _, one in parts]
+        order, scores = (torch.cat(each) for each in zip(*found, strict=True))
+        return scores[order.argsort()]
+
+    def _option_scores(self, batch: Mapping[str, Any], part: slice) -> tuple[Tensor, Tensor]:
+        """Which options belong to a part of the rows, and their log p."""
+        rows, mask = batch["option_row"], batch["attention_mask"][part]
+        own = torch.logical_and(rows >= part.start, rows < part.stop).nonzero()[:, 0]
+        targets, rows = batch["option_targets"][own], rows[own] - part.start
         logits = self.network(
-            input_ids=batch["input_ids"],
+            input_ids=batch["input_ids"][part],
             attention_mask=mask,
             position_ids=_positions(mask),
             logits_to_keep=targets.shape[1],
@@ -158,11 +168,19 @@ class CausalLMModule(LiveParameters, Optimization, LightningModule):
         ).logits.float()  # [R, M, V]
         columns = torch.arange(targets.shape[1], device=targets.device)
         chosen = logits[rows[:, None], columns, targets.clamp_min(0)] - logits.logsumexp(-1)[rows]
-        return torch.where(targets >= 0, chosen, 0.0).sum(1)
+        return own, torch.where(targets >= 0, chosen, 0.0).sum(1)
 
-    @torch.no_grad()
     def generate_answers(self, generation: Mapping[str, Any]) -> list[str]:
         """Greedy answers to the prompts of a batch's ``generation``, each cut at its first stop text."""
+
+        def answers(part: slice) -> list[str]:
+            return self._answers({name: values[part] for name, values in generation.items()})
+
+        parts = self.in_halves(len(generation["input_ids"]), answers)
+        return [answer for _, found in parts for answer in found]
+
+    @torch.no_grad()
+    def _answers(self, generation: Mapping[str, Any]) -> list[str]:
         from transformers import GenerationConfig
 
         limits, tokenizer = generation["max_new_tokens"], self.tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genlight.metrics.text_image import middle_frame
-from genlight.trainer.resident import is_sharded
+from genlight.modules.halving import InHalves
 
 GRID_IMAGES = 64
 
@@ -23,7 +22,7 @@ class LiveParameters:
         return dict(self.named_parameters())  # type: ignore[attr-defined]
 
 
-class GeneratorValidation(LiveParameters):
+class GeneratorValidation(InHalves, LiveParameters):
     """Mixin for LightningModules that have ``sample(noise, label)``.
 
     Attributes:
@@ -35,7 +34,6 @@ class GeneratorValidation(LiveParameters):
 
     metrics: Any = None
     grid_images: Tensor | None = None
-    _rows: int | None = None  # samples of one call at most, once memory ran out
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "metrics":
@@ -55,37 +53,17 @@ class GeneratorValidation(LiveParameters):
             self.metrics.reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
-        samples = self._in_parts(batch["noise"], batch.get("label"))
+        noise, label = batch["noise"], batch.get("label")
+
+        def sample(part: slice) -> Tensor:
+            return self.sample_whole(noise[part], None if label is None else label[part])
+
+        samples = torch.cat([found for _, found in self.in_halves(len(noise), sample)])
         images = middle_frame(samples)
         if self.metrics is not None:
             self.metrics.update(samples if getattr(self.metrics, "takes_videos", False) else images, batch.get("index"))
         kept = [] if self.grid_images is None else [self.grid_images]
         self.grid_images = torch.cat([*kept, images.cpu()])[:GRID_IMAGES]
-
-    def _in_parts(self, noise: Tensor, label: Tensor | None) -> Tensor:
-        """``sample_whole``, in halves where memory runs out: a sample does not depend on its batch.
-
-        Raises torch.OutOfMemoryError if memory does not suffice for one sample, or the module lies in shards: the
-        processes of those sample together, and one may not go its own way.
-        """
-        rows, parts, start = self._rows or len(noise), list[Tensor](), 0
-        while start < len(noise):
-            part = slice(start, start + rows)
-            try:
-                parts.append(self.sample_whole(noise[part], None if label is None else label[part]))
-            except torch.OutOfMemoryError:
-                rows = min(rows, len(noise) - start) // 2
-                if rows < 1 or is_sharded(self.trainer):  # type: ignore[attr-defined]
-                    raise
-                continue
-            start += rows
-        if rows < (self._rows or len(noise)):
-            warnings.warn(
-                f"memory ran out: {rows} of {len(noise)} samples at a time from now on (data.eval_batch_size)",
-                stacklevel=2,
-            )
-            self._rows = rows
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def on_validation_epoch_end(self) -> None:
         if self.metrics is not None and not self.trainer.sanity_checking:  # type: ignore[attr-defined]

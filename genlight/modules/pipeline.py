@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from genlight.errors import UserError
 from genlight.metrics.text_image import middle_frame
 from genlight.modules.generation import GeneratorValidation
 from genlight.modules.networks import noise_seeded_generators
+from genlight.modules.offloading import OffloadedNetworks
 from genlight.modules.pipeline_calls import (
     DTYPES,
     FRAMES,
@@ -27,6 +29,7 @@ from genlight.modules.pipeline_calls import (
     built_scheduler,
     check_pipeline,
     fresh,
+    latent_kind,
     load_pipeline,
     no_steps,
     plain_settings,
@@ -41,7 +44,7 @@ from genlight.modules.zoo import Zoo
 from genlight.modules.zoo_pipelines import add_members, by_turns, own_network, schedule_members, scheduled_of
 
 
-class PipelineModule(GeneratorValidation, LightningModule):
+class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
     """A text-to-image or text-to-video pipeline of diffusers, as a generator whose classes are prompts.
 
     The pipeline itself is called, with another scheduler where the sampler is searched; nothing here knows one family
@@ -60,6 +63,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         scheduler: a diffusers scheduler instead of the folder's: a class name, a class, or a partial with options.
         call: further arguments of the pipeline's call, such as ``max_sequence_length`` or ``negative_prompt``.
         trust_remote_code: run code that the folder brings along.
+        offload: keep the networks in the memory of the host, but for the one that runs; slower.
         members: further denoisers by name, beside the pipeline's, which is called "own"; see `load_zoo`.
 
     Attributes:
@@ -90,6 +94,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         scheduler: SchedulerChoice | None = None,
         call: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        offload: bool = False,
         members: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +108,7 @@ class PipelineModule(GeneratorValidation, LightningModule):
         self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
         self.trust_remote_code, self.entries = trust_remote_code, dict(members or {})
         self._guidance_scale, self.height, self.width, self.num_frames = guidance_scale, height, width, num_frames
-        self.scheduler, self.call = scheduler, dict(call or {})
+        self.scheduler, self.call, self.offload = scheduler, dict(call or {}), offload
         self.prompts: list[str] | None = None
         self.zoo: Zoo | None = None
         self.networks = nn.ModuleDict()
@@ -339,20 +344,8 @@ class PipelineModule(GeneratorValidation, LightningModule):
     def _latent_kind(self) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape of one sample and type of the ``latents`` that the pipeline takes: those of what it draws itself."""
         if self._latents is None:
-            probe: dict[str, Any] = {"prompt": [""], "num_inference_steps": 1, "output_type": "latent"}
-            probe |= {"guidance_scale": self._guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
-            name = type(self.pipe).__name__
-            drawn = self._call(no_steps(), 1, probe)
-            try:
-                again = self._call(no_steps(), 1, {**probe, "latents": torch.zeros_like(drawn)})
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"{name} does not take latents of the shape that it returns: {error}") from error
-            if again.shape != drawn.shape or drawn.shape[0] != 1:
-                raise UserError(
-                    f"{name} takes latents of shape {tuple(drawn.shape)} and returns {tuple(again.shape)}: noise and "
-                    "samples must be of one shape here"
-                )
-            self._latents = tuple(drawn.shape[1:]), drawn.dtype
+            ask = partial(self._call, no_steps(), 1)
+            self._latents = latent_kind(ask, self._guidance_scale, type(self.pipe).__name__)
         return self._latents
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:

@@ -176,6 +176,34 @@ def no_steps() -> Any:
     return NoSteps()  # type: ignore[no-untyped-call]
 
 
+def latent_kind(
+    ask: Callable[[dict[str, Any]], Tensor], guidance_scale: float | None, name: str
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape of one sample and type of the ``latents`` that a pipeline takes: those of what it draws itself.
+
+    Args:
+        ask: what the pipeline, with no steps, returns for the arguments of its call.
+        guidance_scale: of its call.
+        name: of the pipeline.
+
+    Raises:
+        UserError: it does not take what it returns.
+    """
+    probe: dict[str, Any] = {"prompt": [""], "num_inference_steps": 1, "output_type": "latent"}
+    probe |= {"guidance_scale": guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
+    drawn = ask(probe)
+    try:
+        again = ask({**probe, "latents": torch.zeros_like(drawn)})
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{name} does not take latents of the shape that it returns: {error}") from error
+    if again.shape != drawn.shape or drawn.shape[0] != 1:
+        raise UserError(
+            f"{name} takes latents of shape {tuple(drawn.shape)} and returns {tuple(again.shape)}: noise and samples "
+            "must be of one shape here"
+        )
+    return tuple(drawn.shape[1:]), drawn.dtype
+
+
 class PromptMemo:
     """`encode_prompt` of a pipeline, which keeps what it has answered: text encoders run once for each call's prompts.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genlight.quantization.balance import Balance, balance_input
 from genlight.quantization.context import current_context
 from genlight.quantization.conv import Geometry
-from genlight.quantization.statistics import InputStatistics, StatisticsSettings, add_input, empty_statistics
+from genlight.quantization.statistics import BatchPart, InputStatistics, StatisticsSettings, add_input, empty_statistics
 
 
 class InputObserver:
@@ -45,6 +45,7 @@ class InputObserver:
         self._settings = settings
         self._balances = balances or {}
         self._scope = ""
+        self._part: BatchPart | None = None
         self._calls: dict[str, int] = {}
         self._stack = ExitStack()
         self.statistics: dict[str, InputStatistics] = {}
@@ -52,12 +53,13 @@ class InputObserver:
             given = None if statistics is None else statistics.get(name)
             self.statistics[name] = given or _empty(layer, settings)
 
-    def begin(self, scope: str) -> None:
+    def begin(self, scope: str, part: BatchPart | None = None) -> None:
         """Name what comes next, e.g. the batch, the same in a repetition and other in every process.
 
-        Which rows are kept is a function of this name, so it must be called before each batch.
+        Which rows are kept is a function of this name, so it must be called before each batch, and before each part of
+        one that goes through the model in parts.
         """
-        self._scope = scope
+        self._scope, self._part = scope, part
         self._calls = {}
 
     def __enter__(self) -> "InputObserver":
@@ -79,7 +81,7 @@ class InputObserver:
                 key = f"{self._scope}/{name}/{call}"
                 try:
                     self.statistics[name] = add_input(
-                        self.statistics[name], values, rows, current_context(), self._settings, key
+                        self.statistics[name], values, rows, current_context(), self._settings, key, self._part
                     )
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None

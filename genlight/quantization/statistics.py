@@ -51,6 +51,18 @@ class StatisticsSettings:
             raise ValueError(f"hessian = {self.hessian} must be torch.float32 or torch.float64: sums of 16 bits drift")
 
 
+@dataclass(frozen=True)
+class BatchPart:
+    """The samples start … stop - 1 of a batch of `size`, which goes through the network in parts.
+
+    Which rows of the inputs are kept is the same then as for the whole batch.
+    """
+
+    start: int
+    stop: int
+    size: int
+
+
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
     """Of the inputs of one layer.
@@ -111,6 +123,7 @@ def add_input(
     context: SamplingContext,
     settings: StatisticsSettings,
     key: str,
+    part: BatchPart | None = None,
 ) -> InputStatistics:
     """Statistics with one more input. The tables and the Hessian of `before` are written into.
 
@@ -122,6 +135,7 @@ def add_input(
         settings: as the statistics were made with.
         key: names this input among all inputs of this layer in all processes, and with the seed decides which of its
             rows are kept.
+        part: of a batch that the input belongs to, whose parts all have this key; None: the input is whole.
 
     Raises:
         ValueError: numbers that are not finite, a step or a branch beyond the table, or a batch that does not split.
@@ -132,8 +146,8 @@ def add_input(
             f"{settings.branches} branches to observe"
         )
     size = branch_parts(len(values), context)
-    for part, branch in zip(torch.split(values, size), context.branches, strict=True):
-        flat = part.reshape(-1, part.shape[-1]).float()
+    for own, branch in zip(torch.split(values, size), context.branches, strict=True):
+        flat = own.reshape(-1, own.shape[-1]).float()
         least, most = flat.amin(dim=0), flat.amax(dim=0)
         here = (branch, context.step)
         # amin and amax pass NaN on, so that one test serves all
@@ -148,8 +162,7 @@ def add_input(
     after = replace(before, rows=before.rows + len(rows))
     if before.sample is None or before.sample_keys is None:
         return after
-    generator = torch.Generator().manual_seed(settings.seed ^ zlib.crc32(key.encode()))
-    keys = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    keys = _row_keys(len(rows), len(context.branches), settings.seed ^ zlib.crc32(key.encode()), part)
     least_keys, index = keys.sort()
     chosen = index[: settings.sample_rows]
     new = rows[chosen.to(rows.device)].float()
@@ -157,6 +170,16 @@ def add_input(
         (before.sample, new), (before.sample_keys, least_keys[: settings.sample_rows]), settings.sample_rows
     )
     return replace(after, sample=sample, sample_keys=kept)
+
+
+def _row_keys(rows: int, branches: int, seed: int, part: BatchPart | None) -> Tensor:
+    """A random number for each row of an input [rows]; of a part, those of its rows in the input of the whole batch."""
+    generator = torch.Generator().manual_seed(seed)
+    here = 0 if part is None else branches * (part.stop - part.start)
+    if part is None or rows % here:  # not so many rows for each sample: one input for all of them
+        return torch.rand(rows, generator=generator, dtype=torch.float64)
+    whole = torch.rand(branches, part.size, rows // here, generator=generator, dtype=torch.float64)
+    return whole[:, part.start : part.stop].flatten()
 
 
 def merge_statistics(first: InputStatistics, second: InputStatistics, settings: StatisticsSettings) -> InputStatistics:

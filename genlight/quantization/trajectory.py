@@ -4,15 +4,19 @@ Errors along the trajectory of the full precision do not mix with where earlier 
 networks of any quality apart, and each call is compared with itself.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genlight.memory import Halves
 from genlight.quantization.calls import first_input
 
 
@@ -29,6 +33,31 @@ class NetworkCall:
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
     output: Tensor
+
+    def every(self, start: int, step: int) -> NetworkCall:
+        """Every step-th row, from `start`: the rows of both halves of guidance where the number of rows allows it.
+
+        Tensors with another number of rows belong to all rows.
+        """
+
+        def chosen(value: Tensor) -> Tensor:
+            return value[start::step] if value.ndim and len(value) == len(self.output) else value
+
+        options = {name: _mapped(value, chosen) for name, value in self.options.items()}
+        return NetworkCall(_mapped(self.arguments, chosen), options, chosen(self.output))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What full precision makes of some noise: the calls of the network on the way, and images [N, C, H, W].
+
+    Of a generator of videos `images` are those, [N, F, C, H, W].
+    """
+
+    noise: Tensor
+    label: Tensor | None
+    calls: list[NetworkCall]
+    images: Tensor
 
 
 @contextmanager
@@ -82,25 +111,38 @@ def prepared(network: nn.Module, call: NetworkCall) -> Callable[[], Tensor]:
     return ask
 
 
-def noise_to_signal(network: nn.Module, calls: Sequence[NetworkCall]) -> float:
+def noise_to_signal(network: nn.Module, calls: Sequence[NetworkCall], halves: Halves | None = None) -> float:
     """Squared error of the predictions over the squares of those recorded, summed over all calls; 0 for none.
+
+    Args:
+        network: as it is now.
+        calls: recorded.
+        halves: how many rows of a call the network is asked at a time; None: all, and fewer where memory runs out.
 
     Raises:
         ValueError: no calls.
+        torch.OutOfMemoryError: memory does not suffice for one row.
     """
     if not calls:
         raise ValueError("no calls were recorded")
+    halves = halves or Halves("rows of a call", "")
     error, signal = 0.0, 0.0
     for call in calls:
-        expected = call.output.double()
-        error += float((replay(network, call).cpu().double() - expected).square().sum())
-        signal += float(expected.square().sum())
+        error += halves.attempt(partial(_error, network, call), len(call.output))
+        signal += float(call.output.double().square().sum())
     return error / signal
 
 
 def decibels(ratio: float) -> float:
     """The signal-to-noise ratio in dB of a noise-to-signal ratio; 200 where there is no noise to speak of."""
     return min(200.0, -10 * math.log10(ratio)) if ratio > 0 else 200.0
+
+
+def _error(network: nn.Module, call: NetworkCall, rows: int) -> float:
+    """Squared error of the predictions for a call, at most `rows` at a time."""
+    step = math.ceil(len(call.output) / rows)
+    parts = [call.every(start, step) for start in range(step)]
+    return sum(float((replay(network, part).cpu().double() - part.output.double()).square().sum()) for part in parts)
 
 
 def _prediction(output: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,15 @@ def git_state() -> tuple[str | None, bool | None]:
     revision = _git(package, "rev-parse", "HEAD")
     changes = _git(package, "status", "--porcelain")
     return (None, None) if revision is None else (revision.strip(), bool(changes))
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 of all Python files of the running package."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def git_diff() -> str:

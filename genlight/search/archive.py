@@ -3,7 +3,8 @@
 Its first line says what was searched; each further line is one measured candidate, in the order of their indices,
 synced before the next is asked for. The lines are a function of the search alone, not of the clock, the number of
 workers or how often the process died. What does depend on that stands beside it: `attempts.jsonl` notes a candidate
-before it runs, so that one which takes the process down is known, and `failures/` holds tracebacks.
+before it runs, so that one which takes the process down is known, and those whose scores other runs measured;
+`failures/` holds tracebacks.
 """
 
 import json
@@ -63,7 +64,7 @@ class _ResultLine:
 
 @dataclass(frozen=True)
 class _AttemptLine:
-    kind: Literal["started", "released"]
+    kind: Literal["started", "released", "shared"]
     indices: list[int]
 
 
@@ -178,6 +179,10 @@ class Archive(Generic[Candidate]):
         """Take back `start`: the run is ending in order, so they are not what took the process down."""
         self._note("released", list(indices))
 
+    def share(self, indices: Iterable[int]) -> None:
+        """Note durably that these candidates have the scores of other runs."""
+        self._note("shared", list(indices))
+
     def attempts(self, index: int) -> int:
         """How often candidate `index` was started and neither recorded nor released."""
         return self._attempts.get(index, 0)
@@ -199,7 +204,7 @@ class Archive(Generic[Candidate]):
 
     def _count(self, kind: str, indices: list[int]) -> None:
         for index in indices:
-            self._attempts[index] = self._attempts.get(index, 0) + (1 if kind == "started" else -1)
+            self._attempts[index] = self._attempts.get(index, 0) + {"started": 1, "released": -1, "shared": 0}[kind]
 
     def _read_attempts(self, fingerprint: dict[str, str]) -> None:
         path = self.folder / ATTEMPTS_FILE

@@ -16,7 +16,7 @@ from genlight.errors import UserError
 from genlight.io import DiskFullError
 from genlight.search.archive import FAILURES_FOLDER, Archive
 from genlight.search.codec import CandidateCodec, canonical_json, canonical_key
-from genlight.search.evaluation import DEVICE_LOST, Evaluator
+from genlight.search.evaluation import Evaluator, is_lost
 from genlight.search.protocols import Candidate, Strategy
 from genlight.search.records import PART, Failure, History, Problem, Proposal, Record, Trial, best_record
 
@@ -246,9 +246,9 @@ class Search(Generic[Candidate]):
             for trial, outcome in zip(chunk, outcomes, strict=True):
                 self.archive.save_traceback(trial.index, outcome.traceback)
                 self._record(Record(trial, outcome.score, outcome.facts, outcome.failure), report)
-        except DEVICE_LOST:
-            raise  # not released: whether the candidate did it shows when it is tried again, and again
-        except BaseException:
+        except BaseException as error:
+            if is_lost(error):
+                raise  # not released: whether the candidate did it shows when it is tried again, and again
             # The process ends in order, so none of them took it down; a full disk may keep this from being noted
             with suppress(OSError, DiskFullError):
                 self.archive.release(index for index in indices if index >= len(self.archive.records))

@@ -1,6 +1,5 @@
 """From trials to outcomes: whatever a candidate does, one outcome comes back and the search goes on."""
 
-import gc
 import math
 import re
 import signal
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from genlight.io import DiskFullError
+from genlight.memory import free_memory
 from genlight.search.protocols import Candidate, CandidateIn, Evaluation, Objective
 from genlight.search.records import Failure, Outcome, Trial
 
@@ -29,6 +29,8 @@ _HANGS_KNOWN = 5
 # a device answers nothing more after such an error
 DEVICE_LOST = torch.AcceleratorError
 NO_FAULT = (DiskFullError, OSError, DEVICE_LOST)
+# what gloo says of a process that is gone; it has no exception of its own
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -42,6 +44,13 @@ class BatchObjective(Objective[CandidateIn], Protocol[CandidateIn]):
     def evaluate_many(self, candidates: Sequence[CandidateIn], fidelity: int) -> Sequence[Evaluation]:
         """One evaluation per candidate, each the same as if it were alone."""
         ...
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the error says that a device, or another process of the run, is gone."""
+    group = torch.distributed
+    known = (DEVICE_LOST, group.DistError) if group.is_available() else DEVICE_LOST
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and any(text in str(error) for text in _GONE))
 
 
 @dataclass
@@ -85,7 +94,7 @@ def one_by_one(objective: Objective[Candidate], time_limit_s: float | None = Non
             single process, one that takes `HANGS_TIMES` the median of its fidelity, and `HANGS_SECONDS`, is failed.
 
     What fails on the machine is no candidate's fault and is raised: a disk that is full or cannot be read, a device
-    that does not go on after an error.
+    that does not go on after an error, another process that is gone.
     """
     return _one_by_one(objective, _Pace(time_limit_s))
 
@@ -119,8 +128,10 @@ def in_one_batch(objective: BatchObjective[Candidate], time_limit_s: float | Non
             outcomes = [_outcome_of(evaluation) for evaluation in found]
         except NO_FAULT:
             raise
-        except (Exception, CandidateTimeout):
-            _free_memory()
+        except (Exception, CandidateTimeout) as error:
+            if is_lost(error):
+                raise
+            free_memory()
             return alone(trials)
         if len(outcomes) != count:
             raise RuntimeError(f"the objective gave {len(outcomes)} evaluations for {count} candidates")
@@ -170,8 +181,10 @@ def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], pace
         # The message holds addresses and free bytes, which differ from run to run
         failure, text = Failure("out_of_memory", type(error).__name__), traceback.format_exc()
         error.__traceback__ = None
-        _free_memory()
+        free_memory()
     except Exception as error:
+        if is_lost(error):
+            raise
         failure, text = Failure("exception", _one_line(error)), traceback.format_exc()
     return Outcome(None, failure=failure, traceback=text)
 
@@ -203,12 +216,6 @@ def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return _ADDRESS.sub("0x…", text)[:_REASON_LENGTH]
-
-
-def _free_memory() -> None:
-    """Let go of what a failed candidate left behind."""
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
 
 @contextmanager

@@ -37,7 +37,18 @@ _FINISH_TIMEOUT = 2.0
 
 class WholeCSVLogger(CSVLogger):
     """Lightning's ``CSVLogger``, whose file loses no rows where a run dies while a metric that is new gets its column:
-    Lightning empties the file for that, and fills it again."""
+    Lightning empties the file for that, and fills it again. A row that comes twice in turn is written once."""
+
+    _last = ""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Take a row, unless it is the one before it."""
+        row = repr((step, metrics))
+        if step is None or row != self._last:
+            super().log_metrics(metrics, step)
+        self._last = row
 
     @property
     @override

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from oracles.faults import hooked, in_child
 from oracles.toy_training import ToyData, ToyModule, differing, quiet, train
 
 from genlight import io
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
+from genlight.leaving import leaving_on_signals, let_requeue
 from genlight.trainer.checkpoint_io import load_checkpoint, newest_whole_checkpoint
 
 quiet()
@@ -101,6 +102,30 @@ def test_sigusr1_asks_once_however_often_it_comes(tmp_path: Path) -> None:
     assert newest is not None and newest.name == "interrupted.ckpt" and skipped == []
 
 
+class Session(Callback):
+    """Prepares the trainer as a run does."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        let_requeue(trainer)
+
+
+def of_a_run(folder: Path, module: ToyModule) -> Callable[[], None]:
+    def action() -> None:
+        with leaving_on_signals():
+            inside = signal.getsignal(signal.SIGUSR1)
+            try:
+                train(folder, module=module, callbacks=(SignalGuard(), Session()), checkpoint=NO_CHECKPOINTS, **OPTIONS)
+            finally:
+                assert signal.getsignal(signal.SIGUSR1) is inside
+
+    return action
+
+
+def test_in_a_run_the_guard_alone_answers(tmp_path: Path) -> None:
+    assert in_child(of_a_run(tmp_path, Signalled(signal.SIGUSR1, step=5))) == 143
+    assert (tmp_path / "interrupted.ckpt").exists()
+
+
 def test_in_a_slurm_job_lightning_still_puts_it_back_into_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +136,7 @@ def test_in_a_slurm_job_lightning_still_puts_it_back_into_the_queue(
     job = {"JOB_NAME": "train", "JOB_ID": "12", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "localhost"}
     for name, value in {**job, "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert in_child(stopped(tmp_path / "run", Signalled(signal.SIGUSR1, step=5))) == 143
+    assert in_child(of_a_run(tmp_path / "run", Signalled(signal.SIGUSR1, step=5))) == 143
     assert (tmp_path / "asked").read_text() == "requeue 12\n"
     assert (tmp_path / "run" / "interrupted.ckpt").exists()
 

@@ -130,7 +130,7 @@ def harmed_runs(
         shutil.copytree(whole, place, symlinks=True)
         content = (place / name).read_bytes()
         (place / name).write_bytes(content[: int(len(content) * share)])
-        if resumed(place, words, expected, rows=None):
+        if resumed(place, words, expected, torn=True):
             text = (place / "output.txt").read_text()
             lines = [line for line in text.splitlines() if line.startswith("error: ")]
             if len(lines) != 1 or "Traceback" in text or "details in" in lines[0] or Path(name).name not in lines[0]:

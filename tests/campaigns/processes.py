@@ -269,7 +269,7 @@ def fit_on_small_disk(root: Path, free: int = 500_000) -> str:
     if not ended.is_told or "disk full" not in ended.text:
         return f"ended with {ended.code}: {ended.text[-500:]}"
     filler.unlink()
-    return "; ".join(resumed(disk, words, reference(root, words), rows=None))
+    return "; ".join(resumed(disk, words, reference(root, words), torn=True))
 
 
 def can_unshare() -> bool:

@@ -22,7 +22,9 @@ from genlight.data.tiny_tasks import MAX_LENGTH, WORDS, TinyTasksDataModule
 from genlight.data.tokenizer import character_tokenizer
 from genlight.sweep import jobs_of
 
-_COMMAND = re.compile(r"^\s*(?:\$ )?(?:(?:srun|torchrun) .*?)?(?:\S*python )?-m genlight ((?:fit|validate) .*)$")
+_COMMAND = re.compile(
+    r"^\s*(?:\$ )?(?:(?:srun|torchrun) .*?)?(?:\S*python )?-m genlight ((?:fit|validate|inspect) .*)$"
+)
 _OTHER = re.compile(
     r"(?:^ {4}|`| {5}|<data> )((?:make [a-z]|python tools/|python -m genlight --)[^`#\n]*)", re.MULTILINE
 )
@@ -84,7 +86,7 @@ def composed(words: str) -> dict[str, Any]:
 
     OmegaConf.register_new_resolver("genlight.cache", cli.cache_folder, replace=True)
     command, *others = [word for word in shlex.split(words, comments=True) if word not in cli.MULTIRUN]
-    others = list(jobs_of(others)[0].words)
+    others = cli._of_inspection(command, list(jobs_of(others)[0].words))
     with cli._composing():
         config = compose("config", overrides=[f"command={command}", *others], return_hydra_config=True)
         HydraConfig.instance().set_config(config)

@@ -14,6 +14,7 @@ from genlight.experts.statistics import (
     combined,
     output_distances,
     router_similarity,
+    routing_load,
 )
 
 SUMS = ("tokens", "frequency", "soft_activation", "output_norm", "gated_norm")
@@ -70,6 +71,33 @@ def test_padding_and_batch_size_do_not_count(side: str) -> None:
             assert int(one.tokens) == sum(lengths)
             for key in (*SUMS, "inputs", "priorities"):
                 torch.testing.assert_close(getattr(padded[name], key), getattr(one, key), rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_raises_counts_nowhere() -> None:
+    """Memory that runs out in the second layer leaves nothing of the first, and the same tokens are sampled."""
+    model = tiny_model("mixtral")
+    expected, editor, full = collect(model, [(tokens(), None)]), ExpertEditor(model), [True]
+    load = routing_load(editor, lambda: logits(model))
+
+    def memory(*_: Any) -> None:
+        if full.pop():
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    def halves() -> None:
+        full[:] = [False, False, True]
+        with pytest.raises(torch.OutOfMemoryError):
+            logits(model)
+        for part in tokens().split(2):
+            logits(model, part)
+
+    list(editor.layers.values())[1].experts.register_forward_pre_hook(memory)
+    with RoutingStatistics(editor) as statistics:
+        halves()
+    for name, one in statistics.results().items():
+        for key in (*SUMS, "inputs", "priorities"):
+            torch.testing.assert_close(getattr(one, key), getattr(expected[name], key), rtol=1e-4, atol=1e-5)
+    found = routing_load(editor, halves)
+    assert all(torch.equal(found[name], load[name]) for name in load)
 
 
 def test_a_mask_given_by_position_counts_too() -> None:

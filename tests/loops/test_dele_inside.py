@@ -20,6 +20,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.slow  # half a minute; test_dele.py kills and resumes
 def test_it_guides_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages; the second one is cut by the budget, which is then extended to what a longer search has."""
     monkeypatch.setenv("GENLIGHT_CACHE", str(tmp_path / "cache"))

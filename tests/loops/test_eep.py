@@ -29,6 +29,7 @@ SEARCH = [
     "search.strategy.prune.children=4",
     "search.strategy.merge.children=4",
     "search.fidelity=24",
+    "search.shared=false",
     "search.finalists=3",
     "search.workers=2",
 ]

@@ -1,5 +1,6 @@
 """Candidates measured by the trainer: what runs in a validation, what is put back afterwards, what a fault leaves."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from genlight.errors import UserError
-from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn, measured
+from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_rounds, in_turn, measured
 from genlight.search.evaluation import one_by_one
 from genlight.search.records import Trial
 from genlight.trainer.resident import ResidentStrategy, is_sharded, local_trainer, silenced
@@ -114,6 +115,26 @@ def test_work_inside_a_validation_sees_the_module_ready() -> None:
 
 def test_independent_work_comes_back_in_its_order() -> None:
     assert in_turn(evaluations(), [lambda i=i: i * i for i in range(5)]) == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rounds_of_two_processes_are_in_order(rank: int) -> None:
+    """Each does every second piece; the last round may be of one."""
+    done = []
+
+    def piece(index: int) -> int:
+        done.append(index)
+        return index
+
+    def broadcast(value: int | None, src: int) -> str:
+        return f"{value} of {src}"
+
+    trainer = SimpleNamespace(global_rank=rank, strategy=SimpleNamespace(broadcast=broadcast))
+    two: Any = SimpleNamespace(shares=2, trainer=trainer)
+    found = list(in_rounds(two, [partial(piece, index) for index in range(3)]))
+    assert done == ([0, 2] if rank == 0 else [1])
+    assert found[0] == [f"{rank} of 0", f"{rank} of 1"] and found[1] == [f"{2 if rank == 0 else None} of 0"]
+    assert list(in_rounds(evaluations(), [partial(piece, index) for index in range(3)])) == [[0], [1], [2]]
 
 
 def test_the_local_trainer_is_silent_and_leaves_the_module_where_it_is() -> None:

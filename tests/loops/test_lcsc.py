@@ -49,6 +49,7 @@ FIT = [
     "callbacks.collector.every_n_steps=2",
 ]
 SEARCH = ["search.budget=12", "search.fidelity=40", "search.finalists=3", "method.select=40", "method.singles=3"]
+SEARCH += ["search.shared=false"]
 
 
 def fit(root: Path, name: str, *words: str) -> int:

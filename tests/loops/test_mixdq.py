@@ -160,6 +160,7 @@ def test_the_dequantized_folder_is_plain(root: Path) -> None:
         assert torch.equal(weight, layer.effective_weight().reshape(weight.shape))
 
 
+@pytest.mark.slow  # half a minute; in test_viditq.py it is the same code
 def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> None:
     driver = Path(__file__).with_name("kill_search.py")
     words = [sys.executable, driver, "sensitivity", "20", "validate", *command(root, "killed")]

@@ -49,6 +49,7 @@ def words_of(root: Path) -> list[str]:
         "method.curve_images=20",
         "search.budget=24",
         "search.fidelity=40",
+        "search.shared=false",
         "search.finalists=3",
         "search.strategy.rounds=1",
         "search.strategy.per_budget=3",
@@ -140,6 +141,7 @@ def test_two_processes_give_the_archive_of_one(root: Path) -> None:
     assert histories(root / "ddp" / "validate") == histories(root / "run" / "validate")
 
 
+@pytest.mark.slow  # a search more
 def test_direct_evolution_measures_about_as_many(root: Path) -> None:
     """Fewer only where a small budget has no new schedules left."""
     words = [word for word in words_of(root) if not word.startswith("search.strategy")]

@@ -93,6 +93,7 @@ def test_a_member_that_fails_when_it_is_profiled(
     assert not any(uses_middle(line) for line in lines_of(folder))
 
 
+@pytest.mark.slow  # half a minute; test_member_failures.py has it without networks
 def test_a_member_that_fails_in_the_middle_of_the_search(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

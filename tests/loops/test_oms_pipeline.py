@@ -51,6 +51,7 @@ def words_of(root: Path) -> list[str]:
         "data.eval_batch_size=2",
         "search.budget=8",
         "search.fidelity=2",
+        "search.shared=false",
         "search.finalists=2",
         "search.strategy.rounds=1",
         "search.strategy.per_budget=2",

@@ -54,6 +54,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     rows = run(tmp_path)
     assert len(measured) == len(NAMES) - 2 and list(rows) == ["full precision", *NAMES]
     assert all(rows[line["variant"]] == {"variant": line["variant"], **line["row"]} for line in kept)
+    assert len({tuple(rows[name]) for name in NAMES}) == 1  # columns in one order, read or measured
     assert (tmp_path / FILE).read_text().startswith(before)
     measured.clear()
     changed = run(tmp_path, trajectory=1)
@@ -73,7 +74,8 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, line: str, error: Exception) -> None:
     (tmp_path / FILE).parent.mkdir(parents=True)
     (tmp_path / FILE).write_text(line + "\n")
-    data, evaluations = SimpleNamespace(num_samples=2), SimpleNamespace(trainer=SimpleNamespace(precision="32"))
+    data = SimpleNamespace(num_samples=2)
+    evaluations = SimpleNamespace(trainer=SimpleNamespace(precision="32"), agreed=None)
     work: Any = SimpleNamespace(folder=tmp_path, fingerprint={}, method=None, datamodule=data, evaluations=evaluations)
     with pytest.raises(type(error), match=rf"line 1 of .*{error}"):
         VariantRows(work, [])

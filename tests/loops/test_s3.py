@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from genlight import io
 from genlight.cli import main
 from genlight.diffusion.solver.serialization import bank_from_json
+from genlight.loops import solver_work
 
 SMALL = [
     "experiment=s3/digits",
@@ -51,6 +52,8 @@ SMALL = [
     "search.finalists=4",
     "trainer.accelerator=cpu",
 ]
+# what another run measured is measured again
+ALONE = "search.shared=false"
 
 
 def validate(root: Path, name: str, *words: str) -> int:
@@ -125,25 +128,50 @@ def test_the_artifact_can_be_measured_again(root: Path) -> None:
     assert found == pytest.approx(rows[3, "tuned table"]["fd_digits"], rel=1e-3)
 
 
+def test_another_run_of_the_same_search_measures_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Under another name: the same records, and the report says that they are the other run's."""
+
+    def never(objective: Any, time_limit_s: float | None) -> Any:
+        def evaluate(trials: Any) -> Any:
+            raise AssertionError("a candidate was measured a second time")
+
+        return evaluate
+
+    monkeypatch.setattr(solver_work, "in_one_batch", never)
+    few = ("method.nfe=[2]", "method.refine=null", "method.finetune=null")
+    assert validate(root, "shared", *few) == 0
+    folder = root / "shared" / "validate"
+    found = histories(folder)["nfe2"]
+    assert found == histories(root / "run" / "validate")["nfe2"]
+    note = f"{len(found.splitlines()) - 1} candidates of the search nfe2 have the scores of other runs"
+    assert note in report_of(folder)["notes"]
+    # a repetition is for comparing, and measures in earnest
+    capsys.readouterr()
+    assert main(["--rerun", str(folder), "run.name=alone"]) != 0
+    assert "measured a second time" in capsys.readouterr().err
+
+
 def test_a_killed_search_resumes_to_the_same_archive_and_winner(root: Path) -> None:
     """SIGKILL while the second search writes its 20th record; the same command with resume=true."""
     driver = Path(__file__).with_name("kill_search.py")
-    command = [sys.executable, driver, "nfe3", "20", "validate", *SMALL, f"run.root={root}", "run.name=killed"]
+    command = [sys.executable, driver, "nfe3", "20", "validate", *SMALL, f"run.root={root}", "run.name=killed", ALONE]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = root / "killed" / "validate"
     assert len(histories(folder)["nfe3"].splitlines()) < len(histories(root / "run" / "validate")["nfe3"].splitlines())
-    assert validate(root, "killed", "resume=true") == 0
+    assert validate(root, "killed", "resume=true", ALONE) == 0
     assert histories(folder) == histories(root / "run" / "validate")
     assert outcomes(folder) == outcomes(root / "run" / "validate")
 
 
 def test_a_signal_stops_between_candidates_and_keeps_them(root: Path) -> None:
     driver = Path(__file__).with_name("kill_search.py")
-    command = [sys.executable, driver, "nfe2", "10", "validate", *SMALL, f"run.root={root}", "run.name=stopped"]
+    command = [sys.executable, driver, "nfe2", "10", "validate", *SMALL, f"run.root={root}", "run.name=stopped", ALONE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SIGNAL": "SIGTERM"})
     assert done.returncode != 0 and "resume=true" in done.stderr + done.stdout
-    assert validate(root, "stopped", "resume=true") == 0
+    assert validate(root, "stopped", "resume=true", ALONE) == 0
     assert histories(root / "stopped" / "validate") == histories(root / "run" / "validate")
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_accounted, histories, report_of, the_error, untrained_features
+from command_line import assert_accounted, histories, report_of, run_in_own_process, the_error, untrained_features
 from diffusers import DiTTransformer2DModel
+from lightning.pytorch.strategies import FSDPStrategy
 
 from genlight import io
 from genlight.cli import main
@@ -72,6 +73,12 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Of the table, without times, which are others in each run."""
     rows = report_of(folder)["table"]
     return {row["variant"]: {key: row[key] for key in row if not key.startswith("ms")} for row in rows}
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """All files of weights of an artifact, by their places in it."""
+    artifact = folder / "artifact"
+    return {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.glob("**/*.safetensors")}
 
 
 def output(network: Any) -> torch.Tensor:
@@ -280,9 +287,21 @@ def test_what_is_wrong_is_said_in_one_line(
     assert expected in the_error(capfd.readouterr().err)
 
 
-def test_several_processes_are_refused() -> None:
-    trainer = SimpleNamespace(strategy=None, world_size=2)
-    with pytest.raises(UserError, match="one process"):
+def test_two_processes_give_the_table_and_artifact_of_one(root: Path) -> None:
+    """Each measures layers and variants of its own, the second the winner; lines are in the order of one process."""
+    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=ddp", "method.rivals=false"]
+    run_in_own_process("validate", *words, "strategy=ddp", "trainer.devices=2")
+    two, one = root / "ddp" / "validate", root / "run" / "validate"
+    assert histories(two)["sensitivity"] == histories(one)["sensitivity"]
+    rows, every = rows_of(two), rows_of(one)
+    assert list(rows) == ["full precision", "ViDiT-Q", "ViDiT-Q mixed"]
+    assert rows == {name: every[name] for name in rows}
+    assert weights_of(two) == weights_of(one)
+
+
+def test_weights_in_parts_are_refused() -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), world_size=2)
+    with pytest.raises(UserError, match="layers are quantized whole"):
         checked_work(QuantizationCalibration(), trainer, None, None)
 
 

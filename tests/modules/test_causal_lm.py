@@ -202,6 +202,29 @@ def test_answers_do_not_depend_on_what_is_beside_them() -> None:
     assert len(set(together)) == 3
 
 
+def test_questions_that_do_not_fit_are_asked_in_halves() -> None:
+    module, data = module_of(), Data(num_samples=30, eval_batch_size=8)
+    module.eval()
+    batches = list(data.val_dataloader())
+    written = [batch["generation"] for batch in batches if "generation" in batch]
+    expected = [module.log_likelihoods(batch) for batch in batches]
+    answers = [module.generate_answers(generation) for generation in written]
+    asked: list[int] = []
+
+    def memory(_, __, given) -> None:
+        asked.append(len(given["input_ids"]))
+        if asked[-1] > 3:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    module.network.register_forward_pre_hook(memory, with_kwargs=True)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        found = [module.log_likelihoods(batch) for batch in batches]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert [module.generate_answers(generation) for generation in written] == answers and written
+    assert max(asked) > 3
+
+
 def test_the_loss_is_cross_entropy_of_the_answer_and_balance_of_the_router() -> None:
     module = module_of(router_aux_loss_coef=0.5)
     logged = {}

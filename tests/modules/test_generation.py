@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from genlight.modules import generation
+from genlight.modules import halving
 from genlight.modules.generation import GeneratorValidation
 
 
@@ -84,7 +84,7 @@ def test_one_sample_that_does_not_fit_is_an_error_and_leaves_no_trace() -> None:
 
 
 def test_processes_that_sample_together_do_not_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "is_sharded", lambda trainer: True)
+    monkeypatch.setattr(halving, "is_sharded", lambda trainer: True)
     module = Generator(3)
     with pytest.raises(torch.OutOfMemoryError):
         validate(module)

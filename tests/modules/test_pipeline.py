@@ -28,6 +28,7 @@ from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.presets import named_schedule, preset
 from genlight.diffusion.solver.serialization import SolverBank, fingerprint
 from genlight.errors import UserError
+from genlight.loops.quantization_settings import network_of
 from genlight.loops.solver_banks import PipelineSampling, sampling_of
 from genlight.modules.pipeline import PipelineModule
 from genlight.modules.pipeline_calls import PromptMemo
@@ -371,6 +372,40 @@ def test_a_video_gives_its_middle_frame() -> None:
     assert frames.shape == (1, 2, 3, 64, 64)
     assert relative(module.sample(noise, label), 2 * frames[:, 1] - 1) <= 1e-5
     assert module.sample_latents(noise, label).shape == noise.shape
+
+
+def test_offloaded_networks_are_moved_by_diffusers_alone() -> None:
+    """On a GPU it is asked to, once; Lightning moves none of them, and sampling is the same."""
+    module, label = module_of("sd", offload=True), torch.tensor([0, 1])
+    told: list[torch.device] = []
+    real = module.pipe.enable_model_cpu_offload
+    module.pipe.enable_model_cpu_offload = lambda device: told.append(device)
+    module.to("meta")
+    assert module.device.type == "meta" and {each.device.type for each in module.parameters()} == {"cpu"}
+    module.on_validation_epoch_start()
+    module.on_validation_epoch_start()
+    assert told == [torch.device("meta")]
+    expected = module.sample_latents(noise_of(module), label)
+    real(device="cpu")
+    assert torch.equal(module.sample_latents(noise_of(module), label), expected)
+
+
+def test_offloading_on_a_cpu_is_said_to_do_nothing() -> None:
+    module = module_of("sd", offload=True)
+    module.pipe.enable_model_cpu_offload = None
+    with pytest.warns(UserWarning, match="does nothing on a CPU") as caught:
+        module.on_validation_epoch_start()
+        module.on_validation_epoch_start()
+    assert len(caught) == 1
+    with pytest.raises(UserError, match=r"use module.offload=false"):
+        network_of(module)
+
+
+def test_a_pipeline_that_cannot_be_offloaded_is_named() -> None:
+    module = module_of("sd", offload=True).to("meta")
+    module.pipe.model_cpu_offload_seq = None
+    with pytest.raises(UserError, match=r"module.offload=true: .*model_cpu_offload_seq"):
+        module.on_validation_epoch_start()
 
 
 def test_bad_values_are_refused() -> None:

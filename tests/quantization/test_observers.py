@@ -13,6 +13,7 @@ from genlight.quantization.context import SamplingContext, sampling_context
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.observers import InputObserver, layers_by_input
 from genlight.quantization.statistics import (
+    BatchPart,
     InputStatistics,
     StatisticsSettings,
     load_statistics,
@@ -111,6 +112,24 @@ def test_an_interrupted_calibration_goes_on_to_the_same_statistics(tmp_path: Pat
         assert entry.rows == whole[name].rows
         for a, b in zip(vars(entry).values(), vars(whole[name]).values()):
             assert not isinstance(a, Tensor) or torch.equal(a, b)
+
+
+def test_a_batch_in_parts_gives_the_statistics_of_the_whole() -> None:
+    """Parts hold some samples of each branch; the same rows are kept."""
+    whole, model = observed(range(2)), Attention()
+    observer = InputObserver(model, NAMES, SETTINGS)
+    with observer:
+        for index in range(2):
+            values, context = batch(index)
+            for place in range(2):
+                observer.begin(str(index), BatchPart(place, place + 1, 2))
+                with sampling_context(context):
+                    model(values[place::2])
+    for name in NAMES:
+        entry = observer.statistics[name]
+        assert entry.rows == whole[name].rows and torch.equal(entry.sample_keys, whole[name].sample_keys)
+        for a, b in zip(vars(entry).values(), vars(whole[name]).values()):
+            assert not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_something_else_are_refused(tmp_path: Path) -> None:

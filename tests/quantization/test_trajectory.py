@@ -93,3 +93,27 @@ def test_a_replay_asks_the_same_and_noise_is_that_of_the_prediction() -> None:
     assert decibels(expected) == pytest.approx(-10 * math.log10(expected))
     with pytest.raises(ValueError, match="no calls"):
         noise_to_signal(network, [])
+
+
+def test_where_memory_runs_out_rows_of_both_halves_of_guidance_are_asked_together() -> None:
+    """Every second row: the network sees as many rows without guidance as with it, and the sum is the same."""
+    network = Network()
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    marks, seen = torch.tensor([0.0] * 4 + [1.0] * 4), list[list[float]]()
+    with recorded_calls(network) as calls:
+        network(torch.cat([x, x]), marks)
+        network(hidden_states=torch.cat([x, x]), timestep=torch.tensor(3.0))
+    with torch.no_grad():
+        network.weight += 1e-2
+    expected = noise_to_signal(network, calls)
+
+    def memory(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        if arguments:
+            seen.append(arguments[1].tolist())
+        if len(arguments[0] if arguments else options["hidden_states"]) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    network.register_forward_pre_hook(memory, with_kwargs=True)
+    with pytest.warns(UserWarning, match="2 of 8 rows of a call at a time"):
+        assert noise_to_signal(network, calls) == pytest.approx(expected, rel=1e-12)
+    assert seen[-4:] == [[0.0, 1.0]] * 4 and list(map(len, seen)) == [8, 4, 2, 2, 2, 2]

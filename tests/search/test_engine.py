@@ -177,7 +177,16 @@ def test_ranks_that_are_not_in_step_are_found() -> None:
         over_ranks(one_by_one(Counting(rugged)), 0, 2, lambda mine: [mine, []])(trials(4))
 
 
-@pytest.mark.parametrize("error", [DiskFullError("disk full"), OSError(errno.EIO, "i/o"), DEVICE_LOST("CUDA error")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DiskFullError("disk full"),
+        OSError(errno.EIO, "i/o"),
+        DEVICE_LOST("CUDA error"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+        RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:23"),
+    ],
+)
 def test_what_fails_on_the_machine_is_no_candidates_fault(error: Exception) -> None:
     def fail(word: Word) -> float:
         raise error

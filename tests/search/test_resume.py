@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
@@ -288,6 +289,40 @@ def test_only_the_candidate_that_loses_the_device_twice_is_poison(tmp_path: Path
             run_search(tmp_path, RandomSearch(), WordSpace(), lose, 81)
     result = run_search(tmp_path, RandomSearch(), WordSpace(), lose, 81)
     assert [r.failure.kind for r in result.records if r.failure] == ["poison"] and len(result.records) == 81
+
+
+def test_only_the_candidate_that_kills_another_process_twice_is_poison(tmp_path: Path) -> None:
+    """Two processes share the work; the deadly candidate comes to the second one, alone and again to the first."""
+
+    def kill(word: Word) -> float:
+        if word.letters == (0, 1, 2, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rugged(word)
+
+    def one_rank(rank: int, attempt: int) -> None:
+        group = torch.distributed
+        group.init_process_group("gloo", init_method=f"file://{tmp_path}/meet-{attempt}", rank=rank, world_size=2)
+
+        def gather(outcomes: Any) -> Any:
+            shares: list[Any] = [None, None]
+            group.all_gather_object(shares, outcomes)
+            return shares
+
+        problem: Problem[Word] = Problem(WordSpace())
+        archive = open_archive(tmp_path / "a", problem, RandomSearch(), fingerprint=FINGERPRINT, writable=rank == 0)
+        group.barrier()
+        evaluate = over_ranks(one_by_one(Counting(kill)), rank, 2, gather)
+        Search(problem, RandomSearch(), archive, evaluate, workers=2).run(Budget(81))
+
+    def both(attempt: int) -> list[int]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda rank: in_child(lambda: one_rank(rank, attempt)), (0, 1)))
+
+    statuses = [both(attempt) for attempt in range(3)]
+    assert sorted(statuses[0]) == sorted(statuses[1]) == [-signal.SIGKILL, 1] and statuses[2] == [0, 0]
+    result = run_search(tmp_path / "a", RandomSearch(), WordSpace(), rugged, 81)
+    failed = {record.candidate.letters: record.failure.kind for record in result.records if record.failure}
+    assert failed == {(0, 1, 2, 0): "poison"}
 
 
 def test_an_orderly_end_is_no_attempt(tmp_path: Path) -> None:

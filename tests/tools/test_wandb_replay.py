@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def test_offline_runs_hold_each_step_under_one_id(folder: Path, monkeypatch, cap
     main([str(folder), "--offline"])
     assert f"3 steps of {folder} sent to the run {identity(folder)}" in capsys.readouterr().out
     (file,) = folder.glob(f"wandb/offline-run-*/run-{identity(folder)}.wandb")
-    history = offline_history(file)
+    deadline = time.monotonic() + 60
+    while (history := offline_history(file)).keys() != STEPS.keys() and time.monotonic() < deadline:
+        time.sleep(0.2)  # a process of W&B's writes it
     assert history.keys() == STEPS.keys()
     for step, values in STEPS.items():
         assert {name: history[step][name] for name in values} == values and history[step]["_step"] == step

@@ -71,7 +71,7 @@ def fit_words(seconds: float, tiny: bool) -> list[str]:
 def search_words(found: Findings, base: Path, folder: Path, name: str, kept: int, seed: int, tiny: bool) -> list[str]:
     """A search."""
     words = ["validate", "experiment=eep/digits", f"module.pretrained={base}", "module.recipe=null"]
-    words += [f"method.num_experts={kept}", f"search.seed={seed}", "data.eval_batch_size=600"]
+    words += [f"method.num_experts={kept}", f"search.seed={seed}", "search.shared=false", "data.eval_batch_size=600"]
     words += [f"search.seconds={0.2 * found.seconds:.0f}", f"run.root={folder}", f"run.name={name}"]
     if tiny:
         words += ["search.budget=6", "search.strategy.prune_evaluations=4", "search.fidelity=60", "method.select=40"]

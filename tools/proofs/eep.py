@@ -81,7 +81,7 @@ def search(folder: Path, variant: str, seed: int, words: tuple[str, ...]) -> dic
     """One search."""
     name = f"{variant.replace(' ', '-')}-{seed}"
     command = ["validate", "experiment=eep/digits", *VARIANTS[variant], *words, f"search.seed={seed}"]
-    command += [f"run.root={folder}", f"run.name={name}", "run.overwrite=true"]
+    command += ["search.shared=false", f"run.root={folder}", f"run.name={name}", "run.overwrite=true"]
     times, begun = folder / f"{name}.json", time.monotonic()
     run(__file__, "--timed-search", times, *command)
     seconds = time.monotonic() - begun

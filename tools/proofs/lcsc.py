@@ -143,6 +143,7 @@ def search(folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
         f"search.fidelity={FIDELITY}",
         f"method.random_search={str(random).lower()}",
         f"search.seed={seed}",
+        "search.shared=false",
     ]
     shares, begun = folder / f"apply-{name}.json", time.monotonic()
     run(__file__, "--timed-search", shares, *words, f"ckpt_path={folder}/cd{steps}/fit")

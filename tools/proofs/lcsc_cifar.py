@@ -203,7 +203,7 @@ def searched(proof: Proof, name: str, *words: str) -> dict[str, Any]:
     every += [f"search.fidelity={fidelity}", f"method.select={fidelity}", f"data.num_samples={reported}"]
     every += [f"search.strategy.screening_fidelity={screened}", f"search.strategy.promoted={promoted}"]
     every += ["search.finalists=6", "method.singles=10", "method.random_search=false", "metrics.metrics=[fd]"]
-    every += [f"data.eval_batch_size={fidelity // 2}", "resume=true"]
+    every += [f"data.eval_batch_size={fidelity // 2}", "search.shared=false", "resume=true"]
     whole = proof.command(name, __file__, "--timed", str(timed), *every)
     found = report(run)
     # below a line that says what the search is

@@ -44,6 +44,7 @@ def searched(folder: Path, name: str, budget: int, seed: int, *words: str) -> di
     if not (run / "report.json").is_file():
         words = (*words, f"run.root={folder}", f"run.name={name}", f"search.budget={budget}", f"search.seed={seed}")
         words = (*words, "resume=true", "method.random_search=false", "method.singles=5", "metrics.metrics=[fd]")
+        words = (*words, "search.shared=false")
         genlight("validate", *words, "metrics.extractor.dtype=float32", "data.eval_batch_size=500")
     found = report(run)
     return {"seed": seed, "seconds": found["real"]["total_seconds"], "rows": found["table"]}

@@ -50,6 +50,7 @@ def searched(folder: Path, variant: str, seed: int) -> dict[str, Any]:
         f"search.budget={EVALUATIONS}",
         "method.unit=macs",
         "metrics.metrics=[fd]",
+        "search.shared=false",
     ]
     seconds = genlight(*words, "data.num_samples=2000", "data.eval_batch_size=1000", "metrics.extractor.dtype=float32")
     return {"variant": variant, "seed": seed, "seconds": seconds, "rows": report(folder / name / "validate")["table"]}

@@ -46,7 +46,7 @@ def searched(folder: Path, seed: int) -> dict[str, Any]:
     words += [f"method.budgets=[{','.join(f'{b:g}' for b in BUDGETS)}]", f"method.rules=[{','.join(RULES)}]"]
     words += ["method.singles=27", "method.per_rule=2", "method.select=400", "method.batch_size=50"]
     words += ["search.finalists=3", "search.strategy.rounds=2", "search.strategy.per_budget=5", "metrics.metrics=[fd]"]
-    words += ["data.num_samples=800", "metrics.extractor.dtype=float32"]
+    words += ["data.num_samples=800", "metrics.extractor.dtype=float32", "search.shared=false"]
     seconds = genlight("validate", "experiment=oms/mnist", *words)
     return {"seed": seed, "seconds": seconds, "rows": report(folder / f"search-{seed}" / "validate")["table"]}
 

@@ -159,7 +159,7 @@ def taus(space: Any, records: list[Any], seed: int) -> dict[str, float]:
 def searched(folder: Path, seed: int, rivals: bool) -> dict[str, Any]:
     """The real command; its report and how its searches spent their time."""
     words = ["validate", "experiment=s3/digits", f"seed={seed}", f"run.root={folder}", f"run.name=s{seed}"]
-    words += [f"ckpt_path={folder}/model/fit", f"method.rivals={str(rivals).lower()}"]
+    words += [f"ckpt_path={folder}/model/fit", f"method.rivals={str(rivals).lower()}", "search.shared=false"]
     # the claims are distances to the teacher; of the other metrics one is enough here
     words += ["metrics.metrics=[fd]", "metrics.extractor.dtype=float32"]
     shares = folder / f"shares{seed}.json"

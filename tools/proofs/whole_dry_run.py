@@ -53,17 +53,18 @@ CASES = (
     Case(
         "s3",
         ["validate", "experiment=s3/digits", "ckpt_path=ROOT/s3/fit", "method.nfe=[4]", "search.budget=40",
-         "method.finetune.iterations=3", "method.noise.report=512", "data.num_samples=2000"],
+         "search.shared=false", "method.finetune.iterations=3", "method.noise.report=512", "data.num_samples=2000"],
     ),
     Case(
         "lcsc",
         ["validate", "experiment=lcsc/digits_cd", "ckpt_path=ROOT/cd/fit", "search.budget=40", "search.fidelity=1000",
-         "method.select=1000"],
+         "search.shared=false", "method.select=1000"],
         [_fit("lcsc/digits_teacher", 100), _fit("lcsc/digits_cd", 600, name="cd")],
     ),
     Case(
         "oms",
         ["validate", "experiment=oms/digits", "search.budget=90", "search.fidelity=250", "search.finalists=2",
+         "search.shared=false",
          "data.num_samples=1000", "method.select=500", "method.per_rule=3", "method.singles=16"],
         [_fit("oms/digits_member", 20, f"module.network.attention_head_dim={width}", name=f"oms/digits_w{width}")
          for width in _WIDTHS],
@@ -77,7 +78,7 @@ CASES = (
     Case(
         "eep",
         ["validate", "experiment=eep/digits", "search.budget=40", "search.strategy.prune_evaluations=25",
-         "search.finalists=4"],
+         "search.finalists=4", "search.shared=false"],
         [_fit("eep/tiny_moe", 20)],
     ),
     Case(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genlight.memory import free_memory, say_fewer
+
 Sample = Callable[[slice, slice], Tensor]
 Keep = Callable[[slice, slice, Tensor], None]
 
@@ -27,7 +29,7 @@ class Blocks:
 
         Raises torch.OutOfMemoryError if memory does not suffice for one table on one noise.
         """
-        blocks = [(slice(0, tables), slice(0, noises))]
+        blocks, before = [(slice(0, tables), slice(0, noises))], self.max_rows
         while blocks:
             block = blocks.pop()
             parts = _split(*block, self.max_rows)
@@ -43,8 +45,12 @@ class Blocks:
                     self.max_rows = 1
                     raise
                 blocks.append(block)
+            else:
+                keep(here, rows, x)
                 continue
-            keep(here, rows, x)
+            free_memory()  # not before: the error holds on to what was made
+        if self.max_rows < before:
+            say_fewer(self.max_rows, tables * noises, "samples")
 
 
 def _split(here: slice, rows: slice, limit: int) -> list[tuple[slice, slice]]:
