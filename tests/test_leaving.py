@@ -17,11 +17,15 @@ from genlight.leaving import leaving_on_signals
 def test_a_run_outside_the_trainer_is_marked_as_interrupted(
     number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(number)
-    monkeypatch.setattr(runner, "_carry_out", lambda this: os.kill(os.getpid(), number))
-    assert genlight(tmp_path, "fit", "run.name=asked") == code
-    assert io.read_json(tmp_path / "asked" / "fit" / "run.json")["status"] == "interrupted"
-    assert signal.getsignal(number) is before
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)  # a shell may have begun the tests with Ctrl-C ignored
+    try:
+        monkeypatch.setattr(runner, "_carry_out", lambda this: os.kill(os.getpid(), number))
+        assert genlight(tmp_path, "fit", "run.name=asked") == code
+        assert io.read_json(tmp_path / "asked" / "fit" / "run.json")["status"] == "interrupted"
+        assert signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_forked_process_leaves_alone() -> None:

@@ -113,6 +113,7 @@ ZOO = [
 ]
 
 
+@pytest.mark.slow  # long, and one more pair
 def test_a_zoo_of_stages_is_measured_by_each_of_its_schedules(root: Path) -> None:
     """Codes with searched steps and the plain model take turns; the artifact samples as the search reported."""
     words = ["method=stack", "method.experiment=stack/digits_stage", "method.objective=val/fd_digits"]

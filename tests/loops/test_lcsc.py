@@ -192,6 +192,7 @@ def test_other_ways_to_combine(root: Path, words: list[str]) -> None:
         assert content["steps"][-1] == 12
 
 
+@pytest.mark.slow  # test_oms.py extends a search
 def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
     longer = copied(root / "found" / "validate", "longer")
     assert validate(root, "longer", "resume=true", "search.budget=15", "method.objective=val/kid_digits") != 0

@@ -166,6 +166,7 @@ def test_a_killed_search_resumes_to_the_same_archive_and_winner(root: Path) -> N
     assert outcomes(folder) == outcomes(root / "run" / "validate")
 
 
+@pytest.mark.slow  # test_signals.py and the campaigns stop searches
 def test_a_signal_stops_between_candidates_and_keeps_them(root: Path) -> None:
     driver = Path(__file__).with_name("kill_search.py")
     command = [sys.executable, driver, "nfe2", "10", "validate", *SMALL, f"run.root={root}", "run.name=stopped", ALONE]
