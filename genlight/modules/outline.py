@@ -53,7 +53,8 @@ def read_outline(source: str) -> Outline:
         return Outline({ALONE: _single(folder)})
     outline = Outline()
     for name, entry in read_object(folder / "model_index.json").items():
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        is_part = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+        if name.startswith("_") or not is_part:  # _class_name may be the pipeline's own file
             continue
         try:
             network = _part(component_folder(folder, name), *entry)
