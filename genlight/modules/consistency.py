@@ -108,9 +108,9 @@ class ConsistencyModule(DiffusionModule):
         name = distance or (objective.distance if objective is not None else "l2")
         if name not in DISTANCES:
             raise ValueError(f"module.distance = {name!r}; known are {', '.join(DISTANCES)}")
-        if not num_inference_steps <= num_train_timesteps:
+        if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(
-                f"module.num_inference_steps = {num_inference_steps} must not exceed "
+                f"module.num_inference_steps = {num_inference_steps} must be at least 1 and not exceed "
                 f"module.num_train_timesteps = {num_train_timesteps}"
             )
         # what the weights mean, in words of its own: no solver of another prediction type samples them

@@ -109,10 +109,10 @@ class LatentConsistencyModule(Optimization, PipelineModule):
             )
         if not 0 <= target_decay < 1:
             raise ValueError(f"module.target_decay = {target_decay} must be in [0, 1)")
-        if not num_inference_steps <= solver_steps:
+        if not 1 <= num_inference_steps <= solver_steps:
             raise ValueError(
-                f"module.num_inference_steps = {num_inference_steps} must not exceed module.solver_steps = "
-                f"{solver_steps}"
+                f"module.num_inference_steps = {num_inference_steps} must be at least 1 and not exceed "
+                f"module.solver_steps = {solver_steps}"
             )
         if distance not in DISTANCES or distance == "lpips":
             raise ValueError(f"module.distance = {distance!r} is no distance of latents; use huber, l2 or l1")
