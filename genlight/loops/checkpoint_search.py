@@ -21,7 +21,7 @@ from genlight.loops.checkpoint_cost import combination_cost
 from genlight.loops.checkpoint_gradient import GradientDescent
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
-from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
@@ -98,9 +98,7 @@ class CheckpointSearch:
         space = self.space(module)
         first = first_validation(trainer, module, datamodule)
         work = self._work(trainer, module, datamodule, space, first.logged)
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = combination_cost(work, first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: combination_cost(work, first))
         return combination_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

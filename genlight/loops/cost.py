@@ -29,7 +29,7 @@ from genlight.search.rehearsal import Rehearsal, rehearsed
 # parts of every method, for the account of time
 CHOICE, REPORT = "choice", "report"
 # what a run shows while it finds out what all of it will cost
-ESTIMATE = "estimate"
+_ESTIMATE = "estimate"
 # the share of a search that making up proposals beforehand may take, and seconds that it may always take
 _REHEARSAL_SHARE, _REHEARSAL_SECONDS = 0.05, 1.0
 _QUARTER = 4
@@ -100,6 +100,14 @@ def announce(trainer: Any, predicted: CostEstimate) -> None:
         print_line(predicted.line())
     left = predicted.total_seconds - predicted.setup_seconds
     display_of(trainer).expect({**{phase.name: phase.total for phase in predicted.phases}, IN_ALL: left})
+
+
+def announced(trainer: Any, find: Callable[[], CostEstimate]) -> CostEstimate:
+    """What a run will cost, found out while that is shown, and said; see `announce`."""
+    with display_of(trainer).phase(_ESTIMATE):
+        predicted = find()
+    announce(trainer, predicted)
+    return predicted
 
 
 def _timer(trainer: Any) -> StepTimer | None:

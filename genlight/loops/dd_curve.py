@@ -10,7 +10,7 @@ import torch
 
 from genlight.diffusion.teacher_passes import Marginals
 from genlight.errors import UserError, in_config
-from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.cost import announced, first_validation
 from genlight.loops.dd_quantized import (
     FORMATS,
     quantized_name,
@@ -76,9 +76,7 @@ class DecodingCurve:
         self._check(module, datamodule)
         first = first_validation(trainer, module, datamodule)
         work = self._work(trainer, module, datamodule)
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = work.cost(first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: work.cost(first))
         with work.evaluations.timing(VARIANTS):
             found = work.measure()
         teacher, drawn = by_name(work.variants, found)

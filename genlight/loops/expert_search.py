@@ -15,7 +15,7 @@ from genlight.callbacks.timing import print_line
 from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
-from genlight.loops.cost import ESTIMATE, FirstValidation, announce, first_validation
+from genlight.loops.cost import FirstValidation, announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
@@ -118,9 +118,7 @@ class ExpertSearch:
                 route, weights that are sharded.
         """
         works, first = self._works(trainer, module, datamodule)
-        with works[0].evaluations.display.phase(ESTIMATE):
-            cost = expert_cost(works, first)
-        announce(trainer, cost)
+        cost = announced(trainer, lambda: expert_cost(works, first))
         return expert_result(works, first.logged, cost)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

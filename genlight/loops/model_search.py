@@ -14,7 +14,7 @@ from typing import Any, Literal
 from genlight.data.prompts import PromptsDataModule
 from genlight.diffusion.model_schedule import Kind
 from genlight.errors import UserError
-from genlight.loops.cost import ESTIMATE, FirstValidation, announce, first_validation
+from genlight.loops.cost import FirstValidation, announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.model_cost import model_cost
 from genlight.loops.model_report import model_result
@@ -108,9 +108,7 @@ class ModelSearch:
                 the rule "analytic" without real images, a member that fails (see `drop_failing`).
         """
         work, first = self._work(trainer, module, datamodule)
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = model_cost(work, first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: model_cost(work, first))
         return model_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

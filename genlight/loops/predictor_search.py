@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genlight.errors import UserError, in_config
-from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.predictor_cost import predictor_cost
 from genlight.loops.predictor_report import predictor_result
@@ -104,9 +104,7 @@ class PredictorSearch:
         """
         work = self._work(trainer, module, datamodule)
         first = first_validation(trainer, module, datamodule)
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = predictor_cost(work, first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: predictor_cost(work, first))
         return predictor_result(work, first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

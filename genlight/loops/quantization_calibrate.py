@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import measured
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
 from genlight.loops.quantization_report import FULL, quantization_result
@@ -162,9 +162,7 @@ class QuantizationCalibration:
         if hasattr(module.metrics, "keep_reference"):
             module.metrics.keep_reference()  # the videos of full precision
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = calibrated_cost(work, first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: calibrated_cost(work, first))
         return quantization_result(work, own, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

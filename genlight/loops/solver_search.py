@@ -14,7 +14,7 @@ from typing import Any, Literal
 from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.presets import PRESETS
 from genlight.diffusion.solver.spacings import SPACINGS, End
-from genlight.loops.cost import ESTIMATE, announce, first_validation
+from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
@@ -116,9 +116,7 @@ class SolverSearch:
         first = first_validation(trainer, module, datamodule)
         self._check(first.logged)
         work = SolverWork(self, CandidateTrainer(trainer), module, datamodule)
-        with work.evaluations.display.phase(ESTIMATE):
-            predicted = solver_cost(work, first)
-        announce(trainer, predicted)
+        predicted = announced(trainer, lambda: solver_cost(work, first))
         return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], first.logged, predicted)
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ from torch import nn
 
 from genlight.errors import UserError
 from genlight.modules.artifact_kind import told_kind
-from genlight.modules.pretrained import component_folder, downloaded, first_line, read_object
+from genlight.modules.pretrained import STORED, component_folder, downloaded, first_line, read_object, stored_dtype
+from genlight.reports.origin import HUB_ID
 
 # what a model is called that is no part of a pipeline
 ALONE = "network"
 _LIBRARIES = ("diffusers", "transformers")
-_STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_STORED = {**STORED, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def read_outline(source: str) -> Outline:
     """
     folder = Path(source)
     if not folder.is_dir():
-        if folder.exists() or not _HUB_ID.fullmatch(source):
+        if folder.exists() or not HUB_ID.fullmatch(source):
             raise UserError(f"module.pretrained = {source} is neither a folder nor a hub id")
         folder = downloaded(source, ["model_index.json", "*config.json"], where="module.pretrained = ")
     if not (folder / "model_index.json").is_file():
@@ -124,17 +123,6 @@ def _empty(folder: Path, config: Mapping[str, Any], make: Callable[[], nn.Module
         network = make()
     said = str(config.get("dtype") or config.get("torch_dtype"))
     known = {str(kind).removeprefix("torch."): kind for kind in _STORED.values()}
+    stored = stored_dtype(sorted(folder.glob("*.safetensors")), known=_STORED)
     # not the networks' own `to`, which warn of layers that a pipeline would keep in float32
-    return nn.Module.to(network, "meta", stored_dtype(folder) or known.get(said, torch.float32)).eval()
-
-
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The type of the first floating-point weight of a folder's safetensors; None without one."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - no mapping
-                if (found := _STORED.get(tensors.get_slice(key).get_dtype())) is not None:
-                    return found
-    return None
+    return nn.Module.to(network, "meta", stored or known.get(said, torch.float32)).eval()

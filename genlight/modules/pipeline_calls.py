@@ -8,7 +8,6 @@ import functools
 import hashlib
 import inspect
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +25,8 @@ from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.serialization import SolverBank, TableRecord
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
 from genlight.errors import UserError
-from genlight.modules.pretrained import first_line, local_folder, read_object, read_scheduler_config
+from genlight.modules.pretrained import first_line, local_folder, read_object, read_scheduler_config, stored_dtype
+from genlight.reports.origin import HUB_ID
 
 SchedulerChoice = str | type | functools.partial[Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,7 +50,6 @@ _DECIDED = {
     "output_type": "the module",
     "return_dict": "the module",
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_code: bool) -> Any:
@@ -78,7 +77,8 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
     if trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        found = stored_dtype(folder, variant) if dtype == "auto" else DTYPES[dtype]
+        files = [file for key in _NETWORKS for file in sorted((folder / key).glob("*.safetensors"))]
+        found = (stored_dtype(files, variant) or torch.float32) if dtype == "auto" else DTYPES[dtype]
         pipeline: Any = diffusers.DiffusionPipeline
         pipe = pipeline.from_pretrained(str(folder), use_safetensors=True, dtype=found, **given, **options)
     except Exception as error:  # diffusers, transformers, safetensors and torch each raise their own
@@ -96,7 +96,7 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
     Raises:
         UserError: neither a pipeline folder nor a pipeline of the hub in reach.
     """
-    if Path(source).exists() or not _HUB_ID.fullmatch(source):
+    if Path(source).exists() or not HUB_ID.fullmatch(source):
         return local_folder(source)  # which says what is wrong
     import diffusers
     from huggingface_hub import constants, get_session, hf_hub_download
@@ -119,20 +119,6 @@ def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: 
     with suppress(Exception):  # a model may have none
         hf_hub_download(source, "README.md", revision=folder.name)
     return folder
-
-
-def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
-    """The type of the first floating-point weight of the denoising network in a pipeline folder; float32 if none."""
-    from safetensors import safe_open
-
-    names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    files = [file for key in _NETWORKS for file in sorted((folder / key).glob("*.safetensors"))]
-    for file in [f for f in files if variant and f".{variant}" in f.name] or files:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - no mapping
-                if (found := names.get(tensors.get_slice(key).get_dtype())) is not None:
-                    return found
-    return torch.float32
 
 
 def _searched_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.schedulers import SEARCHED, build_scheduler, read_scheduler
 from genlight.errors import UserError
@@ -28,6 +30,8 @@ VAE_KEYS = ("vae", "vqvae")
 # the scheduler of a consistency model, which is no solver of a diffusion model
 CONSISTENCY = "CMStochasticIterativeScheduler"
 RECORD = "genlight.json"
+# how safetensors calls the types of floating-point weights
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -336,6 +340,32 @@ def _check_same(what: str, found: Network, wanted: Network, hint: str = "") -> N
     one, two = ({"class": type(network).__name__, **plain_config(network)} for network in (found, wanted))
     if different := differences(one, two):
         raise UserError(f"{what}: {first_of(different)}{hint}")
+
+
+def stored_dtype(
+    files: Sequence[Path], variant: str | None = None, known: Mapping[str, torch.dtype] = STORED
+) -> torch.dtype | None:
+    """The type of the first floating-point weight in files of safetensors; None if there is none.
+
+    Args:
+        files: in their order; where some are of the variant, those alone count.
+        variant: such as "fp16", part of the names of files.
+        known: types that count, by the names of safetensors.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in [f for f in files if variant and f".{variant}" in f.name] or files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - no mapping
+                    if (found := known.get(tensors.get_slice(key).get_dtype())) is not None:
+                        return found
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged: {first_line(error)}") from error
+    return None
 
 
 def read_object(path: Path) -> dict[str, Any]:

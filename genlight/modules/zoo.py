@@ -33,13 +33,13 @@ from genlight.modules.pretrained import (
     load_network,
     read_object,
     read_scheduler_config,
+    stored_dtype,
 )
 from genlight.modules.scheduled_denoiser import largest
+from genlight.reports.origin import HUB_ID
 
 # keys under which pipelines have their denoising network, in the order in which they are looked for
 COMPONENTS = ("transformer", "unet", "prior")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def source_folder(name: str, entry: ZooEntry) -> Path:
         UserError: there is none, a fit has not finished, or files are damaged.
     """
     folder = Path(entry.source)
-    if not folder.exists() and _HUB_ID.fullmatch(entry.source):
+    if not folder.exists() and HUB_ID.fullmatch(entry.source):
         return _from_hub(name, entry)
     if (folder / "run.json").is_file():
         folder = folder / "artifact"
@@ -224,7 +224,8 @@ def _read_member(name: str, entry: ZooEntry, allowed: tuple[str, ...], dtype: to
     index = read_object(root / "model_index.json") if (root / "model_index.json").is_file() else {}
     folder = _network_folder(name, entry, root, index)
     try:
-        found = dtype or stored_type(folder, entry.variant) if entry.dtype == "auto" else DTYPES[entry.dtype]
+        stored = stored_dtype(sorted(folder.glob("*.safetensors")), entry.variant)
+        found = dtype or stored or torch.float32 if entry.dtype == "auto" else DTYPES[entry.dtype]
         options: dict[str, Any] = {"variant": entry.variant} if entry.variant else {}
         class_name = str(read_object(folder / "config.json").get("_class_name"))
         network = load_network(folder, class_name, allowed, dtype=found, **options)
@@ -249,22 +250,6 @@ def _network_folder(name: str, entry: ZooEntry, root: Path, index: Mapping[str, 
     if "_class_name" not in read_object(folder / "config.json"):
         raise UserError(f"members.{name}: {folder} is no network of diffusers{told_kind(folder)}")
     return folder
-
-
-def stored_type(folder: Path, variant: str | None = None) -> torch.dtype:
-    """The type of the first floating-point weight in a network's folder; float32 if there is none."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    for file in [f for f in files if variant and f".{variant}" in f.name] or files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - no mapping
-                    if (found := _STORED.get(tensors.get_slice(key).get_dtype())) is not None:
-                        return found
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged: {first_line(error)}") from error
-    return torch.float32
 
 
 def class_rows(network: Network) -> int | None:

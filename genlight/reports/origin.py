@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genlight.reports.report import WeightsRecord
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _ENDINGS = (".safetensors", ".ckpt")
 _PIECES, _PIECE_BYTES = 64, 4096
 
@@ -50,7 +50,7 @@ def _hub_commit(source: str) -> str | None:
     """The commit of a hub id that lies where downloads are kept; None for what does not."""
     from huggingface_hub import try_to_load_from_cache
 
-    if not _HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         return None
     found = (try_to_load_from_cache(source, name) for name in ("model_index.json", "config.json"))
     return next((Path(file).parent.name for file in found if isinstance(file, str)), None)

@@ -28,7 +28,7 @@ HANGS_SECONDS = 60.0
 _HANGS_KNOWN = 5
 # a device answers nothing more after such an error
 DEVICE_LOST = torch.AcceleratorError
-NO_FAULT = (DiskFullError, OSError, DEVICE_LOST)
+_NO_FAULT = (DiskFullError, OSError)
 # what gloo says of a process that is gone; it has no exception of its own
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
@@ -126,7 +126,7 @@ def in_one_batch(objective: BatchObjective[Candidate], time_limit_s: float | Non
             with _time_limit(None if limit is None else limit * count):
                 found = objective.evaluate_many([trial.candidate for trial in trials], fidelity)
             outcomes = [_outcome_of(evaluation) for evaluation in found]
-        except NO_FAULT:
+        except _NO_FAULT:
             raise
         except (Exception, CandidateTimeout) as error:
             if is_lost(error):
@@ -173,7 +173,7 @@ def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], pace
             raise CandidateTimeout
         pace.note(trial.fidelity, seconds)
         return _outcome_of(evaluation)
-    except NO_FAULT:
+    except _NO_FAULT:
         raise
     except CandidateTimeout:
         failure, text = Failure("timeout", late), traceback.format_exc()
