@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,12 +20,15 @@ class StepCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints, ``step-000250.ckpt`` and so on.
         every_n_train_steps: the interval, at least 1.
         save_top_k: how many of the newest are kept, -1 for all.
+        also_at: further steps that are saved.
 
     Raises:
         ValueError: a value out of range.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: int = 250, save_top_k: int = 2) -> None:
+    def __init__(
+        self, dirpath: str, every_n_train_steps: int = 250, save_top_k: int = 2, also_at: Sequence[int] = ()
+    ) -> None:
         if every_n_train_steps < 1:
             raise ValueError(f"callbacks.checkpoint.every_n_train_steps={every_n_train_steps} must be at least 1")
         if save_top_k < -1 or save_top_k == 0:
@@ -39,13 +43,15 @@ class StepCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             save_on_train_epoch_end=False,
         )
+        self._also_at = frozenset(also_at)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        due = trainer.global_step % self._every_n_train_steps == 0 or _is_last(trainer)
+        step = trainer.global_step
+        due = step % self._every_n_train_steps == 0 or step in self._also_at or _is_last(trainer)
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 

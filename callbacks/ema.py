@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
+from torch import Tensor
 from typing_extensions import override
 
 
@@ -19,6 +21,8 @@ class EMAWeightAveraging(lightning_callbacks.EMAWeightAveraging):
         decay: share of the average that stays at a step.
         update_starting_at_step: optimizer steps before the first update.
         device: where the average lies; None is the device that trains.
+        ramp: begin with a smaller share, min(decay, (1 + n) / (10 + n)) after n updates, so that the average of a short
+            training forgets how it began. n travels in the checkpoints.
         options: as Lightning's.
     """
 
@@ -27,11 +31,24 @@ class EMAWeightAveraging(lightning_callbacks.EMAWeightAveraging):
         decay: float = 0.999,
         update_starting_at_step: int | None = None,
         device: str | None = None,
+        ramp: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(device, decay=decay, update_starting_at_step=update_starting_at_step, **options)
+        if ramp:
+            self._kwargs["avg_fn"] = ramped_average(decay)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._device = self._device or trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+
+def ramped_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The next average of an average, the weights and the number of updates before, see `EMAWeightAveraging`."""
+
+    def average(kept: Tensor, weights: Tensor, updates: Tensor) -> Tensor:
+        share = ((1 + updates) / (10 + updates)).clamp(max=decay)
+        return share * kept + (1 - share) * weights
+
+    return average

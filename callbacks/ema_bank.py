@@ -22,6 +22,7 @@ from genlight.callbacks.checkpoint_collector import (
     training_length,
 )
 from genlight.checkpoints.ema_profiles import power_gamma, power_rate
+from genlight.checkpoints.mixing import free_bytes
 from genlight.checkpoints.trajectory import Average, save_average
 from genlight.checkpoints.writer import BackgroundWriter, TrajectoryWriter
 from genlight.errors import UserError
@@ -122,6 +123,7 @@ class EMABank(Callback):
             f"fewer power_snapshots ({self.power_snapshots} now; each takes {size(float32_bytes(shapes))} a width)"
         )
         check_room(self.dirpath, count, count, shapes, self.disk_limit, "ema_bank", way_out)
+        self._check_memory(weights, float32_bytes(shapes))
         self._averages = {key: [w.float().clone() for w in weights] for key in self._keys()}
         if self._saved is not None:
             self._restore(self._saved)
@@ -129,6 +131,15 @@ class EMABank(Callback):
             rank_zero_warn(
                 f"the checkpoint holds no averages of EMABank: they begin at step {self._last_step}, and "
                 "reconstructions from them will not be exact"
+            )
+
+    def _check_memory(self, weights: list[Tensor], copy: int) -> None:
+        """UserError where the averages, each of so many bytes, do not fit on the device of the weights."""
+        device, count = weights[0].device, len(self._keys())
+        if device.type in ("cpu", "cuda") and count * copy > (free := free_bytes(device)):
+            raise UserError(
+                f"the averages of EMABank take {size(count * copy)} of memory on {device}, where {size(free)} are "
+                f"free: fewer than {len(self.rates)} callbacks.ema_bank.rates, or callbacks.ema_bank=null"
             )
 
     def _keys(self) -> list[str]:

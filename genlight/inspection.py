@@ -17,7 +17,7 @@ from genlight.loops.expert_search import ExpertSearch
 from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_settings import formats_by_layer
 from genlight.modules.outline import ALONE, Outline, outline_of, read_outline
-from genlight.quantization.convert import layers_left_out, quantizable_layers
+from genlight.quantization.convert import GROUPED, is_grouped, layers_left_out, quantizable_layers
 from genlight.reports.inspection import Work, experts_text, layer_rows, layers_of, short, work_of
 from genlight.reports.report import result_table, size
 
@@ -93,19 +93,25 @@ def _verdicts(network: nn.Module, method: Any, refused: str) -> tuple[str, dict[
         return "can be quantized", can
     if refused:
         return "quantized", dict.fromkeys(layers, f"no: {refused}")
-    return "quantized", {name: _group(name, method) if said == "yes" else said for name, said in can.items()}
+    whole = method.balances or method.form.weight.needs_hessian
+    return "quantized", {
+        name: _group(name, method, whole and is_grouped(layers[name])) if said == "yes" else said
+        for name, said in can.items()
+    }
 
 
-def _group(layer: str, method: QuantizationCalibration) -> str:
+def _group(layer: str, method: QuantizationCalibration, grouped: bool) -> str:
     """The first group of a method whose pattern is found in the name, and its bits."""
     if re.search(method.keep, layer):
         return "no: method.keep"
+    if grouped:
+        return f"no: {GROUPED}"
     index = next((i for i, group in enumerate(method.groups) if re.search(group.pattern, layer)), None)
     if index is None:
         return "no: in none of method.groups"
     group, mixed = method.groups[index], method.mixed
-    weights = [group.weight_bits or method.weight_bits] if mixed is None else mixed.choices
-    inputs = (mixed and mixed.activation_choices) or [group.activation_bits or method.activation_bits]
+    weights, inputs = ([group.weight_bits or method.weight_bits], None) if mixed is None else mixed.choices_in(group)
+    inputs = inputs or [group.activation_bits or method.activation_bits]
     bits = [letter + "/".join(map(str, choices)) for letter, choices in (("W", weights), ("A", inputs))]
     return f"yes: group {index} ({group.metric}), {' '.join(bits)}"
 

@@ -22,6 +22,7 @@ from genlight.context import Run
 from genlight.errors import UserError
 from genlight.leaving import let_requeue
 from genlight.loops.result import MethodResult
+from genlight.modules.combined import other_sampler
 from genlight.recipes import Training, fit_where_missing
 from genlight.reports.cost import after_trainings, free_bytes, longer, network_macs, real_cost
 from genlight.reports.environment import environment
@@ -189,6 +190,10 @@ class Session:
         self._load_weights(self.module)
         self._prepare_data(draw)
         self._prepare_metrics()
+        given = self.run.plain["module"].get("pretrained") or self.run.plain["ckpt_path"]
+        if remark := other_sampler(given, self.module):
+            self.run.notes.append(remark)
+            print_line(f"warning: {remark}")
         # the setting is for validations inside a fit; a measurement takes everything
         self.trainer.limit_val_batches = 1.0
 

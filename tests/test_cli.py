@@ -90,6 +90,7 @@ ASKED = {
     "bench": ["module=predictor", "metrics=none"],
     "score_table": ["module=predictor", "metrics=none", "data.path=table.csv"],
     "data=text_tasks": ["module=causal_lm", "metrics=none", "module.pretrained=folder", "data.tasks={}"],
+    "data=hub_tasks": ["module=causal_lm", "metrics=none", "module.pretrained=folder"],
     "eep/mixtral": ["data.tasks={}"],
     "eep/deepseek": ["data.tasks={}"],
     "eep/gpt_oss": ["data.tasks={}"],

@@ -106,6 +106,7 @@ ELSEWHERE = {
     "oms/sd15": "loops/test_oms_pipeline.py",
     "eep/mixtral": "loops/test_eep.py",
     "dd/imagegpt": "loops/test_dd.py",
+    "dd/var_d16": "loops/test_dd.py",
 }
 
 

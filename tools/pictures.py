@@ -31,11 +31,11 @@ def dots(values: Mapping[str, Sequence[float]], ours: str, xlabel: str, path: Pa
 
 
 def by_name(pairs: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
-    """Values by name, without the number of a candidate at the end of it."""
+    """Values by name, without the number of a candidate at the end of it, or the rule that it began as."""
     found: dict[str, list[float]] = {}
     for name, value in pairs:
         if value is not None:
-            found.setdefault(re.sub(r" \d+$", "", name), []).append(float(value))
+            found.setdefault(re.sub(r"^(EEP \w+) .+$| \d+$", r"\1", name), []).append(float(value))
     return found
 
 

@@ -1,12 +1,15 @@
 """Combinations of LoRA checkpoints: of the products B A, not of the factors.
 
 Σ α_i B_i A_i is not (Σ α_i B_i)(Σ α_i A_i). The factors side by side, [α_1 B_1 … α_K B_K] and [A_1; …; A_K], are the
-sum exactly, with rank K r; a singular value decomposition cuts it back to rank r, which is the nearest there is.
+sum exactly, with rank K r; a singular value decomposition cuts it back to rank r, which is the nearest there is. Where
+there are more columns than a layer has rows, the products themselves are smaller: those of the basis are held instead.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from genlight.checkpoints.mixing import Checkpoints, Mixer, WeightMixer, as_rows
 
 # what the down factor A is called, and the up factor B beside it: peft, and both spellings of diffusers and others
 _DOWN = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up", "lora_embedding_A": "lora_embedding_B"}
+# of the decomposition of a whole product: columns beyond the rank, and passes that sharpen them
+_OVERSAMPLED, _ITERATIONS = 16, 2
 _PATTERN = re.compile("|".join(rf"(?<![A-Za-z_]){re.escape(down)}(?![A-Za-z_])" for down in _DOWN))
 
 
@@ -87,11 +92,74 @@ class FactorStack:
         root = values[:rank].sqrt()
         up = self.up_basis @ (u[:, :rank] * root)
         down = (root[:, None] * vh[:rank]) @ self.down_basis.T
-        short = rank - len(root)  # a layer smaller than the rank
-        if short > 0:
-            up = torch.cat([up, up.new_zeros(len(up), short)], dim=1)
-            down = torch.cat([down, down.new_zeros(short, down.shape[1])])
-        return LowRank(down, up, error)
+        return _padded(down, up, error, rank)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseStack:
+    """Products of the basis vectors less that of the newest member, which is held too; float32.
+
+    Attributes:
+        newest: B A of the newest member [out, in].
+        differences: [M - 1, out, in].
+        rank: r.
+    """
+
+    newest: Tensor
+    differences: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, factors: Callable[[int], tuple[Tensor, Tensor]], basis: Array) -> Self:
+        """Of the down and up factor of each member, read one member at a time.
+
+        Args:
+            factors: A_i [r, in, …] and B_i [out, r, …] of member i.
+            basis: weights of the basis vectors over members [M, K], the newest member by itself last.
+        """
+        down, up = factors(basis.shape[1] - 1)
+        newest = _product(down, up)
+        differences = newest.new_zeros(len(basis) - 1, *newest.shape)
+        for index, column in enumerate(basis[:-1, :-1].T):
+            difference = _product(*factors(index)) - newest
+            for row in np.flatnonzero(column).tolist():
+                differences[row].add_(difference, alpha=float(column[row]))
+        return cls(newest, differences, len(down))
+
+    def combine(self, coefficients: Array) -> LowRank:
+        """The product nearest to newest + Σ α_j difference_j, nearly; see `cut_back`."""
+        alpha = torch.from_numpy(coefficients).to(self.newest.device, torch.float32)
+        return cut_back(self.newest + torch.tensordot(alpha, self.differences, dims=1), self.rank)
+
+
+def cut_back(whole: Tensor, rank: int) -> LowRank:
+    """The product of this rank that is nearly the nearest to a matrix [out, in], by subspace iterations.
+
+    Halko, Martinsson & Tropp 2011, algorithm 4.4; the same product at each call.
+    """
+    size = min(*whole.shape, rank + _OVERSAMPLED)
+    sketch = torch.randn(whole.shape[1], size, generator=torch.Generator().manual_seed(0)).to(whole)
+    basis = torch.linalg.qr(whole @ sketch)[0]
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(whole @ torch.linalg.qr(whole.T @ basis)[0])[0]
+    u, values, vh = torch.linalg.svd(basis.T @ whole, full_matrices=False)
+    root = values[:rank].sqrt()
+    down, up = root[:, None] * vh[:rank], basis @ (u[:, :rank] * root)
+    norm = float(whole.norm())
+    return _padded(down, up, float((whole - up @ down).norm()) / norm if norm else 0.0, rank)
+
+
+def _padded(down: Tensor, up: Tensor, error: float, rank: int) -> LowRank:
+    """Factors with zeros up to the rank, in a layer that is smaller than it."""
+    short = rank - len(down)
+    if short > 0:
+        up = torch.cat([up, up.new_zeros(len(up), short)], dim=1)
+        down = torch.cat([down, down.new_zeros(short, down.shape[1])])
+    return LowRank(down, up, error)
+
+
+def _product(down: Tensor, up: Tensor) -> Tensor:
+    return up.float().reshape(len(up), -1) @ down.float().reshape(len(down), -1)
 
 
 def combine_factors(downs: Sequence[Tensor], ups: Sequence[Tensor], weights: Array, rank: int | None = None) -> LowRank:
@@ -149,12 +217,21 @@ class LoraMixer:
         with torch.inference_mode(False), torch.no_grad():
             self._original = {name: tensor.detach().clone() for name, tensor in self._live.items()}
             device = self._live[trajectory.names[0]].device
-            self._stacks = {
-                down: FactorStack.of(
-                    *([trajectory.read(i, name).to(device) for i in self._members] for name in (down, up))
-                )
-                for down, up in self._pairs
-            }
+            self._stacks = {down: self._stack(down, up, device) for down, up in self._pairs}
+
+    def _stack(self, down: str, up: str, device: torch.device) -> FactorStack | DenseStack:
+        """What combinations of a layer are made of: whichever is smaller, the factors or the products of the basis."""
+
+        def factors(index: int) -> tuple[Tensor, Tensor]:
+            one, other = (self.trajectory.read(index, name).to(device) for name in (down, up))
+            return one, other
+
+        shapes = self.trajectory.shapes
+        rank, rows, columns = shapes[down][0], shapes[up][0], math.prod(shapes[down][1:])
+        parts = len(self._members) * rank
+        if parts <= min(rows, columns) or self.coordinates.size * rows * columns > 2 * parts * (rows + columns):
+            return FactorStack.of(*zip(*map(factors, self._members), strict=True))
+        return DenseStack.of(factors, self.coordinates.basis)
 
     def attach(self, live: nn.Module | Mapping[str, Tensor]) -> None:
         """Write into these weights from now on. ValueError where they do not fit the trajectory."""
@@ -169,6 +246,7 @@ class LoraMixer:
     def mix_members(self, weights: Array) -> None:
         """Write the combination with weights [G, K] or [K] over members. ValueError as in `WeightMixer.mix_members`."""
         rows = member_rows(weights, self.num_groups, len(self._members))
+        free = self.coordinates.from_members(rows) if self.coordinates.holds(rows) else None
         with torch.inference_mode(False), torch.no_grad():
             for down, up in self._pairs:
                 row = rows[self._group[down]]
@@ -179,7 +257,7 @@ class LoraMixer:
                     self._write(up, self.trajectory.read(index, up))
                     self.truncation[down] = 0.0
                     continue
-                mixed = self._stacks[down].combine(row)
+                mixed = self._combined(down, up, row, None if free is None else free[self._group[down]])
                 self._write(down, mixed.down)
                 self._write(up, mixed.up)
                 self.truncation[down] = mixed.error
@@ -189,6 +267,19 @@ class LoraMixer:
                 for index in np.flatnonzero(row[:-1]).tolist():
                     total.add_(self.trajectory.read_difference(index, name), alpha=float(row[index]))
                 self._write(name, total)
+
+    def _combined(self, down: str, up: str, row: Array, free: Array | None) -> LowRank:
+        """A layer with weights over members, and the coefficients that they are in the basis if it holds them."""
+        stack = self._stacks[down]
+        if isinstance(stack, FactorStack):
+            return stack.combine(row)
+        if free is not None:
+            return stack.combine(free)
+        whole = stack.newest.clone()
+        for index in np.flatnonzero(row[:-1]).tolist():
+            factors = (self.trajectory.read(index, name).to(whole.device) for name in (down, up))
+            whole.add_(_product(*factors) - stack.newest, alpha=float(row[index]))
+        return cut_back(whole, stack.rank)
 
     def restore(self) -> None:
         """Put the weights back, bit for bit, that were there when the mixer was made."""

@@ -22,6 +22,7 @@ from genlight.errors import UserError
 
 # Columns of 16-bit differences that are widened at once: on a CPU the widened block should stay in its cache
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 15, 1 << 20
+_SMALL_ON_CPU = 1 << 28  # bytes
 
 
 class Checkpoints(Protocol):
@@ -82,7 +83,8 @@ class WeightMixer:
     Differences of the basis vectors to the newest member are held as one matrix [M - 1, P] on the device of the
     weights where it fits; else, and for weights over members outside the basis, members are read file by file, one
     parameter at a time. For the latter a GPU with room for it holds the members themselves too, from the first such
-    combination on: copying each parameter of each member would take far longer than what is then measured.
+    combination on, and a CPU those of a small network: reading each parameter of each member would take longer than
+    what is then measured.
 
     Attributes:
         resident: whether the differences are held on the device.
@@ -231,11 +233,12 @@ class WeightMixer:
 
     @cached_property
     def _member_differences(self) -> Tensor | None:
-        """Differences of all members to the newest [K - 1, P], on a GPU that has room for them; else None."""
-        if self._differences is None or not self._holds_members_on(self.device):
+        """Differences of all members to the newest [K - 1, P], where there is room for them; else None."""
+        if self._differences is None:
             return None
         rows, kind = len(self.trajectory.members) - 1, self._differences.dtype
-        if rows * self._ends[-1] * kind.itemsize > self._room_for_members:
+        needed = rows * self._ends[-1] * kind.itemsize
+        if needed > min(self._room_for_members, self._most_members_on(self.device)):
             return None
         with torch.inference_mode(False), torch.no_grad():
             matrix = torch.empty(rows, self._ends[-1], dtype=kind, device=self.device)
@@ -245,9 +248,9 @@ class WeightMixer:
         return matrix
 
     @staticmethod
-    def _holds_members_on(device: torch.device) -> bool:
-        # a CPU reads them from the cache of files
-        return device.type != "cpu"
+    def _most_members_on(device: torch.device) -> float:
+        # a CPU reads larger ones from the cache of files
+        return _SMALL_ON_CPU if device.type == "cpu" else math.inf
 
     def _mix_held(self, differences: Tensor, rows: Array) -> None:
         """Write newest + rows [G, N] × differences [N, P]."""

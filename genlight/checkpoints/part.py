@@ -49,6 +49,11 @@ class TrajectoryPart:
         """Of the whole, and how far it is read."""
         return f"{self.whole.fingerprint}/{len(self.members)}"
 
+    @property
+    def damaged(self) -> Any:
+        """Why members of the whole were left out."""
+        return getattr(self.whole, "damaged", ())
+
     def read(self, index: int, name: str, /) -> Tensor:
         """A parameter of a member, float32 on the CPU."""
         return self.whole.read(range(len(self.members))[index], name)

@@ -7,12 +7,11 @@ replaced in one step after the files it names are whole, so that a killed writer
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -279,7 +278,29 @@ def average_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(Path(folder).glob("rate-*.safetensors"))
 
 
-def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Average]:
+def check_averages(folder: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Compare what the headers of a folder's averages say with what each must hold: the files are not read.
+
+    Raises:
+        CorruptFileError: names the file whose header is damaged, or that holds other parameters.
+    """
+    wanted = {name: (tuple(shape), "F32") for name, shape in shapes.items()}
+    for path in average_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        except (SafetensorError, OSError) as error:
+            raise io.CorruptFileError(f"{path} is truncated or altered: {error}") from None
+        for name in sorted({*found, *wanted}):
+            if found.get(name) != wanted.get(name):
+                raise io.CorruptFileError(
+                    f"{path} belongs to another trajectory: parameter {name!r}; callbacks.ema_bank.parameters of the "
+                    "training must be that of the collector, else move the folder of averages away"
+                )
+
+
+def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> list[Average]:
     """The averages of a folder by ascending rate; empty where there is none.
 
     Args:
@@ -289,18 +310,12 @@ def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int
     Raises:
         CorruptFileError: names the file that is damaged, or holds other parameters.
     """
+    check_averages(folder, shapes)
     averages = []
     for path in average_files(folder):
         tensors, labels = io.load_tensors(path)
         try:
-            average = Average(float(labels["rate"]), int(labels["step"]), tensors)
+            averages.append(Average(float(labels["rate"]), int(labels["step"]), tensors))
         except (KeyError, ValueError):
             raise io.CorruptFileError(f"{path} is not a moving average of genlight") from None
-        names = sorted(tensors.keys() ^ shapes.keys())
-        names += [name for name in tensors if name in shapes and tuple(tensors[name].shape) != tuple(shapes[name])]
-        if names or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-            raise io.CorruptFileError(
-                f"{path} belongs to another trajectory: parameter {(names or list(tensors))[0]!r}"
-            )
-        averages.append(average)
     return sorted(averages, key=lambda average: average.rate)

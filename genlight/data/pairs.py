@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from genlight.data.cache import default_cache_folder, fingerprint_of
 from genlight.data.image_datamodule import ImageDataModule
@@ -33,6 +34,8 @@ from genlight.reports.cost import Phase
 
 # shards that a dry run makes; the first one warms up
 _TRIED = 3
+# pairs for each class below which a warning is due
+_FEW = 20
 
 
 class PairsDataModule(LightningDataModule):
@@ -77,6 +80,8 @@ class PairsDataModule(LightningDataModule):
         with in_config("data"):
             scales = None if guidance_range is None else check_guidance_range(guidance_range)
             self.settings = PairSettings(num_pairs, seed, shard_size, steps, method, scales)
+            if num_pairs < (images.num_classes or 1):
+                raise ValueError(f"num_pairs = {num_pairs} must be at least {images.num_classes}, one for each class")
         self.images = images
         self.name, self.class_names = f"pairs-{images.name}", images.class_names
         self.image_shape, self.num_classes = images.image_shape, images.num_classes
@@ -138,15 +143,38 @@ class PairsDataModule(LightningDataModule):
         self.images.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Before a fit, make this process's share of the pairs on its device; Lightning waits for all processes."""
+        """Before a fit, make this process's share of the pairs on its device; Lightning waits for all processes.
+
+        Raises:
+            UserError: the device has no memory for a shard.
+        """
         self.images.trainer = self.trainer
-        if stage == "fit":
-            rank, world_size = self._place()
-            device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-            if self.dry_run and (missing := missing_shards(self._folder, self.settings)):
-                self._make_few(device, -(-len(missing) // world_size))
-                return
-            make_pairs(self._folder, self.teacher, self.settings, device=device, rank=rank, world_size=world_size)
+        count, classes = self.settings.num_pairs, self.num_classes or 1
+        if count < _FEW * classes:
+            rank_zero_warn(
+                f"data.num_pairs = {count} are {count / classes:.3g} for each of {classes} classes, fewer than {_FEW}: "
+                "little to learn from, and little to count independent tokens in"
+            )
+        if stage != "fit":
+            return
+        teacher = self.teacher
+        try:
+            self._make(torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"memory on the device does not suffice for the {self.settings.shard_size} pairs of a shard: lower "
+                "data.shard_size (shards of another size are made anew)"
+            ) from error
+        finally:
+            # training does without: the student's module has a teacher of its own
+            teacher.to("cpu")
+
+    def _make(self, device: torch.device) -> None:
+        rank, world_size = self._place()
+        if self.dry_run and (missing := missing_shards(self._folder, self.settings)):
+            self._make_few(device, -(-len(missing) // world_size))
+            return
+        make_pairs(self._folder, self.teacher, self.settings, device=device, rank=rank, world_size=world_size)
 
     def _make_few(self, device: torch.device, shards: int) -> None:
         """Instead of so many shards make a few, and time them."""

@@ -37,11 +37,14 @@ class Encoder:
         tokenizer: of transformers.
         max_length: most tokens of a question with its answer.
         truncate: cut longer questions at their beginning; False: they are an error.
+        chat: put questions, with the solved examples, into a turn of the user by the tokenizer's chat template. Answers
+            begin the turn of the model, without `answer_prefix`.
     """
 
     tokenizer: Any
     max_length: int
     truncate: bool = False
+    chat: bool = False
 
     @property
     def pad_id(self) -> int:
@@ -62,9 +65,12 @@ class Encoder:
             UserError: the question is longer than `max_length`, or has no tokens.
         """
         where = f"data.tasks.{example.task}: the question {example.prompt[:60]!r}"
-        prompt = shots + example.prompt
-        whole = [tuple(self.tokenizer(prompt + task.answer_prefix + option).input_ids) for option in example.options]
-        start = min(_common(tuple(self.tokenizer(prompt).input_ids), ids) for ids in whole)
+        prompt, prefix = shots + example.prompt, task.answer_prefix
+        if self.chat:
+            turns = [{"role": "user", "content": prompt}]
+            prompt, prefix = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
+        whole = [self._tokens(prompt + prefix + option) for option in example.options]
+        start = min(_common(self._tokens(prompt), ids) for ids in whole)
         context, options = whole[0][:start], tuple(ids[start:] for ids in whole)
         if not context or not all(options):
             raise UserError(f"{where} or an answer to it has no tokens")
@@ -76,6 +82,10 @@ class Encoder:
                 + ("" if self.truncate else ": raise it, or set data.truncate=true to cut the beginning of prompts")
             )
         return Encoded(context[max(excess, 0) :], options)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        # a chat template writes the tokens that stand before all text itself
+        return tuple(self.tokenizer(text, add_special_tokens=not self.chat).input_ids)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

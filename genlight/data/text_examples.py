@@ -30,6 +30,9 @@ class TextTask:
         prompt: template of the question, with the names of fields in braces.
         answer: field of the right answer. Of a choice: its number from 0, its text, or its letter (A is the first). Of
             a generation: the text, or a list of texts of which each is right.
+        answer_labels: what choices are called in the field of the answer, in their order: a list, or the field with one
+            (ARC: "choices.label"; WinoGrande: ["1", "2"]). None: as ``answer`` says.
+        unanswerable: right answer of a generation whose row holds none (SQuAD 2).
         choices: for "classification" the texts; for "multiple_choice" the field with a list of texts, or one template
             for each text.
         answer_prefix: what stands between prompt and answer.
@@ -52,6 +55,8 @@ class TextTask:
     prompt: str
     answer: str
     choices: str | tuple[str, ...] | None = None
+    answer_labels: str | tuple[str | int, ...] | None = None
+    unanswerable: str | None = None
     answer_prefix: str = " "
     path: str | None = None
     dataset: str | None = None
@@ -78,6 +83,8 @@ class TextTask:
                 raise ValueError(f"choices must be two or more different texts, got {self.choices!r}")
         if self.kind == "multiple_choice" and not self.choices:
             raise ValueError("choices must be the name of a field with a list, or one template for each choice")
+        if (self.answer_labels if self.kind == "generation" else self.unanswerable) is not None:
+            raise ValueError("answer_labels are for choices, and unanswerable is for kind=generation")
         if self.extract is not None:
             _check_pattern(self.extract, self.kind)
         if self.num_shots < 0 or self.max_new_tokens < 1:
@@ -148,6 +155,8 @@ def _example(name: str, task: TextTask, row: Row, where: str) -> Example:
     references: tuple[str, ...] = ()
     if task.kind == "generation":
         given = value if isinstance(value, list | tuple) else [value]
+        if task.unanswerable is not None and all(item in (None, "") for item in given):
+            given = [task.unanswerable]
         references = tuple(_text_of(item, f"{where}: the answer in {task.answer}") for item in given)
         if not references:
             raise UserError(f"{where}: the field {task.answer} holds no answer")
@@ -157,7 +166,8 @@ def _example(name: str, task: TextTask, row: Row, where: str) -> Example:
         options, label = references[:1], 0
     else:
         options = _options(task, row, where)
-        label = label_of(value, options, where)
+        named = task.answer_labels is not None
+        label = _named(task, row, value, options, where) if named else label_of(value, options, where)
     group = prompt if task.group is None else str(field_of(row, task.group, where))
     key = hashlib.sha256("\x1f".join([prompt, *options, str(label)]).encode()).hexdigest()
     # a .csv file has texts only
@@ -190,6 +200,18 @@ def label_of(value: Any, options: Sequence[str], where: str) -> int:
     if not 0 <= number < len(options):
         raise UserError(f"{where}: the answer {value!r} is none of the choices {', '.join(map(repr, stripped))}")
     return number
+
+
+def _named(task: TextTask, row: Row, value: Any, options: Sequence[str], where: str) -> int:
+    """Number of the right option, which is given by what the options are called."""
+    labels = task.answer_labels
+    found = labels if isinstance(labels, tuple) else field_of(row, str(labels), where)
+    names = [str(name).strip() for name in found] if isinstance(found, list | tuple) else []
+    if len(set(names)) != len(options) or len(names) != len(options):
+        raise UserError(f"{where}: answer_labels must be {len(options)} different names of the choices, got {found!r}")
+    if str(value).strip() not in names:
+        raise UserError(f"{where}: the answer {value!r} is none of the answer_labels {', '.join(names)}")
+    return names.index(str(value).strip())
 
 
 def field_of(row: Row, name: str, where: str) -> Any:
@@ -255,7 +277,9 @@ def split_of(group: str, shares: Mapping[str, float]) -> str:
 
 
 def split_examples(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[str, list[Example]]:
-    """The examples of one task by split, each in an order that the content of the examples decides.
+    """The examples of one task by split, each in an order that the content of the examples decides, copies last.
+
+    So the first of a split are alike in all of them: a search asks altered copies only where the others do not suffice.
 
     Raises:
         UserError: the same question in two splits, because rows of different groups are equal.
@@ -272,4 +296,4 @@ def split_examples(examples: Sequence[Example], shares: Mapping[str, float]) -> 
             )
         if not (example.altered and split in ("select", "report")):
             result[split].append(example)
-    return {name: sorted(found, key=lambda example: example.key) for name, found in result.items()}
+    return {name: sorted(found, key=lambda one: (one.altered, one.key)) for name, found in result.items()}

@@ -41,6 +41,7 @@ class TextTaskDataModule(SeededDataModule):
         num_samples: questions of one evaluation; None: all of the draw.
         seed: of the training order.
         draw: "search", "select" or "report".
+        chat_template: ask as in a chat, by the template that the tokenizer brings along; see `Encoder`.
 
     Raises:
         ValueError: a value out of range.
@@ -63,6 +64,7 @@ class TextTaskDataModule(SeededDataModule):
         num_samples: int | None = None,
         seed: int = 0,
         draw: str = "report",
+        chat_template: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -78,6 +80,7 @@ class TextTaskDataModule(SeededDataModule):
         if unknown := sorted(set(self.evaluate) - set(self.tasks)):
             raise ValueError(f"data.evaluate names {', '.join(unknown)}, tasks are {', '.join(self.tasks) or 'none'}")
         self.tokenizer_source, self.max_length, self.truncate = tokenizer, max_length, truncate
+        self.chat_template = chat_template
         self.shares, self.batch_size, self.eval_batch_size = dict(shares), batch_size, eval_batch_size
         self.seed, self.draw = seed, check_draw(draw)
         self._limit = num_samples
@@ -176,7 +179,7 @@ class TextTaskDataModule(SeededDataModule):
         }
         plain = {name: repr(task) for name, task in self.tasks.items()}
         facts = [self.name, keys, plain, tokenizer_digest(self.tokenizer), self.max_length, self.truncate]
-        return fingerprint_of(facts)
+        return fingerprint_of([*facts, self.tokenizer.chat_template] if self.chat_template else facts)
 
     def train_dataloader(self) -> TrainLoader:
         examples = self.examples("train")
@@ -226,7 +229,9 @@ class TextTaskDataModule(SeededDataModule):
         return [dealt[batch] for batch in places]
 
     def _encoder(self, reserved: int = 0) -> Encoder:
-        return Encoder(self.tokenizer, self.max_length - reserved, self.truncate)
+        if self.chat_template and not self.tokenizer.chat_template:
+            raise UserError("data.chat_template=true, but the tokenizer brings no template along, as chat models do")
+        return Encoder(self.tokenizer, self.max_length - reserved, self.truncate, self.chat_template)
 
     def _encode(self, encoder: Encoder, split: str, index: int) -> Encoded:
         key = (split, index)

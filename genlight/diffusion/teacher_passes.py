@@ -1,13 +1,13 @@
 """Tokens of a student of Distilled Decoding with some passes of its teacher, and what needs no student at all.
 
 Everything here is a function of the same noise: where a token is drawn from a distribution, the flow carries its noise
-to a code (`genlight.diffusion.flow_codes`).
+to a code (`genlight.diffusion.flow_codes`). The teacher's passes are in its own precision, whatever autocast says: one
+token that another rounding decides otherwise changes all after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def teacher_involved(
     if first > 1:
         known = ends_of(teacher.group_sizes)[first - 1]
         prefix = few_steps(student, codebook, noise, labels).tokens[:, :known]
-    tokens = decode(teacher, labels, settings, choose, prefix, last - 1)
+    with torch.autocast(noise.device.type, enabled=False):
+        tokens = decode(teacher, labels, settings, choose, prefix, last - 1)
     if last > num_groups:
         return Decoded(tokens, functional.embedding(tokens, codebook))
     return few_steps(student, codebook, noise, labels, (last - 1,), tokens=tokens)
@@ -92,51 +93,68 @@ def refine(
     """
     codebook = teacher.codebook
     for _ in range(passes):
-        probabilities = parallel_probabilities(teacher, tokens, labels, settings)
+        with torch.autocast(noise.device.type, enabled=False):
+            probabilities = parallel_probabilities(teacher, tokens, labels, settings)
         logarithms = probabilities.flatten(0, 1).log()
         _, moved = transport(noise.flatten(0, 1), logarithms, codebook, steps=steps, method=method)
         tokens = moved.view_as(tokens)
     return Decoded(tokens, functional.embedding(tokens, codebook))
 
 
-@dataclass(frozen=True)
 class Marginals:
-    """How often each code stands at each place, for every class or for all together: [classes or 1, N, V].
+    """How often each code stands at each place, in the tokens of a class or in all.
 
     Tokens drawn from it are the best that independent tokens can be ("onestep*" in arXiv 2510.21003, appendix E.5).
+    Counted are the classes of a batch, when they are asked for: a table of all of them, [classes, N, V], can be larger
+    than memory.
+
+    Args:
+        tokens: [M, N], kept on the CPU.
+        num_codes: V.
+        labels: [M], for each class apart; None: all together.
     """
 
-    probabilities: Tensor
+    def __init__(self, tokens: Tensor, num_codes: int, labels: Tensor | None = None) -> None:
+        self.tokens, self.num_codes = tokens.cpu(), num_codes
+        self.labels = None if labels is None else labels.cpu()
+        self._asked: tuple[tuple[torch.device, list[int]], Tensor] | None = None
 
-    @classmethod
-    def of(cls, tokens: Tensor, num_codes: int, labels: Tensor | None = None) -> Marginals:
-        """Counted in tokens [M, N]; with labels [M], for each class.
+    def frequencies(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares [K, N, V] of codes, on the device of the labels [B], and which of the K belongs to each label, [B].
+
+        Those that were asked for last are kept.
 
         Raises:
             ValueError: a class without tokens.
         """
-        rows = torch.zeros(len(tokens), dtype=torch.long) if labels is None else labels.long().cpu()
-        counts = torch.zeros(int(rows.max()) + 1, tokens.shape[1], num_codes)
-        place = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-        index = (rows[:, None].expand_as(tokens), place, tokens.long().cpu())
-        counts.index_put_(index, torch.ones(()), accumulate=True)
-        total = counts.sum(-1, keepdim=True)
-        if not (total > 0).all():
-            raise ValueError(f"labels: class {int((total[:, 0, 0] == 0).nonzero()[0])} must have tokens")
-        return cls(counts / total)
+        classes, index = (torch.zeros_like(labels) if self.labels is None else labels).unique(return_inverse=True)
+        key = labels.device, classes.tolist()
+        if self._asked is None or self._asked[0] != key:
+            self._asked = key, torch.stack([self._counted(each).to(labels.device) for each in key[1]])
+        return self._asked[1], index
+
+    def _counted(self, label: int) -> Tensor:
+        """[N, V], of one class."""
+        tokens = self.tokens if self.labels is None else self.tokens[self.labels == label]
+        if not len(tokens):
+            raise ValueError(f"labels: class {label} must have tokens")
+        length = tokens.shape[1]
+        codes = tokens.long() + self.num_codes * torch.arange(length)
+        counts = codes.flatten().bincount(minlength=length * self.num_codes)
+        return counts.view(length, self.num_codes).float() / len(tokens)
 
     def sample(self, codebook: Tensor, noise: Tensor, labels: Tensor, steps: int = 32) -> Decoded:
         """Independent tokens from noise [B, N, C] and labels [B]."""
-        rows = labels.cpu() if len(self.probabilities) > 1 else torch.zeros(len(labels), dtype=torch.long)
-        logarithms = self.probabilities[rows].log().to(noise.device)
-        _, tokens = transport(noise.flatten(0, 1), logarithms.flatten(0, 1), codebook, steps=steps)
+        shares, index = self.frequencies(labels)
+        logarithms = shares.log()[index].flatten(0, 1)
+        _, tokens = transport(noise.flatten(0, 1), logarithms, codebook, steps=steps)
         tokens = tokens.view(noise.shape[:2])
         return Decoded(tokens, functional.embedding(tokens, codebook))
 
     def likeliest(self, labels: Tensor) -> Tensor:
         """The most frequent code of each place, [B, N]."""
-        rows = labels.cpu() if len(self.probabilities) > 1 else torch.zeros(len(labels), dtype=torch.long)
-        return self.probabilities.argmax(-1)[rows].to(labels.device)
+        shares, index = self.frequencies(labels)
+        return shares.argmax(-1)[index]
 
 
 def stopped_early(tokens: Tensor, group_sizes: Sequence[int], num_groups: int, filling: Tensor | None) -> Tensor:

@@ -1,11 +1,14 @@
 """Pruning and merging the experts of a live model, again and again, and giving it back bit for bit."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from genlight.checkpoints.mixing import free_bytes
 from genlight.experts.families import Routing, check_count, family_of, find_blocks, renormalises, routing_of
 from genlight.experts.layer import ExpertLayer, LayerEdit
 from genlight.experts.maps import LayerMaps, chosen_rows, is_identity, selection_maps
@@ -133,6 +136,22 @@ class ExpertEditor:
             ValueError: an unknown layer, or maps that do not fit it or the routing.
         """
         return self._set(maps, self._routing(num_experts_per_tok, ungroup))
+
+    @contextmanager
+    def keeping_merged(self) -> Iterator[None]:
+        """Merge each layer once for many passes, such as the tokens of an answer, where a device has room for that.
+
+        As much again is left for the passes. Afterwards the merged experts are let go.
+        """
+        needed: Counter[torch.device] = Counter()
+        for layer in self.layers.values():
+            needed[layer.device] += layer.merged_bytes
+        with ExitStack() as ending:
+            if all(device.type in ("cpu", "cuda") and 2 * n <= free_bytes(device) for device, n in needed.items()):
+                for layer in self.layers.values():
+                    ending.callback(layer.keep, layer.keep_merged)
+                    layer.keep(True)
+            yield
 
     def experts_left(self) -> dict[str, int]:
         """E' of every layer."""

@@ -9,7 +9,7 @@ expert are moved.
 | mixtral | [2I, H] gate above up, [H, I] | softmax, renormalised over the chosen |
 | qwen2_moe, qwen3_moe, olmoe | the same | softmax, renormalised if `norm_topk_prob` |
 | deepseek_v2 | the same | softmax, never renormalised, times `routed_scaling_factor`; groups if `topk_method` says so |
-| deepseek_v3 | the same | sigmoid, chosen with a correction bias, by groups; renormalised if `norm_topk_prob` |
+| deepseek_v3 | the same | sigmoid, chosen with a correction bias, always by groups; renormalised if `norm_topk_prob` |
 | gpt_oss | [H, 2I] gate and up in turn, [I, H], each with a bias | softmax over the chosen logits, router with a bias |
 
 Shared experts (qwen2_moe, deepseek_v2, deepseek_v3) see every token and are never touched.
@@ -50,6 +50,7 @@ class Family:
         renormalises: whether the chosen scores are divided by their sum; None: as `config.norm_topk_prob` says.
         top_first: the softmax is over the chosen logits only.
         min_group: experts that a group needs for its score (top-2 sum: 2); 0 where routing knows no groups.
+        groups_if: `config.topk_method` with which routing is by groups; "": it always is, whatever stands there.
     """
 
     model_type: str
@@ -64,6 +65,7 @@ class Family:
     renormalises: bool | None = None
     top_first: bool = False
     min_group: int = 0
+    groups_if: str = ""
 
 
 FAMILIES = (
@@ -71,7 +73,7 @@ FAMILIES = (
     Family("qwen2_moe", "num_experts"),
     Family("qwen3_moe", "num_experts"),
     Family("olmoe", "num_experts"),
-    Family("deepseek_v2", "n_routed_experts", renormalises=False, min_group=1),
+    Family("deepseek_v2", "n_routed_experts", renormalises=False, min_group=1, groups_if="group_limited_greedy"),
     Family(
         "deepseek_v3",
         "n_routed_experts",
@@ -131,8 +133,8 @@ def family_of(config: Any) -> Family:
 def routing_of(config: Any, family: Family) -> Routing:
     """How the model routes as its config stands."""
     per_token = int(config.num_experts_per_tok)
-    limited = family.min_group and getattr(config, "topk_method", "group_limited_greedy") == "group_limited_greedy"
-    if not limited or (config.n_group or 1) == 1:
+    grouped = family.min_group and (not family.groups_if or config.topk_method == family.groups_if)
+    if not grouped or (config.n_group or 1) == 1:
         return Routing(per_token)
     return Routing(per_token, int(config.n_group), int(config.topk_group))
 

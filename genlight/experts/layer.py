@@ -52,19 +52,30 @@ class ExpertLayer:
     def __init__(self, name: str, block: nn.Module, family: Family, num_experts: int, keep_merged: bool) -> None:
         """
         Raises:
-            ValueError: a tensor is not whole on this process (sharded, offloaded).
+            ValueError: a tensor is not whole on this process (sharded, offloaded), or there are others beside those
+                that the family names, such as the scales of quantized experts.
         """
         self.name, self.family, self.num_experts, self.keep_merged = name, family, num_experts, keep_merged
         self.router: nn.Module = getattr(block, family.router)
         self.experts: nn.Module = block.get_submodule("experts")
         for tensor_name, tensor in {**self.weights(), **self.router_rows()}.items():
             _check_whole(f"{name}: {tensor_name}", tensor, num_experts)
+        self._check_named()
         self.edit: LayerEdit | None = None
         self._handles: list[Any] = []
         self._own: dict[nn.Module, dict[str, Any]] = {}
         self._merged: dict[str, Tensor] | None = None
         # the old expert behind each new one, int64 [E'], where no weights are mixed
         self._origin: Tensor | None = None
+
+    def _check_named(self) -> None:
+        held = {**dict(self.experts.named_parameters(recurse=False)), **dict(self.experts.named_buffers(recurse=False))}
+        others = [key for key, value in held.items() if value.ndim and len(value) == self.num_experts]
+        if unknown := sorted(set(others) - set(self.weights())):
+            raise ValueError(
+                f"{self.name}: its experts hold {', '.join(unknown)} too, which {self.family.model_type} does not "
+                "name: quantized experts cannot be edited; load the model with its weights unpacked"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +121,20 @@ class ExpertLayer:
                 self.experts.register_forward_pre_hook(self._enter_experts),
                 self.experts.register_forward_hook(self._leave_experts, **always),
             ]
+
+    @property
+    def merged_bytes(self) -> int:
+        """Of the merged experts; 0 where none are merged."""
+        if self.edit is None or self._origin is not None:
+            return 0
+        whole = sum(tensor.nbytes for tensor in self.weights().values())
+        return whole * self.edit.maps.num_experts // self.num_experts
+
+    def keep(self, merged: bool) -> None:
+        """Hold merged experts from now on, or let them go."""
+        self.keep_merged = merged
+        if not merged:
+            self._merged = None
 
     def expert_output(self, expert: int, inputs: Tensor) -> Tensor:
         """What one expert, without edits, makes of every token: [T, H] from inputs [T, H]."""

@@ -49,15 +49,15 @@ def combination_cost(work: CheckpointWork, first: FirstValidation) -> CostEstima
     whole = report_line(work.evaluations, work.module, work.datamodule).seconds(work.datamodule.num_samples)
     work.space.restore()
     of_kind = Counter(name.split(" ")[0] for name in work.baselines)
-    kinds = len(of_kind) + len(work.searched_kinds)
-    averages = 0 if work.averages is None else len(average_files(work.averages))
-    kept = settings.finalists * len(work.searched_kinds) + min(averages, BEST_OF_KIND)
-    kept += sum(min(count, BEST_OF_KIND) for count in of_kind.values())
+    averages = (0 if work.averages is None else len(average_files(work.averages)), len(work.post_hoc))
+    kinds = len(of_kind) + len(work.searched_kinds) + sum(map(bool, averages))
+    kept = settings.finalists * len(work.searched_kinds)
+    kept += sum(min(count, BEST_OF_KIND) for count in (*averages, *of_kind.values()))
     choice = [line.scaled(value, method.select / settings.fidelity) / shares for value in every]
     phases += [
-        Phase(TRACKING, tuple(value / shares for value in every), averages),
+        Phase(TRACKING, tuple(value / shares for value in every), sum(averages)),
         Phase(CHOICE, tuple(choice), kept),
-        Phase(REPORT, tuple(whole * value / fmean(every) / shares for value in every), kinds + bool(averages)),
+        Phase(REPORT, tuple(whole * value / fmean(every) / shares for value in every), kinds),
     ]
     if method.gradient is not None:
         step = line.each * _PASSES * method.gradient.samples / shares

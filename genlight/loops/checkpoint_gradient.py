@@ -60,8 +60,15 @@ class GradientDescent:
                 f"method.gradient needs a consistency model with module.num_inference_steps=1, not "
                 f"{type(module).__name__} with {steps}"
             )
+        if module.vae is not None:
+            raise UserError("method.gradient does not go through the decoder of a VAE: set it to null")
         if not isinstance(metrics, GenerativeMetrics) or objective.removeprefix("val/") != metrics.name_of("fd"):
             raise UserError(f"method.gradient needs a Fréchet distance as method.objective, not {objective}")
+        if metrics.extractor.is_inception:
+            raise UserError(
+                "method.gradient: Inception features are of images rounded to 256 levels, which have no gradient: set "
+                "it to null, or choose the features of a classifier (metrics)"
+            )
 
 
 @torch.inference_mode(False)  # a validation step is in that mode, in which nothing has gradients

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genlight import io
-from genlight.checkpoints.trajectory import Average
+from genlight.loops.checkpoint_remarks import remarks_after
 from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
 from genlight.loops.result import MethodResult
+from genlight.modules.combined import COEFFICIENTS, sampler_of
 from genlight.modules.generation import GRID_IMAGES
 from genlight.reports.coefficients_figure import weights_over_steps
 from genlight.reports.cost import CostEstimate
@@ -24,7 +25,6 @@ from genlight.search.spaces.checkpoint_coefficients import Combination
 if TYPE_CHECKING:
     from torch import Tensor
 
-COEFFICIENTS = "coefficients.json"
 _KIND, _VERSION = "checkpoint_coefficients", 1
 
 
@@ -41,20 +41,26 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
     for variant in variants:
         best.setdefault(variant.kind, variant)
     winner = min((best[kind] for kind in (LCSC, GRADIENT) if kind in best), key=lambda variant: variant.select)
+    chosen = min(variants, key=lambda variant: (variant.select, variant is not winner))
     order = sorted(best.values(), key=lambda variant: (variant is not winner, variant.select))
     with work.evaluations.timing(REPORT):
         found = in_turn(work.evaluations, [partial(work.report, variant.weights) for variant in order])
     rows = [_row(work, variant, values) for variant, values in zip(order, found, strict=True)]
     if work.runner.main:
         _pictures(work, best)
+    remarks = remarks_after(work, winner)
     work.space.restore()
     name = work.method.objective.removeprefix("val/")
     usual = rows[1] if len(rows) > 1 else rows[0]  # in the order of the select draw
     last = next((row for row in rows if row["kind"] == "last"), usual)
     headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
+    kept = next(row for row in rows if row["weights"] == chosen.name)
+    headline[f"{name}_artifact"] = kept[name]
     notes = [
         f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
         f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}",
+        *([] if chosen is winner else [_not_found(chosen, winner)]),
+        *remarks,
         *work.runner.notes,
     ]
     return MethodResult(
@@ -64,7 +70,14 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         notes=notes,
         predicted=predicted,
         spent=work.evaluations.spent,
-        save=lambda folder, module: save_artifact(work, winner, rows, folder, module),
+        save=lambda folder, _: save_artifact(work, chosen, rows, folder),
+    )
+
+
+def _not_found(chosen: Variant, winner: Variant) -> str:
+    return (
+        f"the search found nothing better: on the select draw {chosen.name} is better than {winner.name}, and the "
+        f"artifact holds {chosen.name}"
     )
 
 
@@ -101,30 +114,35 @@ def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
 
 
 def _weights(work: CheckpointWork, variant: Variant) -> np.ndarray[Any, Any]:
-    if isinstance(variant.weights, Average):
+    if not isinstance(variant.weights, Combination):
         raise TypeError("an average that was tracked in training has no weights over checkpoints")
     return work.space.weights(variant.weights)
 
 
-def save_artifact(
-    work: CheckpointWork, winner: Variant, rows: Sequence[Mapping[str, Any]], folder: Path, module: Any
-) -> None:
-    """The module with the combined weights, and the combination as JSON beside it."""
-    assert isinstance(winner.weights, Combination)
-    work.space.apply(module, winner.weights)
-    module.save_pretrained(folder)
+def save_artifact(work: CheckpointWork, chosen: Variant, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The module with the chosen weights, and what they are made of as JSON beside it.
+
+    "weights" are over checkpoints, a row for each group; null where the training itself tracked the average.
+    """
+    work.apply(chosen.weights)
+    work.module.save_pretrained(folder)
     space, trajectory = work.space, work.space.trajectory
+    combination = chosen.weights if isinstance(chosen.weights, Combination) else None
     content = {
         "kind": _KIND,
         "version": _VERSION,
+        "name": chosen.name,
         "steps": [member.last_step for member in trajectory.members],
         "groups": list(space.groups),
-        "weights": space.weights(winner.weights).tolist(),
+        "weights": None if combination is None else space.weights(combination).tolist(),
         "basis": repr(space.basis),
-        "coefficients": [list(row) for row in winner.weights.coefficients],
+        "over": None if combination is None else combination.over,
+        "coefficients": None if combination is None else [list(row) for row in combination.coefficients],
         "trajectory": trajectory.fingerprint,
         "objective": work.method.objective,
-        "num_inference_steps": getattr(module, "num_inference_steps", None),
+        "num_inference_steps": getattr(work.module, "num_inference_steps", None),
+        "sampler": sampler_of(work.module),
+        "seeds": {"search": work.method.settings.seed, "noise": getattr(work.datamodule, "seed", None)},
         "scores": [dict(row) for row in rows],
     }
     io.atomic_write_json(folder / COEFFICIENTS, content)

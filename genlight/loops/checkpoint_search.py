@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from genlight.callbacks.timing import print_line
 from genlight.checkpoints.bases import Basis, GeometricBins, group_of_names
+from genlight.checkpoints.files import FileTrajectory, paths_of
+from genlight.checkpoints.importing import import_checkpoints
 from genlight.checkpoints.mixing import check_names
 from genlight.checkpoints.part import TrajectoryPart
-from genlight.checkpoints.trajectory import Trajectory
+from genlight.checkpoints.trajectory import INDEX_FILE, Trajectory
 from genlight.errors import UserError, in_config
 from genlight.loops.checkpoint_cost import combination_cost
 from genlight.loops.checkpoint_gradient import GradientDescent
+from genlight.loops.checkpoint_remarks import remarks_before
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
 from genlight.loops.cost import announced, first_validation
@@ -32,6 +36,8 @@ from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficient
 
 # where the collector of a run writes
 TRAJECTORY = "trajectory"
+# where checkpoints of the trainer are gathered, in the run folder
+_IMPORTED = "imported"
 
 
 class CheckpointSearch:
@@ -39,7 +45,9 @@ class CheckpointSearch:
 
     Args:
         search: how combinations are chosen and how many are measured.
-        trajectory: folder that `callbacks=collector` wrote; null: `trajectory` in the run that ckpt_path names.
+        trajectory: folder that `callbacks=collector` wrote; null: `trajectory` in the run that ckpt_path names. A list:
+            checkpoints that other programs saved, as `FileTrajectory.open` takes them, or ``.ckpt`` files of a fit.
+        skip_damaged: leave damaged checkpoints out instead of ending with an error.
         ckpt_path: of the command.
         objective: name of a metric that validate logs, such as "val/fd_digits".
         mode: "min", or "max" for a metric where more is better.
@@ -63,7 +71,7 @@ class CheckpointSearch:
         self,
         search: SearchSettings,
         objective: str,
-        trajectory: str | None = None,
+        trajectory: str | Sequence[str] | None = None,
         ckpt_path: str | None = None,
         mode: Literal["min", "max"] = "min",
         until: int | None = None,
@@ -75,6 +83,7 @@ class CheckpointSearch:
         random_search: bool = True,
         gradient: GradientDescent | None = None,
         device_bytes: int | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         if not isinstance(search, SearchSettings):
             raise ValueError("method=lcsc searches: choose how by search=lcsc (or genetic, random)")
@@ -83,10 +92,12 @@ class CheckpointSearch:
         if mode not in ("min", "max"):
             raise ValueError(f"method.mode = {mode!r} must be min or max")
         self.settings, self.objective, self.mode = search, objective, mode
-        self.folder = trajectory if trajectory is not None else ckpt_path and str(Path(ckpt_path) / TRAJECTORY)
+        self.places: tuple[str, ...] = () if trajectory is None or isinstance(trajectory, str) else tuple(trajectory)
+        own = ckpt_path and str(Path(ckpt_path) / TRAJECTORY)
+        self.folder = None if self.places else trajectory if isinstance(trajectory, str) else own
         self.until, self.basis, self.groups, self.signed = until, basis or GeometricBins(), tuple(groups), signed
         self.singles, self.select, self.random_search = singles, select, random_search
-        self.gradient, self.device_bytes = gradient, device_bytes
+        self.gradient, self.device_bytes, self.skip_damaged = gradient, device_bytes, skip_damaged
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
         """Measure what is known, search, choose, and report on noise and images that had no part in it.
@@ -95,7 +106,7 @@ class CheckpointSearch:
             UserError: no trajectory, weights that are sharded or do not fit it, a metric that is not logged.
             CorruptFileError: a checkpoint that is damaged or of another training.
         """
-        space = self.space(module)
+        space = self.space(trainer, module)
         first = first_validation(trainer, module, datamodule)
         work = self._work(trainer, module, datamodule, space, first.logged)
         predicted = announced(trainer, lambda: combination_cost(work, first))
@@ -103,11 +114,11 @@ class CheckpointSearch:
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Measure three combinations, and multiply."""
-        space = self.space(module)
+        space = self.space(trainer, module)
         first = first_validation(trainer, module, datamodule, dry=True)
         return combination_cost(self._work(trainer, module, datamodule, space, first.logged), first)
 
-    def space(self, module: Any) -> CheckpointCoefficients:
+    def space(self, trainer: Any, module: Any) -> CheckpointCoefficients:
         """The space of the run's checkpoints."""
         module.configure_model()
         if quantized_layers(module):
@@ -115,17 +126,11 @@ class CheckpointSearch:
                 "method=lcsc: the network of the module is quantized, and a linear combination of codes means nothing: "
                 "combine the checkpoints first, then quantize"
             )
-        if self.folder is None:
-            raise UserError("method=lcsc combines the checkpoints of a run: give ckpt_path=<its folder>")
-        if not Path(self.folder).is_dir():
-            raise UserError(
-                f"{self.folder} is not there: train with callbacks=collector, which saves the checkpoints to combine, "
-                "or name their folder by method.trajectory"
-            )
-        trajectory = Trajectory.open(self.folder)
+        trajectory = self._trajectory(trainer, module)
         part = trajectory if self.until is None else TrajectoryPart(trajectory, self.until)
         if len(part.members) < 3:
-            raise UserError(f"{self.folder} holds {len(part.members)} checkpoints; a combination needs three or more")
+            where = self.folder or list(self.places)
+            raise UserError(f"{where} holds {len(part.members)} checkpoints; a combination needs three or more")
         with in_config("method"):
             space = CheckpointCoefficients(
                 part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
@@ -133,6 +138,33 @@ class CheckpointSearch:
             group_of_names(part.names, self.groups)
         require_capability(module, LiveWeights, space, ("every generator and language model of genlight",))
         return space
+
+    def _trajectory(self, trainer: Any, module: Any) -> Trajectory | FileTrajectory:
+        """The checkpoints, opened and checked."""
+        if self.places:
+            return self._from_files(trainer, module)
+        if self.folder is None:
+            raise UserError("method=lcsc combines the checkpoints of a run: give ckpt_path=<its folder>")
+        if not Path(self.folder).is_dir():
+            raise UserError(
+                f"{self.folder} is not there: train with callbacks=collector, which saves the checkpoints to combine, "
+                "or name their folder by method.trajectory"
+            )
+        return Trajectory.open(self.folder, skip_damaged=self.skip_damaged)
+
+    def _from_files(self, trainer: Any, module: Any) -> Trajectory | FileTrajectory:
+        """Checkpoints of other programs where they lie; those of the trainer are gathered in the run folder first."""
+        live = module.live_weights()
+        if not all(place.endswith(".ckpt") for place in self.places):
+            buffers = [name for name, _ in module.named_buffers()]
+            return FileTrajectory.open(self.places, live, buffers, skip_damaged=self.skip_damaged)
+        if trainer.world_size > 1:
+            raise UserError("method.trajectory: .ckpt files are gathered by one process: use trainer.devices=1")
+        folder = Path(trainer.default_root_dir) / _IMPORTED
+        if (folder / INDEX_FILE).is_file():  # of the run that is resumed
+            return Trajectory.open(folder)
+        trained = [name for name, weight in live.items() if weight.requires_grad]
+        return import_checkpoints(paths_of(self.places), folder, trained)
 
     def _work(
         self, trainer: Any, module: Any, datamodule: Any, space: CheckpointCoefficients, logged: dict[str, float]
@@ -145,4 +177,10 @@ class CheckpointSearch:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         with in_config("method.trajectory"):
             check_names(space.trajectory, module.live_weights())
-        return CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))
+        work = CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))
+        work.check_averages()
+        remarks = remarks_before(work)
+        work.runner.notes += remarks
+        for remark in remarks * work.runner.main:
+            print_line(f"warning: {remark}")
+        return work

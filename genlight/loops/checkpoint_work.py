@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genlight.checkpoints.baselines import baseline_candidates
-from genlight.checkpoints.trajectory import Average, read_averages
+from genlight.checkpoints.post_hoc import PostHocEMA, post_hoc_averages
+from genlight.checkpoints.trajectory import Average, check_averages, read_averages
 from genlight.errors import UserError
 from genlight.loops.checkpoint_gradient import descended
 from genlight.loops.cost import CHOICE
@@ -29,11 +31,15 @@ from genlight.search.spaces.checkpoint_coefficients import CheckpointCoefficient
 if TYPE_CHECKING:
     from genlight.loops.checkpoint_search import CheckpointSearch
 
-LCSC, RANDOM, TRACKED, GRADIENT = "LCSC", "random search", "tracked ema", "gradient"
+LCSC, RANDOM, GRADIENT = "LCSC", "random search", "gradient"
+TRACKED, POST_HOC = "tracked ema", "post-hoc ema"
 # of each kind of baseline, how many are looked at again on noise that did not choose them
 BEST_OF_KIND = 3
 _RANDOM_GENERATION = 20
 TRACKING, DESCENT = "tracked averages", "gradient descent"  # in the account of time
+
+
+Weights = Combination | Average | PostHocEMA
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,13 @@ class Variant:
     Attributes:
         name: e.g. "ema 3.16".
         kind: e.g. "ema", "LCSC".
-        weights: a combination, or an average that was tracked in training.
+        weights: a combination, or an average that was tracked in training or made of such.
         search, select: scores on these draws, lower is better.
     """
 
     name: str
     kind: str
-    weights: Combination | Average
+    weights: Weights
     search: float
     select: float = float("nan")
 
@@ -126,6 +132,17 @@ class CheckpointWork:
         folder = self.method.folder
         return None if self.method.until is not None or folder is None else Path(folder) / "ema"
 
+    @cached_property
+    def post_hoc(self) -> list[PostHocEMA]:
+        """Averages of other lengths, made of those that the training saved on its way."""
+        return [] if self.averages is None else post_hoc_averages(self.averages, self.space.trajectory.shapes)
+
+    def check_averages(self) -> None:
+        """CorruptFileError for averages that are damaged or of other parameters; only headers are read."""
+        if self.averages is not None:
+            check_averages(self.averages, self.space.trajectory.shapes)
+        self.post_hoc  # noqa: B018 - opens them
+
     def search(self) -> list[Variant]:
         """All searches, and the best of every kind with both scores; the winner of each kind comes first.
 
@@ -174,17 +191,19 @@ class CheckpointWork:
         return kept
 
     def _tracked(self) -> list[Variant]:
-        """The best averages that the training tracked."""
+        """The best averages that the training tracked, and of those that are made of what it saved on its way."""
         if self.averages is None:
             return []
-        shapes = {name: tuple(shape) for name, shape in self.space.trajectory.shapes.items()}
-        averages = read_averages(self.averages, shapes)
-        scores = self.judge(averages, "search", self.method.settings.fidelity)
-        named = [
-            Variant(f"{TRACKED} {average.rate:.6g}", TRACKED, average, score)
-            for average, score in zip(averages, scores, strict=True)
-        ]
-        return sorted(named, key=lambda variant: variant.search)[:BEST_OF_KIND]
+        tracked = read_averages(self.averages, self.space.trajectory.shapes)
+        kept: list[Variant] = []
+        for kind, named in (
+            (TRACKED, {f"{TRACKED} {average.rate:.6g}": average for average in tracked}),
+            (POST_HOC, {f"{POST_HOC} {average.sigma_rel:.3g}": average for average in self.post_hoc}),
+        ):
+            scores = self.judge(list(named.values()), "search", self.method.settings.fidelity)
+            found = [Variant(name, kind, named[name], score) for name, score in zip(named, scores, strict=True)]
+            kept += sorted(found, key=lambda variant: variant.search)[:BEST_OF_KIND]
+        return kept
 
     def _descended(self) -> list[Variant]:
         """What gradient descent makes of the newest checkpoint and of the best combination."""
@@ -201,7 +220,7 @@ class CheckpointWork:
             for number, (each, score) in enumerate(zip(found, scores, strict=True))
         ]
 
-    def apply(self, weights: Combination | Average) -> None:
+    def apply(self, weights: Weights) -> None:
         """Write weights into the module."""
         if isinstance(weights, Combination):
             self.space.apply(self.module, weights)
@@ -212,25 +231,26 @@ class CheckpointWork:
             for name, value in weights.tensors.items():
                 live[name].copy_(value)
 
-    def judge(self, weights: Sequence[Combination | Average], draw: str, count: int) -> list[float]:
+    def judge(self, weights: Sequence[Weights], draw: str, count: int) -> list[float]:
         """Scores on a draw, lower is better; infinite where a measurement fails."""
         objective = self.objective(draw)
 
-        def one(given: Combination | Average) -> float:
+        def one(given: Weights) -> float:
             try:
-                return self.measured(objective, given, count).score
+                score = self.measured(objective, given, count).score
             except (ValueError, FloatingPointError, RuntimeError):
-                return float("inf")
+                return math.inf
+            return math.inf if math.isnan(score) else score
 
         pieces: list[Callable[[], float]] = [partial(one, each) for each in weights]
         return in_turn(self.evaluations, pieces)
 
-    def measured(self, objective: MetricObjective, weights: Combination | Average, count: int) -> Evaluation:
+    def measured(self, objective: MetricObjective, weights: Weights, count: int) -> Evaluation:
         """The score and the metrics of weights on so many samples."""
         self.apply(weights)
         return objective.evaluate_applied(count)
 
-    def report(self, weights: Combination | Average) -> dict[str, float]:
+    def report(self, weights: Weights) -> dict[str, float]:
         """Every metric on the report draw, against the real images that had no part in the search."""
         objective = self.objective("report")
         found = self.measured(objective, weights, self.datamodule.num_samples).facts

@@ -39,6 +39,7 @@ class DecodingCurve:
             kind.
         refine: passes of the teacher after the student's one.
         skip: by how many groups the teacher stops early; null: a sixth, a third and a half of them.
+        skip_zeros: further rows where zeros, not the likeliest codes, take the place of what is left out.
         latency_batches: batch sizes whose time is measured; none: no time is.
         quantized: of "w8", "w8a8" and "w4": the student in so many bits, each a row and a folder of the artifact.
 
@@ -53,6 +54,7 @@ class DecodingCurve:
         involved: Sequence[Sequence[int]] | None = None,
         refine: Sequence[int] = (1, 2, 4, 8),
         skip: Sequence[int] | None = None,
+        skip_zeros: bool = False,
         latency_batches: Sequence[int] = (1, 16, 256),
         quantized: Sequence[str] = (),
     ) -> None:
@@ -64,7 +66,7 @@ class DecodingCurve:
         if unknown := [name for name in quantized if name not in FORMATS]:
             raise ValueError(f"method.quantized = {list(quantized)}: {unknown[0]} must be one of {', '.join(FORMATS)}")
         self.involved = None if involved is None else [(int(first), int(last)) for first, last in involved]
-        self.refine, self.skip = tuple(refine), None if skip is None else tuple(skip)
+        self.refine, self.skip, self.skip_zeros = tuple(refine), None if skip is None else tuple(skip), skip_zeros
         self.latency_batches, self.quantized = tuple(latency_batches), tuple(quantized)
 
     def run(self, trainer: Any, module: Any, datamodule: Any) -> MethodResult:
@@ -86,8 +88,15 @@ class DecodingCurve:
             with work.evaluations.timing(LATENCIES):
                 *times, decoder = work.latencies()
             rows = [row | time for row, time in zip(rows, times, strict=True)]
-            words = ", ".join(f"{value:.3g} ms at batch {name.removeprefix('ms_')}" for name, value in decoder.items())
-            notes.append(f"ms_n is the time for the tokens of a batch of n; the decoder takes besides {words}")
+            words = ", ".join(
+                f"{value:.3g} ms at batch {name.removeprefix('ms_')}"
+                for name, value in decoder.items()
+                if value is not None
+            )
+            notes.append(
+                "ms_n is the time for the tokens of a batch of n (none: memory ran out); the decoder takes besides "
+                f"{words or 'more memory than there is'}"
+            )
         if trainer.is_global_zero:
             _pictures(work, found, rows, Path(trainer.default_root_dir) / "figures")
         return MethodResult(
@@ -117,7 +126,7 @@ class DecodingCurve:
         if evaluations.sharded:
             raise UserError("method=dd needs the whole student in each process: use strategy=auto or strategy=ddp")
         flow, pairs = datamodule.settings, datamodule.pairs
-        choices = Choices(self.involved, self.refine, self.skip, flow.steps, flow.method)
+        choices = Choices(self.involved, self.refine, self.skip, flow.steps, flow.method, self.skip_zeros)
         num_codes, groups = len(module.teacher.model.codebook), len(module.teacher.model.group_sizes)
         with in_config("method"):
             for first, last in choices.involved_in(groups, module.timesteps):
@@ -126,9 +135,9 @@ class DecodingCurve:
             if any(count >= groups for count in choices.skip_of(groups)):
                 raise ValueError(f"skip = {list(choices.skip_of(groups))} must be less than {groups}")
             labels = torch.arange(len(pairs)) % pairs.num_classes
-            by_class = Marginals.of(pairs.tokens, num_codes, labels)
             quantized = {name: quantized_student(module.student, FORMATS[name]) for name in self.quantized}
-        variants = variants_of(module, choices, by_class, Marginals.of(pairs.tokens, num_codes))
+        by_class, together = Marginals(pairs.tokens, num_codes, labels), Marginals(pairs.tokens, num_codes)
+        variants = variants_of(module, choices, by_class, together)
         variants += quantized_variants(module, quantized)
         return CurveWork(evaluations, module, datamodule, variants, self.latency_batches, quantized)
 

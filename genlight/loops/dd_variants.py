@@ -30,7 +30,8 @@ class Variant:
 
     Attributes:
         name: e.g. "student, 2 steps".
-        kind: "teacher", "student", "vectors", "teacher involved", "refined", "skip", "onestep" or "quantized".
+        kind: "teacher", "student", "vectors", "teacher involved", "refined", "skip", "skip with zeros", "onestep" or
+            "quantized".
         calls: of a network for one batch, one after the other.
         decode: noise [B, N, C] and labels [B] to tokens; fewer than N where the teacher stops and nothing is filled in.
         megabytes: of the network, 10⁶ bytes, where a student alone is called.
@@ -52,6 +53,7 @@ class Choices:
         refine: passes of the teacher after the student's one.
         skip: by how many groups the teacher stops early; None: a sixth, a third and a half of them.
         steps, method: of the flow from noise to tokens.
+        skip_zeros: whether zeros take the place of what is left out, in further rows.
     """
 
     involved: Sequence[tuple[int, int]] | None
@@ -59,6 +61,7 @@ class Choices:
     skip: Sequence[int] | None
     steps: int
     method: Method
+    skip_zeros: bool = False
 
     def involved_in(self, num_groups: int, timesteps: Sequence[int]) -> list[tuple[int, int]]:
         """The teacher up to where the student's second step begins, and the teacher alone for the last quarter."""
@@ -78,8 +81,8 @@ def variants_of(
     module: DistilledDecodingModule, choices: Choices, marginals: Marginals, unconditional: Marginals
 ) -> list[Variant]:
     """All of them, the teacher first; `marginals` are those of each class."""
-    teacher, settings = module.teacher.model, module.settings
-    groups, codebook, megabytes = len(teacher.group_sizes), teacher.codebook, tensor_bytes(module.student) / 1e6
+    groups, settings = len(module.teacher.model.group_sizes), module.settings
+    megabytes = tensor_bytes(module.student) / 1e6
     found = [Variant(TEACHER, "teacher", groups, _teacher(module, choices, groups))]
     for name, seed in _SEEDS.items():
         found.append(Variant(name, "teacher", groups, _drawn(module, seed)))
@@ -94,7 +97,7 @@ def variants_of(
     for first, last in choices.involved_in(groups, module.timesteps):
 
         def involved(noise: Tensor, label: Tensor, first: int = first, last: int = last) -> Decoded:
-            choose = _flow(module, choices, noise)
+            choose, teacher = _flow(module, choices, noise), module.active_teacher.model
             return teacher_involved(module.told_student(), teacher, settings, noise, label, choose, first, last)
 
         calls = (first > 1) + (last - first) + (last <= groups)
@@ -103,16 +106,21 @@ def variants_of(
 
         def refined(noise: Tensor, label: Tensor, passes: int = passes) -> Decoded:
             guess = module.decode_noise(noise, label, timesteps=(0,), split_timestep=groups).tokens
+            teacher = module.active_teacher.model
             return refine(teacher, settings, noise, label, guess, passes, choices.steps, choices.method)
 
         found.append(Variant(f"student + {passes} passes of the teacher", "refined", 1 + passes, refined))
     for count in choices.skip_of(groups):
         kept = groups - count
         found.append(Variant(f"skip-{count}", "skip", kept, _stopped(module, choices, marginals, kept)))
+        # what is left out of a sum of scales is nothing but zeros
+        if choices.skip_zeros and not isinstance(module.teacher.model.quantizer, ResidualQuantizer):
+            zeros = _with_zeros(module, choices, kept)
+            found.append(Variant(f"skip-{count}, zeros", "skip with zeros", kept, zeros))
     for name, of in (("onestep*, by class", marginals), ("onestep*", unconditional)):
 
         def independent(noise: Tensor, label: Tensor, of: Marginals = of) -> Decoded:
-            return of.sample(codebook, noise, label, choices.steps)
+            return of.sample(module.teacher.model.codebook, noise, label, choices.steps)
 
         found.append(Variant(name, "onestep", 1, independent))
     return found
@@ -124,11 +132,12 @@ def _flow(module: DistilledDecodingModule, choices: Choices, noise: Tensor) -> C
 
 
 def _teacher(module: DistilledDecodingModule, choices: Choices, num_groups: int) -> Callable[[Tensor, Tensor], Decoded]:
-    """The teacher by the flow from noise, group after group."""
+    """The teacher by the flow from noise, group after group, without autocast: the function that made the pairs."""
 
     def run(noise: Tensor, label: Tensor) -> Decoded:
-        model = module.teacher.model
-        tokens = decode(model, label, module.settings, _flow(module, choices, noise), num_groups=num_groups)
+        model = module.active_teacher.model
+        with torch.autocast(noise.device.type, enabled=False):
+            tokens = decode(model, label, module.settings, _flow(module, choices, noise), num_groups=num_groups)
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
 
     return run
@@ -141,7 +150,7 @@ def _drawn(module: DistilledDecodingModule, seed: int) -> Callable[[Tensor, Tens
     def run(noise: Tensor, label: Tensor) -> Decoded:
         if noise.device not in generators:
             generators[noise.device] = torch.Generator(noise.device).manual_seed(seed)
-        model = module.teacher.model
+        model = module.active_teacher.model
         tokens = decode(model, label, module.settings, multinomial(generators[noise.device]))
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
 
@@ -169,5 +178,17 @@ def _stopped(
         filling = None if sums else marginals.likeliest(label)
         tokens = stopped_early(run_teacher(noise, label).tokens, model.group_sizes, kept, filling)
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
+
+    return run
+
+
+def _with_zeros(module: DistilledDecodingModule, choices: Choices, kept: int) -> Callable[[Tensor, Tensor], Decoded]:
+    """The teacher's first groups, and zeros as the vectors of all others."""
+    run_teacher = _teacher(module, choices, kept)
+
+    def run(noise: Tensor, label: Tensor) -> Decoded:
+        first = run_teacher(noise, label)
+        missing = noise.shape[1] - first.tokens.shape[1]
+        return Decoded(first.tokens, functional.pad(first.vectors, (0, 0, 0, missing)))
 
     return run

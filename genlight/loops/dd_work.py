@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.benchmark import Timer
 from genlight.loops.cost import FirstValidation, artifact_of, method_cost, timed
 from genlight.loops.dd_variants import DRAWN, TEACHER, Variant
 from genlight.loops.evaluation import CandidateTrainer, in_turn, noise_of
-from genlight.memory import Halves
+from genlight.memory import Halves, free_memory
 from genlight.metrics.tokens import agreement, bigram_distance, grid_size_of, negative_log_likelihood
 from genlight.modules.generation import GRID_IMAGES
 from genlight.nets.dd_student import Student
@@ -28,6 +29,8 @@ _PROBES = (16, 64)
 VARIANTS, LATENCIES = "variants", "latencies"  # in the account of time
 # seconds over which one latency is measured, at least
 _TIMED = 0.3
+# milliseconds by ``ms_<batch size>``
+Latencies = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ class CurveWork:
             self.evaluations, [partial(self._inside, self._one, each, noise, label) for each in self.variants]
         )
 
-    def latencies(self) -> list[dict[str, float]]:
-        """Milliseconds that tokens take, by ``ms_<batch size>``; then those of the decoder, which all need besides."""
+    def latencies(self) -> list[Latencies]:
+        """Milliseconds that tokens take, by ``ms_<batch size>``; then those of the decoder, which all need besides.
+
+        A batch that memory does not suffice for has none, and a warning.
+        """
         noise, label = self.noise(min(max(self.latency_batches, default=1), self.datamodule.num_samples))
         pieces = [partial(self._inside, self._times, each, noise, label) for each in self.variants]
         pieces.append(partial(self._inside, self._decoder_times, noise, label))
         steps = self.evaluations.display.counted(pieces)
         # by the first process alone: several at a time would slow each other down
-        found: list[list[dict[str, float]]] = in_turn(self.evaluations, [lambda: [piece() for piece in steps]])
+        found: list[list[Latencies]] = in_turn(self.evaluations, [lambda: [piece() for piece in steps]])
         return found[0]
 
     def row(self, variant: Variant, found: Measured, teacher: Measured, drawn: Measured) -> dict[str, Any]:
@@ -161,7 +167,7 @@ class CurveWork:
         decoded: Decoded = variant.decode(noise[part].to(module.device), classes)
         images, scores = module.images_of(decoded), None
         if decoded.tokens.shape[1] == noise.shape[1]:
-            scores = negative_log_likelihood(module.teacher.model, decoded.tokens, classes, module.settings)
+            scores = negative_log_likelihood(module.active_teacher.model, decoded.tokens, classes, module.settings)
         return decoded.tokens.cpu(), images, scores
 
     def _seconds(self, variant: Variant, noise: Tensor, label: Tensor) -> float:
@@ -174,24 +180,32 @@ class CurveWork:
         part, classes = noise.to(self.module.device), label.to(self.module.device)
         return timed([partial(variant.decode, part, classes)] * 2)[0]
 
-    def _times(self, variant: Variant, noise: Tensor, label: Tensor) -> dict[str, float]:
-        return self._timed(lambda part, classes: variant.decode(part, classes), noise, label)
+    def _times(self, variant: Variant, noise: Tensor, label: Tensor) -> Latencies:
+        return self._timed(variant.name, variant.decode, noise, label)
 
-    def _decoder_times(self, noise: Tensor, label: Tensor) -> dict[str, float]:
-        return self._timed(lambda part, classes: self.module.images_of(Decoded(classes, part)), noise, label)
+    def _decoder_times(self, noise: Tensor, label: Tensor) -> Latencies:
+        return self._timed("decoder", lambda part, classes: self.module.images_of(Decoded(classes, part)), noise, label)
 
-    def _timed(self, work: Any, noise: Tensor, label: Tensor) -> dict[str, float]:
+    def _timed(self, name: str, work: Callable[[Tensor, Tensor], Any], noise: Tensor, label: Tensor) -> Latencies:
         """Medians of calls; a batch larger than the samples repeats them."""
-        found = {}
+        found: Latencies = {}
         for size in self.latency_batches:
+            found[f"ms_{size}"] = None
             index = torch.arange(size) % len(noise)
-            part, classes = noise[index].to(self.module.device), label[index].to(self.module.device)
-            timer = Timer(
-                "work(part, classes)",
-                globals={"work": work, "part": part, "classes": classes},
-                num_threads=torch.get_num_threads(),
-            )
-            found[f"ms_{size}"] = 1000 * timer.blocked_autorange(min_run_time=_TIMED).median
+            try:
+                part, classes = noise[index].to(self.module.device), label[index].to(self.module.device)
+                timer = Timer(
+                    "work(part, classes)",
+                    globals={"work": work, "part": part, "classes": classes},
+                    num_threads=torch.get_num_threads(),
+                )
+                found[f"ms_{size}"] = 1000 * timer.blocked_autorange(min_run_time=_TIMED).median
+            except torch.OutOfMemoryError:
+                warnings.warn(
+                    f"memory ran out: no time of {name} at batch {size} (method.latency_batches)", stacklevel=2
+                )
+            if found[f"ms_{size}"] is None:
+                free_memory()  # not before: the error holds on to what the work had made
         return found
 
 

@@ -21,13 +21,14 @@ from genlight.reports.cost import CostEstimate
 from genlight.reports.expert_figures import expert_heatmaps
 from genlight.reports.search_figures import pareto_picture, search_curve
 from genlight.search.pareto import pareto_front
+from genlight.search.spaces.expert_map_file import FILE, KIND, VERSION
 
 if TYPE_CHECKING:
     from genlight.search.spaces.expert_maps import ExpertMaps
 
-MAPS = "expert_maps.json"
-_KIND, _VERSION = "expert_maps", 1
-_QUANTITIES = ("accuracy", "log_likelihood")
+_QUANTITIES = ("accuracy", "choice_log_likelihood", "log_likelihood")
+# questions for a choice below which their chance counts more than what differs among the best
+_FEW = 200
 _README = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,12 +101,13 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
         _pareto([reported for each in every for reported in each.shown.values()], first)
     first.apply(None)
     notes = [
-        "search and select are the objective on these draws, all else is on the report draw: accuracy and "
+        f"search and select are {first.metric} on these draws, all else is on the report draw: accuracy and "
         f"log-likelihood of {', '.join(first.task_data.evaluate)}, and of each task. A saved model of the same shapes "
         "needs no more time than tokens_per_second says, which is measured before it is saved",
+        *_few(first),
         *[f"failed, and left out: {', '.join(each.failed)}" for each in every if each.failed],
         *([f"{RANDOM}: mean of {first.method.random_draws} draws"] if every[0].random else []),
-        *[f"the artifact holds {MAPS} alone: {each.refusal}" for each in every if each.refusal],
+        *[f"the artifact holds {FILE} alone: {each.refusal}" for each in every if each.refusal],
         *[note for each in every for note in each.work.runner.notes],
     ]
     if first.cache is not None and first.cache.layers_seen:
@@ -127,6 +129,15 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
         spent=first.evaluations.spent,
         save=save,
     )
+
+
+def _few(work: ExpertWork) -> list[str]:
+    """What is to be said of few questions for the choice."""
+    held, asked = len(work.task_data.examples("select")), work.method.select
+    if held >= asked >= _FEW:
+        return []
+    why = f"method.select = {asked}" if held >= asked else f"data.shares.select holds no more (method.select = {asked})"
+    return [f"the choice among the best is by {min(held, asked)} questions: {why}"]
 
 
 def _ending(each: Found, every: Sequence[Found]) -> str:
@@ -182,12 +193,14 @@ def _row(work: ExpertWork, each: Reported, chosen: bool) -> dict[str, Any]:
     whole = choice.candidate is None
     row: dict[str, Any] = {"model": choice.name, "kind": choice.kind, "chosen": "yes" if chosen else ""}
     row["experts"] = work.editor.num_experts if whole else work.num_experts
-    row |= {quantity: _mean(work, each.values, quantity) for quantity in _QUANTITIES}
+    means = {quantity: _mean(work, each.values, quantity) for quantity in _QUANTITIES}
+    row |= {quantity: value for quantity, value in means.items() if value is not None}
     mode = work.method.mode
     row |= {"search": as_logged(mode, choice.search), "select": as_logged(mode, choice.select)}
     row["per token"] = work.editor.own_routing.num_experts_per_tok if whole else work.per_token
     for task in work.datamodule.evaluate:
-        row |= {f"{task}/{quantity}": each.values.get(f"val/{task}/{quantity}") for quantity in _QUANTITIES}
+        known = {f"{task}/{quantity}": f"val/{task}/{quantity}" for quantity in _QUANTITIES}
+        row |= {name: each.values[logged] for name, logged in known.items() if logged in each.values}
     row["expert parameters"] = row["experts"] * sum(work.space.expert_parameters)
     row |= {"parameters": each.parameters, "bytes": each.parameters * work.space.bytes_per_parameter}
     row["tokens per second"] = round(each.tokens_per_second)
@@ -265,7 +278,7 @@ def _pictures(found: Found, end: str) -> None:
     }
     expert_heatmaps(shares, figures / f"routing_load{end}.png", label="share of the routed tokens")
     points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
-    label = score_label(work.method.mode, work.method.objective)
+    label = score_label(work.method.mode, work.metric)
     search_curve(points, figures / f"search{end}.png", ylabel=label)
 
 
@@ -298,12 +311,12 @@ def save_artifact(found: Found, folder: Path, module: Any) -> None:
     work.apply(None)
     searched = {kind: best[kind] for kind in (PRUNED, MERGED) if kind in best}
     content = {
-        "kind": _KIND,
-        "version": _VERSION,
+        "kind": KIND,
+        "version": VERSION,
         "num_experts": [work.editor.num_experts, work.num_experts],
         "num_experts_per_tok": work.per_token,
         "router_mapping": work.method.router_mapping,
-        "objective": work.method.objective,
+        "objective": work.metric,
         "tasks": list(work.task_data.evaluate),
         "chosen": winner.kind,
         "candidates": {kind: asdict(_candidate(choice)) for kind, choice in searched.items()},
@@ -314,7 +327,7 @@ def save_artifact(found: Found, folder: Path, module: Any) -> None:
         },
         "scores": found.rows(),
     }
-    io.atomic_write_json(folder / MAPS, content)
+    io.atomic_write_json(folder / FILE, content)
 
 
 def _kept(work: ExpertWork, candidate: ExpertMaps) -> list[list[int]]:

@@ -29,6 +29,9 @@ from genlight.search.spaces.expert_maps import ExpertMapSpace
 
 # objectives that are shares of the questions, and how few of these are too few to tell candidates apart
 _SHARES, _FEW = ("accuracy", "accuracy_normalised", "exact_match"), 200
+_CHOICES = "val/choice_log_likelihood"
+# how many times the nats of one task are those of another where a mean over them is of the first alone
+_UNEQUAL = 10
 
 
 class ExpertSearch:
@@ -42,7 +45,8 @@ class ExpertSearch:
             here) that a model may have; numbers of experts beyond are left out.
         num_experts_per_tok: of them for each token; None: as the model has, at most those that are left.
         tasks: names of the tasks to search for; None: all that the data measures. The report is on all of these.
-        objective: name of a metric that validate logs, such as "val/log_likelihood".
+        objective: name of a metric that validate logs, such as "val/accuracy"; None: "val/choice_log_likelihood" where
+            every task of the search has choices, else "val/log_likelihood".
         mode: "max", or "min" for a metric where less is better.
         groups: of layers with the same maps, evenly by depth; None: each layer has its own.
         router_mapping: "logits": what is merged can be saved; "post_softmax": mix probabilities, as published.
@@ -65,7 +69,7 @@ class ExpertSearch:
         num_experts: int | Sequence[int] | None,
         num_experts_per_tok: int | None = None,
         tasks: Sequence[str] | None = None,
-        objective: str = "val/log_likelihood",
+        objective: str | None = None,
         mode: Literal["min", "max"] = "max",
         groups: int | None = None,
         router_mapping: Literal["logits", "post_softmax"] = "logits",
@@ -84,6 +88,8 @@ class ExpertSearch:
                 f"method.mode = {mode!r} must be min or max, and method.router_mapping = {router_mapping!r} logits or "
                 "post_softmax"
             )
+        if objective is None and mode == "min":
+            raise ValueError("method.mode = min needs a method.objective: where it is null, more is better")
         if unknown := sorted(set(baselines) - set(BASELINES[1:])):
             raise ValueError(f"method.baselines: {', '.join(unknown)} unknown; known are {', '.join(BASELINES[1:])}")
         numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts or ())
@@ -146,19 +152,53 @@ class ExpertSearch:
                     f"groups = {self.groups} must lie in 1 .. {len(editor.layers)}, the layers with experts"
                 )
             cache = PrefixCache(editor, self.cache_bytes) if self.cache_bytes else None
-        first = first_validation(trainer, module, datamodule, dry=dry)
-        check_logged(self.objective, first.logged)
         data = datamodule.measuring(names)
+        metric = self.metric_of({name: data.tasks[name].kind for name in names})
+        first = first_validation(trainer, module, datamodule, dry=dry)
+        check_logged(metric, first.logged)
         asked = min(self.settings.fidelity, len(data.examples("search")))
-        if asked < _FEW and self.objective.rsplit("/", 1)[-1] in _SHARES and trainer.is_global_zero:
-            print_line(
-                f"warning: {self.objective} of {asked} questions comes in steps of {100 / asked:.2g} points, so that "
-                "candidates tie: ask more (search.fidelity), or search by val/log_likelihood"
-            )
-        works = [ExpertWork(self, n, evaluations, module, datamodule, data, cache) for n in numbers]
+        if trainer.is_global_zero:
+            for warning in _warnings(metric, names, asked, first.logged):
+                print_line(f"warning: {warning}")
+        works = [ExpertWork(self, n, evaluations, module, datamodule, data, metric, cache) for n in numbers]
         return within_limits(works, self.limits, most_only=not self.num_experts), first
+
+    def metric_of(self, kinds: Mapping[str, str]) -> str:
+        """The objective: what was asked for, else the log-likelihood of what decides the answers.
+
+        Args:
+            kinds: of the tasks of the search, by name.
+
+        Raises:
+            UserError: the objective is about choices, and a task has none.
+        """
+        written = [name for name, kind in kinds.items() if kind == "generation"]
+        if written and self.objective == _CHOICES:
+            raise UserError(
+                f"method.objective={_CHOICES} says nothing of {', '.join(written)}, whose answers are written: leave "
+                "it null, or name the tasks with choices in method.tasks"
+            )
+        return self.objective or ("val/log_likelihood" if written else _CHOICES)
 
     def experts_per_token(self, editor: Any, num_experts: int) -> int:
         """k of candidates: what was asked for, else the model's own, at most the experts that are left."""
         own = int(editor.own_routing.num_experts_per_tok)
         return self.num_experts_per_tok or min(own, num_experts)
+
+
+def _warnings(metric: str, names: Sequence[str], asked: int, logged: Mapping[str, float]) -> list[str]:
+    """What the objective cannot tell apart, from what the whole model reaches."""
+    found = []
+    if asked < _FEW and metric.rsplit("/", 1)[-1] in _SHARES:
+        found.append(
+            f"{metric} of {asked} questions comes in steps of {100 / asked:.2g} points, so that candidates tie: ask "
+            "more (search.fidelity), or search by a log-likelihood (method.objective=null)"
+        )
+    nats = {name: -value for name in names if (value := logged.get(f"val/{name}/log_likelihood")) is not None}
+    most, least = max(nats, key=nats.__getitem__, default=""), min(nats, key=nats.__getitem__, default="")
+    if metric == "val/log_likelihood" and nats and nats[most] > _UNEQUAL * nats[least]:
+        found.append(
+            f"{metric} is the mean of {nats[most]:.3g} nats of {most} and {nats[least]:.3g} of {least}, and so of the "
+            "first alone: search by val/accuracy, or for one task (method.tasks)"
+        )
+    return found

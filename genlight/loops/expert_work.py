@@ -92,6 +92,7 @@ class ExpertWork:
         num_experts: that are left in each layer, E'.
         evaluations, module, datamodule: of the run.
         task_data: the same data with the tasks of the search alone.
+        metric: that candidates are compared by.
         cache: of hidden states.
         load: tokens that the whole model routes to each expert in calibration, int64 [E] by layer.
     """
@@ -102,6 +103,7 @@ class ExpertWork:
     module: Any
     datamodule: Any
     task_data: Any
+    metric: str
     cache: PrefixCache | None = None
     load: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -203,14 +205,12 @@ class ExpertWork:
     def draws(self) -> DrawMetrics:
         """The metric on the questions of each draw."""
         method = self.method
-        return DrawMetrics(
-            self.evaluations, self.module, self.task_data, method.objective, method.mode, self.runner.folder
-        )
+        return DrawMetrics(self.evaluations, self.module, self.task_data, self.metric, method.mode, self.runner.folder)
 
     def objective(self, draw: str) -> ExpertObjective:
         """Scores candidates on a draw."""
         kinds = {self.task_data.tasks[name].kind for name in self.task_data.evaluate}
-        writes = "generation" in kinds and not self.method.objective.endswith("log_likelihood")
+        writes = "generation" in kinds and not self.metric.endswith("log_likelihood")
         return ExpertObjective(self.draws.objective(self.space, draw), self.space, self.cache, writes)
 
     @cached_property
@@ -266,11 +266,19 @@ class ExpertWork:
         return sorted(kept, key=lambda record: record.rank)
 
     def finalists(self, kind: str) -> list[Choice]:
-        """The best of a phase by the search draw."""
+        """The best of a phase by the search draw, and all that the search began with; not yet with scores.
+
+        So what is chosen is never worse than a baseline on the questions that choose.
+        """
         names = {self.space.key(candidate): name for name, candidate in reversed(self.baselines.items())}
+        best = self.ranked(kind)[: self.method.settings.finalists]
+        found = {record.key: (str(record.index), record.candidate) for record in best}
+        for candidate in self.task.plan.initial:
+            if candidate.prunes is (kind == PRUNED):
+                found.setdefault(self.space.key(candidate), ("", candidate))
         return [
-            Choice(f"{kind} {names.get(r.key, r.index)}", kind, r.candidate, float(r.score or 0.0))
-            for r in self.ranked(kind)[: self.method.settings.finalists]
+            Choice(f"{kind} {names.get(key, index)}", kind, candidate, float("nan"))
+            for key, (index, candidate) in found.items()
         ]
 
     def judge(self, candidates: Sequence[ExpertMaps | None], draw: str, count: int) -> list[float]:

@@ -1,8 +1,13 @@
-"""What one evaluation by each member of a zoo costs: all that its network is asked in a step, guidance included."""
+"""What one evaluation by each member of a zoo costs: all that its network is asked in a step, guidance included.
+
+In milliseconds what lies around the networks is a part of it: a sampler makes a step, and begins and ends a batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +17,11 @@ from genlight.diffusion.model_schedule import ModelSchedule
 from genlight.errors import UserError
 from genlight.modules.pretrained import first_line
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
-from genlight.reports.latency import MemberCosts, Unit, profile_members
+from genlight.reports.latency import CostKey, MemberCosts, Unit, cost_key, measure_in_turn, profile_members
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
+
+# evaluations of two schedules by the cheapest member, whose times say what lies around its network
+_FEW, _SEVERAL = 1, 4
 
 
 def member_costs(module: Any, rows: int, unit: Unit) -> tuple[MemberCosts, dict[str, str]]:
@@ -40,11 +48,47 @@ def member_costs(module: Any, rows: int, unit: Unit) -> tuple[MemberCosts, dict[
             _blame(module.scheduled, error, failed)
     while steps:
         try:
-            return profile_members(steps, _inputs(module), rows, module.device, unit=unit), failed
+            found = profile_members(steps, _inputs(module), rows, module.device, unit=unit)
+            return _with_overhead(found, module, steps, space, rows) if unit == "ms" else found, failed
         except Exception as error:
             _blame(module.scheduled, error, failed)
         steps = {name: step for name, step in steps.items() if name not in failed}
     raise UserError(f"no member works: {', '.join(f'{name}: {reason}' for name, reason in failed.items())}")
+
+
+def wanted_key(module: Any, rows: int, device: torch.device | str) -> CostKey:
+    """What costs must have been measured for, to be those of this module."""
+    return cost_key(rows, module.sample_shape, module.scheduled.dtype, device)
+
+
+def times_of(
+    module: Any, space: ModelScheduleSpace, schedules: Sequence[ModelSchedule], rows: int, costs: MemberCosts
+) -> tuple[list[float], MemberCosts]:
+    """Milliseconds of one batch by each schedule, and the costs of their members measured again by turns with them.
+
+    Costs in work stay as they are.
+    """
+    pieces: dict[Hashable, Callable[[], Callable[[], Any]]] = {
+        number: partial(_ready, module, space, schedule, rows) for number, schedule in enumerate(schedules)
+    }
+    if costs.unit == "macs":
+        found = measure_in_turn(pieces, module.device)
+        return [found[number] for number in range(len(schedules))], costs
+    used = {name for schedule in schedules for name in schedule.members}
+    costs = replace(costs, members={name: member for name, member in costs.members.items() if name in used})
+    cheapest = _cheapest(costs)
+    for name in costs.members:
+        step = _recorded(module, space, name, rows)
+        pieces[name] = partial(_calling, step, _inputs(module)(step, rows))
+    pieces |= _around(module, space, cheapest, rows)
+    found = measure_in_turn(pieces, module.device)
+    members = {
+        name: replace(member, latency=replace(member.latency, median_ms=found[name]))
+        for name, member in costs.members.items()
+        if member.latency
+    }
+    costs = _overhead(replace(costs, members=members), found, cheapest)
+    return [found[number] for number in range(len(schedules))], costs
 
 
 def sampled(module: Any, rows: int) -> Tensor:
@@ -86,6 +130,46 @@ def _recorded(module: Any, space: ModelScheduleSpace, name: str, rows: int) -> _
     finally:
         handle.remove()
     return _Step(module.scheduled, name, module.scheduled.schedule[0][0], calls)
+
+
+def _with_overhead(
+    costs: MemberCosts, module: Any, steps: Mapping[str, _Step], space: ModelScheduleSpace, rows: int
+) -> MemberCosts:
+    """The costs with what an evaluation and a batch take beside the networks."""
+    name = _cheapest(costs)
+    pieces: dict[Hashable, Callable[[], Callable[[], Any]]] = {
+        name: partial(_calling, steps[name], _inputs(module)(steps[name], rows)),
+        **_around(module, space, name, rows),
+    }
+    return _overhead(costs, measure_in_turn(pieces, module.device, repeats=5), name)
+
+
+def _cheapest(costs: MemberCosts) -> str:
+    return min(costs.costs, key=lambda name: costs.costs[name])
+
+
+def _around(
+    module: Any, space: ModelScheduleSpace, name: str, rows: int
+) -> dict[Hashable, Callable[[], Callable[[], Any]]]:
+    """Sampling in few and in several evaluations by one member, by what `_overhead` knows them."""
+    schedules = {count: ModelSchedule("singlestep", ((name,),) * count) for count in (_FEW, _SEVERAL)}
+    return {("around", count): partial(_ready, module, space, each, rows) for count, each in schedules.items()}
+
+
+def _overhead(costs: MemberCosts, found: Mapping[Hashable, float], name: str) -> MemberCosts:
+    """The time of a batch is a line over its evaluations: its slope beyond the network `name`, and where it begins."""
+    few, several, own = found["around", _FEW], found["around", _SEVERAL], found[name]
+    evaluation = max(0.0, (several - few) / (_SEVERAL - _FEW) - own)
+    return replace(costs, evaluation_ms=evaluation, batch_ms=max(0.0, few - _FEW * (own + evaluation)))
+
+
+def _ready(module: Any, space: ModelScheduleSpace, schedule: ModelSchedule, rows: int) -> Callable[[], Any]:
+    space.apply(module, schedule)
+    return partial(sampled, module, rows)
+
+
+def _calling(step: _Step, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    return partial(step, **inputs)
 
 
 def _inputs(module: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 from genlight.diffusion.error_curves import ErrorCurve, error_curve
 from genlight.diffusion.model_schedule import half_log_snr_range
 from genlight.diffusion.prediction import Prediction
+from genlight.io import read_record, write_record
 from genlight.loops.model_costs import reason_of
 from genlight.modules.exported_pipeline import network_style, predict
 
 _POINTS = 16
+_KIND, _VERSION = "error_curves", 1
 
 
 def member_curves(
@@ -42,17 +46,33 @@ def member_curves(
     return found, failed
 
 
+def write_curves(path: Path, curves: Mapping[str, ErrorCurve], failed: Mapping[str, str]) -> None:
+    """Keep curves by name, and why other members have none."""
+    content = {"curves": {name: asdict(curve) for name, curve in curves.items()}, "failed": dict(failed)}
+    write_record(path, content, kind=_KIND, version=_VERSION)
+
+
+def read_curves(path: Path) -> tuple[dict[str, ErrorCurve], dict[str, str]]:
+    """What `write_curves` wrote. UserError or CorruptFileError as `read_record`."""
+    content = read_record(path, kind=_KIND, version=_VERSION)
+    curves = {
+        name: ErrorCurve(tuple(curve["half_log_snrs"]), tuple(curve["errors"]))
+        for name, curve in content["curves"].items()
+    }
+    return curves, content["failed"]
+
+
 def _images(module: Any, datamodule: Any, most: int) -> tuple[Tensor, Tensor]:
+    """What the networks see of the first training images, float32 [most, C, H, W], and their labels [most]."""
     images, labels, count = [], [], 0
     for batch in datamodule.reference_loader("train"):
-        images.append(batch["image"])
+        x = batch["image"].to(module.device).float()
+        images.append(x if module.vae is None else module.vae.encode(x, mean=True))
         labels.append(batch.get("label", torch.zeros(len(batch["image"]), dtype=torch.long)))
         count += len(batch["image"])
         if count >= most:
             break
-    x = torch.cat(images)[:most].to(module.device).float()
-    x = x if module.vae is None else module.vae.encode(x)
-    return x, torch.cat(labels)[:most].to(module.device)
+    return torch.cat(images)[:most], torch.cat(labels)[:most].to(module.device)
 
 
 class _Member(nn.Module):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from genlight.errors import UserError
 from genlight.io import atomic_write_text
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, score_label
-from genlight.loops.model_work import COSTS, Choice, ModelWork, file_of
+from genlight.loops.model_work import COSTS, TIMES, Choice, ModelWork, file_of
 from genlight.loops.result import MethodResult
 from genlight.modules.model_schedule_file import write_model_schedule
 from genlight.modules.pipeline import PipelineModule
@@ -23,11 +24,11 @@ from genlight.reports.cost import CostEstimate
 from genlight.reports.latency import write_costs
 from genlight.reports.model_schedule_figure import pareto_figure, strips_figure
 from genlight.reports.search_figures import predictor_scatter, search_curve
-
-if TYPE_CHECKING:
-    from genlight.search.records import Record
+from genlight.search.budgets import BUDGETED
 
 _CHOSEN = "chosen"
+# below this rank correlation, and this number of schedules to learn from, a predictor is little guide
+_LEAST_TAU, _LEAST_SEEN = 0.5, 50
 _USE = """\
 A schedule and the members that it names, by turns in the pipeline:
 
@@ -60,29 +61,38 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
     distinct = {work.space.key(choice.schedule): choice.schedule for choice in best.values()}
     with work.evaluations.timing(REPORT):
         found = in_turn(work.evaluations, [partial(work.report, schedule) for schedule in distinct.values()])
-    values = {key: each for key, each in zip(distinct, found, strict=True) if each is not None}
-    best = {at: choice for at, choice in best.items() if work.space.key(choice.schedule) in values}
-    if failed := work.limits.keys() - {budget for budget, _ in best}:
-        raise UserError(f"no schedule of budget {min(failed):g} works any more: {'; '.join(work.notes())}")
+        times = work.times(list(distinct.values()))
+    values = {key: {**scores, **ms} for key, scores, ms in zip(distinct, found, times, strict=True)}
     winners = {budget: min(of(best, budget), key=lambda choice: choice.select) for budget in work.limits}
     rows = [
         _row(work, choice, values[work.space.key(choice.schedule)], winners[choice.budget] is choice)
         for choice in sorted(best.values(), key=lambda choice: (choice.budget, choice.select))
     ]
+    order = _order_of_unseen(work)
     if work.runner.main:
-        _pictures(work, winners, rows)
+        _pictures(work, winners, rows, order)
     work.restore()
     name = work.method.objective.removeprefix("val/")
-    headline = {}
+    headline, doubts = {}, list[str]()
     for budget, winner in winners.items():
-        headline[f"{name}_at_{budget:g}"] = _value(work, values, winner)
+        reached = headline[f"{name}_at_{budget:g}"] = _value(work, values, winner)
         single = best.get((budget, "single"))
         if single is not None:
-            headline[f"{name}_best_single_at_{budget:g}"] = _value(work, values, single)
+            rival = headline[f"{name}_best_single_at_{budget:g}"] = _value(work, values, single)
+            if as_logged(work.method.mode, reached) > as_logged(work.method.mode, rival):
+                doubts.append(
+                    f"budget {budget:g}: on the report draw the best single model, {single.name}, is better than what "
+                    f"was chosen, {rival:.4g} to {reached:.4g}"
+                )
+    if order is not None:
+        headline["predictor_kendall_tau"] = order.tau
     unit = work.costs.unit
     notes = [
         f"budgets are in calls of the dearest member; cost in {unit} for a batch. Search and select scores are against "
         f"halves of the other split of real images; {name} and what follows is on the report draw",
+        *_singles_note(work),
+        *doubts,
+        *_predictor_doubts(work, order),
         *work.notes(),
         *work.runner.notes,
     ]
@@ -109,8 +119,9 @@ def _value(work: ModelWork, values: Mapping[str, Mapping[str, float]], choice: C
 def _row(work: ModelWork, choice: Choice, values: Mapping[str, float], chosen: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"budget": choice.budget, "rule": choice.rule, "schedule": choice.name}
     row |= {_CHOSEN: "yes" if chosen else "", "nfe": choice.schedule.nfe, "cost": choice.cost}
-    row |= {"measured ms": values["measured_ms"], **_scores(work, choice)}
-    return row | {name.removeprefix("val/"): value for name, value in values.items() if name != "measured_ms"}
+    row |= {name.replace("_", " "): values[name] for name in TIMES if name in values}
+    row |= _scores(work, choice)
+    return row | {name.removeprefix("val/"): value for name, value in values.items() if name not in TIMES}
 
 
 def _scores(work: ModelWork, choice: Choice) -> dict[str, float]:
@@ -119,17 +130,70 @@ def _scores(work: ModelWork, choice: Choice) -> dict[str, float]:
     return {"search": as_logged(mode, choice.search), "select": as_logged(mode, choice.select)}
 
 
-def _pictures(work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[Mapping[str, Any]]) -> None:
+def _singles_note(work: ModelWork) -> list[str]:
+    count = sum(rule == "single" for rule, _ in work.initial.values())
+    return [f"single models were measured in {count} of {work.all_singles} settings"] if count else []
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How a predictor of half of the measured schedules orders the other half: its scores, the true ones, their τ."""
+
+    predicted: list[float]
+    true: list[float]
+    tau: float
+
+
+def _order_of_unseen(work: ModelWork) -> _Order | None:
+    """None where too few were measured."""
+    records = [record for record in work.result.records if record.score is not None]
+    if len(records) < 20:
+        return None
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    encoded = [work.space.encode(records[number].candidate) for number in order]
+    scores = [float(records[number].score or 0.0) for number in order]
+    half = len(order) // 2
+    if len(set(scores[:half])) < 2:
+        return None
+    fitted = RankingPredictor().fit(encoded[:half], scores[:half], 0)
+    mean = torch.as_tensor(fitted.predict(encoded[half:])[0])
+    return _Order(mean.tolist(), scores[half:], float(kendall_tau(mean, torch.tensor(scores[half:]))))
+
+
+def _predictor_doubts(work: ModelWork, order: _Order | None) -> list[str]:
+    """Of a search that a predictor guided."""
+    guided = [record.source.startswith(BUDGETED) for record in work.result.records]
+    if not any(guided):
+        return []
+    found, more = [], "a larger search.budget, or search=oms_direct, which needs none"
+    if (count := guided.index(True)) < _LEAST_SEEN:
+        found.append(f"the predictor began with {count} schedules, below {_LEAST_SEEN}: {more}")
+    if order is not None and order.tau < _LEAST_TAU:
+        found.append(
+            f"a predictor orders schedules that it has not seen by Kendall's τ = {order.tau:.2f}, below {_LEAST_TAU:g}"
+            f": {more}"
+        )
+    return found
+
+
+def _pictures(
+    work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[Mapping[str, Any]], order: _Order | None
+) -> None:
     figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
     name = work.method.objective.removeprefix("val/")
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         curves.setdefault(str(row["rule"]), []).append((float(row["cost"]), float(row[name])))
     chosen = [(float(row["cost"]), float(row[name])) for row in rows if row[_CHOSEN]]
-    if work.method.mode == "min" and all(score > 0 for of_rule in curves.values() for _, score in of_rule):
-        budgets = tuple(work.limits.values())
+    if all(math.isfinite(float(row[name])) for row in rows):
         pareto_figure(
-            {"chosen": chosen}, figures / "pareto.png", baselines=curves, budgets=budgets, ylabel=name, xlabel="cost"
+            {"chosen": chosen},
+            figures / "pareto.png",
+            baselines=curves,
+            budgets=[limit + work.costs.batch for limit in work.limits.values()],
+            mode=work.method.mode,
+            xlabel="cost",
+            ylabel=name,
         )
     strips = [(f"{budget:g}: {choice.rule}", choice.schedule, choice.cost) for budget, choice in winners.items()]
     strips_figure(
@@ -141,23 +205,8 @@ def _pictures(work: ModelWork, winners: Mapping[float, Choice], rows: Sequence[M
     )
     points = [(r.index, r.score, r.source, r.fidelity) for r in work.result.records]
     search_curve(points, figures / "search.png", ylabel=score_label(work.method.mode, work.method.objective))
-    _scatter(work, figures / "predictor.png")
-
-
-def _scatter(work: ModelWork, path: Path) -> None:
-    """How a predictor of half of the schedules orders the other half."""
-    records: list[Record[Any]] = [record for record in work.result.records if record.score is not None]
-    if len(records) < 20:
-        return
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    half = len(order) // 2
-    seen, unseen = [records[i] for i in order[:half]], [records[i] for i in order[half:]]
-    encode = work.space.encode
-    targets = [float(record.score or 0.0) for record in seen]
-    fitted = RankingPredictor().fit([encode(record.candidate) for record in seen], targets, 0)
-    mean = torch.as_tensor(fitted.predict([encode(record.candidate) for record in unseen])[0])
-    true = [float(record.score or 0.0) for record in unseen]
-    predictor_scatter(mean.tolist(), true, path, float(kendall_tau(mean, torch.tensor(true))))
+    if order is not None:
+        predictor_scatter(order.predicted, order.true, figures / "predictor.png", order.tau)
 
 
 def _save(
@@ -187,7 +236,7 @@ def _save(
             module.zoo.predictions,
             primary=module.scheduled.primary,
             slots=work.space.slots if choice.schedule.kind == "ddim" else None,
-            budget=work.limits[budget],
+            budget=work.limits[budget] + work.costs.batch,
             predicted_cost=choice.cost,
             scores=scores,
         )

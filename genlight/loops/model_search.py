@@ -42,11 +42,12 @@ class ModelSearch:
             "analytic".
         per_rule: so many of each rule and budget at most; twice as many sandwiches, three times as many analytic
             allocations.
-        singles: so many of single models for all budgets together at most, evenly over members, orders and numbers of
-            evaluations. None: all.
+        singles: so many of single models for all budgets together at most: for each budget, member and order the most
+            evaluations that fit, then others evenly. None: all.
         select: samples for choosing among the best, on noise and real images of their own.
         batch_size: rows of one call whose cost is measured. None: the batches of the evaluation.
-        costs: file of costs that were measured before, see `genlight.reports.latency`. None: measure.
+        costs: file of costs that were measured before, for these members, this batch and this machine, see
+            `genlight.reports.latency`. None: measure.
         curve_images: training images on which the members' errors are measured, for "analytic".
         drop_failing: go on without a member that raises or runs out of memory while it is measured. False: stop there.
 
@@ -104,7 +105,8 @@ class ModelSearch:
         """Measure costs, search, choose for each budget, and report.
 
         Raises:
-            UserError: a module without members, a metric that is not logged, a budget below the cheapest schedule,
+            UserError: a module without members, a metric that is not logged or goes the other way (`mode`), costs that
+                were measured for something else, a budget below the cheapest schedule,
                 the rule "analytic" without real images, a member that fails (see `drop_failing`).
         """
         work, first = self._work(trainer, module, datamodule)
@@ -114,6 +116,13 @@ class ModelSearch:
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Measure a few schedules, and multiply."""
         return model_cost(*self._work(trainer, module, datamodule, dry=True))
+
+    def _check_mode(self, metrics: Any) -> None:
+        """UserError if the metrics know that the objective is to go the other way."""
+        more = getattr(metrics, "higher_is_better", {}).get(self.objective.removeprefix("val/"))
+        if more is not None and more != (self.mode == "max"):
+            word, mode = ("more", "max") if more else ("less", "min")
+            raise UserError(f"method.objective={self.objective}: {word} of it is better; set method.mode={mode}")
 
     def _work(
         self, trainer: Any, module: Any, datamodule: Any, *, dry: bool = False
@@ -128,4 +137,5 @@ class ModelSearch:
             )
         first = first_validation(trainer, module, datamodule, dry=dry)
         check_logged(self.objective, first.logged)
+        self._check_mode(getattr(module, "metrics", None))
         return ModelWork(self, CandidateTrainer(trainer), module, datamodule), first

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from genlight.callbacks.timing import print_line
 from genlight.diffusion.error_curves import ErrorCurve
@@ -18,8 +15,8 @@ from genlight.errors import UserError, in_config
 from genlight.loops.cost import CHOICE
 from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
-from genlight.loops.model_costs import member_costs, reason_of, sampled
-from genlight.loops.model_curves import member_curves
+from genlight.loops.model_costs import member_costs, reason_of, times_of, wanted_key
+from genlight.loops.model_curves import member_curves, read_curves, write_curves
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.reports.latency import MemberCosts, read_costs, write_costs
 from genlight.search.engine import Budget, SearchResult
@@ -29,16 +26,17 @@ from genlight.search.proposing import RANDOM
 from genlight.search.protocols import Evaluation
 from genlight.search.records import Problem, Record
 from genlight.search.spaces.model_allocation import analytic_allocation
-from genlight.search.spaces.model_rules import evenly, large_first, sandwich, single_models, small_first
+from genlight.search.spaces.model_rules import chosen_singles, large_first, sandwich, single_models, small_first
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 if TYPE_CHECKING:
     from genlight.loops.model_search import ModelSearch
 
-COSTS = "latency.json"
+COSTS, CURVES = "latency.json", "curves.json"
 SEARCHED = "searched"
 SCHEDULES = "schedules"
-_MEASURED = 3
+# of one batch, as `ModelWork.times` names them
+TIMES = ("measured_ms", "predicted_ms")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Choice:
         rule: "searched", "random" (the random schedules that the search began with), or the rule that made it.
         name: in words.
         schedule: the schedule.
-        cost: of it, in the unit of the costs.
+        cost: of it, in the unit of the costs, that of a batch beside its evaluations included.
         search, select: scores on these draws, lower is better.
     """
 
@@ -96,11 +94,13 @@ class ModelWork:
         """Of one evaluation by each member: read from `method.costs` or an earlier start of this run, or measured.
 
         Raises:
-            UserError: a member without costs, or one that fails; not where the user agreed to leave it out.
+            UserError: `method.costs` was measured for something else, or in another unit; a member without costs, or
+                one that fails, unless the user agreed to leave it out.
         """
         method, file = self.method, self.runner.folder / COSTS
-        given = method.costs or (str(file) if file.is_file() else None)
-        found = self.evaluations.agreed(read_costs(given) if given else None)
+        # what a search began with is what it goes on with
+        known = read_costs(file) if file.is_file() else self._given(method.costs) if method.costs else None
+        found = self.evaluations.agreed(known)
         if found is None:
             measure = partial(member_costs, self.module, self.rows, method.unit)
             with self.evaluations.display.phase("costs of members"):
@@ -109,11 +109,23 @@ class ModelWork:
                 self.leave_out(name, reason)
             found = replace(found, notes=(*found.notes, *(_note(*each) for each in failed.items())))
         missing = sorted(set(self.module.members) - set(found.members))
-        if missing and (method.costs or not method.drop_failing):
-            raise UserError(f"{given} has no costs of {', '.join(missing)}")
+        if missing and not method.drop_failing:
+            raise UserError(f"{file} has no costs of {', '.join(missing)}")
         if self.runner.main:
             write_costs(file, found)
         return found  # type: ignore[no-any-return]
+
+    def _given(self, file: str) -> MemberCosts:
+        """Costs that were measured before, if they are those of this run."""
+        found = read_costs(file, wanted_key(self.module, self.rows, self.evaluations.trainer.strategy.root_device))
+        if found.unit != self.method.unit:
+            raise UserError(f"method.costs: {file} is in {found.unit}, but method.unit = {self.method.unit}")
+        if set(found.members) != set(self.module.members):
+            raise UserError(
+                f"method.costs: {file} has costs of {', '.join(found.members)}, but the members are "
+                f"{', '.join(self.module.members)}"
+            )
+        return found
 
     @property
     def rows(self) -> int:
@@ -152,7 +164,9 @@ class ModelWork:
 
     @cached_property
     def limits(self) -> dict[float, float]:
-        """The budgets in the unit of the costs, by budget."""
+        """What all evaluations of a schedule may cost, in the unit of the costs, by budget; a batch costs more by
+        `costs.batch`, whatever the schedule.
+        """
         dearest, cheapest = max(self.costs.costs.values()), min(self.costs.costs.values())
         limits = {budget: budget * dearest for budget in self.method.budgets}
         for budget, limit in limits.items():
@@ -169,8 +183,7 @@ class ModelWork:
         found: dict[str, tuple[str, ModelSchedule]] = {}
         count = self.method.per_rule
         if "single" in self.method.rules:
-            every = single_models(self.space)
-            for each in evenly(every, self.method.singles or len(every)):
+            for each in chosen_singles(self.space, self.limits.values(), self.method.singles or self.all_singles):
                 found[f"single {each.name}"] = "single", each.schedule
         for budget, limit in self.limits.items():
             space = self.space.with_budget(limit)
@@ -186,20 +199,39 @@ class ModelWork:
                     found.setdefault(f"{rule} @{budget:g} {each.name}", (rule, each.schedule))
         return found
 
+    @cached_property
+    def all_singles(self) -> int:
+        """How many single models there are within the largest budget."""
+        return len(single_models(self.space))
+
     def _allocated(self, space: ModelScheduleSpace, count: int) -> list[Any]:
         missing = self.space.costs.keys() - self.curves.keys()
         return list(analytic_allocation(space.without(missing), self.curves, count=count))
 
     @cached_property
     def curves(self) -> dict[str, ErrorCurve]:
-        """Errors of the members that work over λ on training images; the same on all processes."""
-        count = self.method.curve_images
-        measure = partial(member_curves, self.module, self.datamodule, self.space.names, count)
-        with self.evaluations.display.phase("errors of members"):
-            found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+        """Errors of the members that work over λ on training images; the same on all processes.
+
+        Read from an earlier start of this run, or measured: what a search begins with depends on their last digits.
+        """
+        file = self.runner.folder / CURVES
+        found, failed = self.evaluations.agreed(read_curves(file) if file.is_file() else (None, {}))
+        if found is None:
+            count = self.method.curve_images
+            measure = partial(member_curves, self.module, self.datamodule, tuple(self.costs.costs), count)
+            with self.evaluations.display.phase("errors of members"):
+                found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
         for name, reason in failed.items():
             self.leave_out(name, reason)
+        if self.runner.main:
+            write_curves(file, found, failed)
         return found  # type: ignore[no-any-return]
+
+    @cached_property
+    def informed(self) -> ModelScheduleSpace:
+        """The space with the errors of its members, where all of them are measured for "analytic" anyhow."""
+        known = "analytic" in self.method.rules and not self.space.costs.keys() - self.curves.keys()
+        return replace(self.space, curves=self.curves) if known else self.space
 
     @cached_property
     def task(self) -> SearchTask:
@@ -212,14 +244,7 @@ class ModelWork:
             make = partial(planner.plan_budgets, self.space, initial=schedules, budgets=limits)
             plan = self.runner.plan(SCHEDULES, lambda budget: make(evaluations=budget))
         plan = replace(plan, strategy=WithoutFailed(plan.strategy, min(self.limits.values())))
-        space = self.space
-        if (
-            settings.predictor == "dele"
-            and "analytic" in self.method.rules
-            and not space.costs.keys() - self.curves.keys()
-        ):
-            space = replace(space, curves=self.curves)
-        problem = Problem(space, settings.seed, settings.fidelity)
+        problem = Problem(self.informed, settings.seed, settings.fidelity)
         measure = one_by_one(self.draws.objective(self.space, "search"), settings.time_limit_s)
         evaluator = naming_members(measure, self.module.scheduled)
         depends = {**self.draws.describe(), "weights": self.evaluations.fingerprint(self.module)}
@@ -261,7 +286,10 @@ class ModelWork:
         return [choice for choice in found if choice.select < float("inf") or choice.budget not in working]
 
     def _finalists(self, budget: float) -> list[Choice]:
-        rules = {self.space.key(schedule): (rule, name) for name, (rule, schedule) in reversed(self.initial.items())}
+        # by rule: a schedule that several rules make stands for each of them
+        rules: dict[str, dict[str, str]] = {}
+        for name, (rule, schedule) in self.initial.items():
+            rules.setdefault(self.space.key(schedule), {}).setdefault(rule, name)
         limit = self.limits[budget] * (1 + 1e-9)
         within = [r for r in _working(self.result.records) if r.score is not None and r.cost["cost"] <= limit]
         if not within:
@@ -270,11 +298,11 @@ class ModelWork:
         kept: list[Choice] = []
         for record in ranked:
             made = RANDOM if record.source == RANDOM else SEARCHED
-            rule, name = rules.get(record.key, (made, f"{made} {record.index}"))
-            most = self.method.settings.finalists if rule == SEARCHED else 2
-            if sum(choice.rule == rule for choice in kept) < most:
-                score = float(record.score or 0.0)
-                kept.append(Choice(budget, rule, name, record.candidate, record.cost["cost"], score))
+            score, cost = float(record.score or 0.0), record.cost["cost"] + self.costs.batch
+            for rule, name in rules.get(record.key, {made: f"{made} {record.index}"}).items():
+                most = self.method.settings.finalists if rule == SEARCHED else 2
+                if sum(choice.rule == rule for choice in kept) < most:
+                    kept.append(Choice(budget, rule, name, record.candidate, cost, score))
         return kept
 
     def judge(self, schedules: Sequence[ModelSchedule]) -> list[float]:
@@ -303,39 +331,34 @@ class ModelWork:
             self.leave_out(scheduled.failed, reason_of(error))
             return None
 
-    def report(self, schedule: ModelSchedule) -> dict[str, float] | None:
-        """Every metric on the report draw, and the milliseconds of one batch; None where a member fails."""
+    def report(self, schedule: ModelSchedule) -> dict[str, float]:
+        """Every metric on the report draw. UserError where a member fails."""
         objective = self.draws.objective(self.space, "report")
         evaluation = self.evaluated(objective, schedule, self.datamodule.num_samples)
         if evaluation is None:
             raise UserError(
                 f"{schedule} was chosen, and a member of it fails on the report draw; resume with it mended"
             )
-        found = {name: float(value) for name, value in evaluation.facts.items()}
-        return {**found, "measured_ms": self.evaluations.inside(self.module, partial(self._batch_ms, schedule))}
+        return {name: float(value) for name, value in evaluation.facts.items()}
 
-    def _batch_ms(self, schedule: ModelSchedule) -> float:
-        """Milliseconds of all network calls of one batch and what lies between them."""
-        module = self.module
-        self.space.apply(module, schedule)
-        found = []
-        for _ in range(_MEASURED + 1):
-            _wait(module.device)
-            begun = time.perf_counter()
-            sampled(module, self.rows)
-            _wait(module.device)
-            found.append(1e3 * (time.perf_counter() - begun))
-        return min(found[1:])
+    def times(self, schedules: Sequence[ModelSchedule]) -> list[dict[str, float]]:
+        """ "measured_ms" of one batch by each schedule; for costs in milliseconds also "predicted_ms", by costs of the
+        members that were measured again by turns with the schedules.
+        """
+        measure = partial(times_of, self.module, self.space, schedules, self.rows, self.costs)
+        found, costs = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+        if costs.unit == "macs":
+            return [{"measured_ms": ms} for ms in found]
+        space = replace(self.space, costs=costs.costs, budget=None)
+        return [
+            {"measured_ms": ms, "predicted_ms": space.cost(schedule)["cost"] + costs.batch}
+            for ms, schedule in zip(found, schedules, strict=True)
+        ]
 
     def restore(self) -> None:
         """Put the module's own sampler and member back."""
         self.module.set_sampler(None)
         self.module.set_members((), ())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _working(records: Sequence[Record[ModelSchedule]]) -> list[Record[ModelSchedule]]:

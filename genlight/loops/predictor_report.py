@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlight import io
 from genlight.loops.predictor_cost import COMPARISONS, PREDICTOR
-from genlight.loops.predictor_work import PredictorWork, Scores
+from genlight.loops.predictor_work import EXPERT_TAU, PredictorWork, Scores
 from genlight.loops.result import MethodResult
 from genlight.predictors.contenders import DELE
 from genlight.predictors.expert_heads import all_scores
@@ -25,6 +25,8 @@ TAU = "kendall_tau"
 _QUANTITIES = (TAU, "spearman", "p_at_1", "p_at_5")
 COMPARISON = "comparison.json"
 _KIND, _VERSION = "predictor_comparison", 1
+# an expert below has learned next to nothing of its score
+_LEARNED = 0.1
 
 
 def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
@@ -54,6 +56,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
         f"best single indicator, which was chosen on the candidates held out: {best}",
         *(_search_note(work, name, *each) for name, each in ends.items()),
         *([f"next to measure, best first: rows {_numbers(proposals)}"] if proposals else []),
+        *_unlearned(indicators),
     ]
     return MethodResult(
         {**own, **taus, **found},
@@ -89,7 +92,17 @@ def _row(labels: int, name: str, seeds: Sequence[Mapping[str, float]]) -> dict[s
         row[quantity] = mean_interval(known)[0] if known else None
         if quantity == TAU:
             row |= {"low": _or_none(low), "high": _or_none(high)}
-    return row
+    expert = [scores[EXPERT_TAU] for scores in seeds if EXPERT_TAU in scores]
+    return {**row, EXPERT_TAU: _or_none(expert[0]) if expert else None}
+
+
+def _unlearned(indicators: Scores) -> list[str]:
+    """A note on experts that do not rank by their own score."""
+    poor = {name: scores[EXPERT_TAU] for name, scores in indicators.items() if scores[EXPERT_TAU] < _LEARNED}
+    if not poor:
+        return []
+    named = ", ".join(f"{name} {tau:.2f}" for name, tau in sorted(poor.items(), key=lambda each: each[1]))
+    return [f"experts that hardly learned their own score ({TAU} below {_LEARNED} on the candidates held out): {named}"]
 
 
 def _numbers(proposals: Sequence[Mapping[str, Any]]) -> str:

@@ -38,7 +38,8 @@ class PredictorSearch:
         predictors: what is compared: of its NAMES.
         labels: true scores that they may use, each number in turn; None: data.labels alone.
         label_seeds: choices of labelled candidates for each number, from data.label_seed on.
-        finetune_steps: gradient steps of the second step.
+        finetune_steps: gradient steps of the second step, by Adam.
+        lr: its learning rate.
         searches: predictors to search with, beside random search; none: no search.
         search_seeds: searches with each, from search.seed on.
         cost: one of data.low_fidelity that a search limits, such as a latency; None: none.
@@ -60,6 +61,7 @@ class PredictorSearch:
         labels: Sequence[int] | None = None,
         label_seeds: int = 3,
         finetune_steps: int = 200,
+        lr: float = 1e-3,
         searches: Sequence[str] = ("expert_gp", DELE),
         search_seeds: int = 5,
         cost: str | None = None,
@@ -85,13 +87,15 @@ class PredictorSearch:
         ):
             if value < 1:
                 raise ValueError(f"method.{key} = {value} must be 1 or more")
+        if not lr > 0:
+            raise ValueError(f"method.lr = {lr} must be positive")
         if propose < 0:
             raise ValueError(f"method.propose = {propose} must not be negative")
         if (cost is None) != (cost_limit is None):
             raise ValueError(f"method.cost = {cost} and method.cost_limit = {cost_limit} go together")
         self.settings, self.ckpt_path, self.predictor = search, ckpt_path, predictor
         self.predictors = tuple(dict.fromkeys([*predictors, predictor]))
-        self.labels, self.label_seeds, self.finetune_steps = labels, label_seeds, finetune_steps
+        self.labels, self.label_seeds, self.finetune_steps, self.lr = labels, label_seeds, finetune_steps, lr
         self.searches, self.search_seeds = tuple(dict.fromkeys(searches)), search_seeds
         self.cost, self.cost_limit, self.propose = cost, cost_limit, propose
 
@@ -139,7 +143,7 @@ class PredictorSearch:
         if not path.is_file():
             raise UserError(
                 f"{path} is not there, where the experts are as the first step left them: fit with "
-                f"callbacks.checkpoint.save_top_k=-1 and an every_n_train_steps that divides {steps}, or with "
+                f"callbacks.checkpoint.save_top_k=-1 'callbacks.checkpoint.also_at=[{steps}]', or with "
                 f"trainer.max_steps={steps}"
             )
         state = load_checkpoint(path)["state_dict"]

@@ -22,6 +22,7 @@ from genlight.metrics.ranking import ranking_scores
 from genlight.predictors.contenders import Contenders
 from genlight.predictors.expert_training import ExpertTraining
 from genlight.predictors.experts import ExpertEnsemble
+from genlight.predictors.losses import kendall_tau
 from genlight.predictors.pool import cleaned
 from genlight.predictors.predictor_file import TrainedExperts
 from genlight.search.acquisition import expected_improvement
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 # a strategy that knows no predictor
 UNGUIDED = "search"
 _KIND, _VERSION = "predictor_scores", 2
+
+# of an expert to the score that it learned
+EXPERT_TAU = "expert_tau"
 
 # kendall_tau and so on, by name of the predictor
 Scores = Mapping[str, Mapping[str, float]]
@@ -82,7 +86,8 @@ class PredictorWork:
         pool, data = self.datamodule.prepared.pool, self.datamodule
         columns = [data.low_fidelity.index(name) for name in pool.names]
         low_fidelity = cleaned(self.table.low_fidelity[:, columns])
-        training = ExpertTraining(finetune_steps=self.method.finetune_steps, batch_size=data.batch_size)
+        method = self.method
+        training = ExpertTraining(finetune_steps=method.finetune_steps, batch_size=data.batch_size, lr=method.lr)
         return Contenders(self.network, pool, self.table.tokens, low_fidelity, training)
 
     @property
@@ -127,7 +132,7 @@ class PredictorWork:
         """Scores on the candidates held out after one choice of labels; kept in the run folder."""
         method = self.method
         path = Path(self.evaluations.trainer.default_root_dir) / "comparison" / f"{labels}-{label_seed}.json"
-        facts = [self.datamodule.fingerprint, self.weights, method.predictors, method.finetune_steps]
+        facts = [self.datamodule.fingerprint, self.weights, method.predictors, method.finetune_steps, method.lr]
         key = fingerprint_of([*facts, labels, label_seed, self.datamodule.batch_size])
         if path.is_file() and not again:
             kept = io.read_record(path, kind=_KIND, version=_VERSION)
@@ -142,13 +147,21 @@ class PredictorWork:
         return scores
 
     def indicators(self) -> Scores:
-        """Scores of each low-fidelity score by itself, without any label."""
+        """Scores of each low-fidelity score by itself, without any label.
+
+        "expert_tau" is Kendall's tau of its expert to it, NaN where fewer than two candidates held out have it.
+        """
         rows, features = self.held_out, self.contenders.score_features
-        truth = self.table.target[rows]
-        return {
-            name: ranking_scores(features[rows, number], truth)
-            for number, name in enumerate(self.contenders.pool.names)
-        }
+        truth, found = self.table.target[rows], {}
+        for number, name in enumerate(self.contenders.pool.names):
+            own = self.contenders.low_fidelity[rows, number]
+            known = own.isfinite()
+            tau = kendall_tau(self.contenders.expert_features[rows, number][known], own[known])
+            found[name] = {
+                **ranking_scores(features[rows, number], truth),
+                EXPERT_TAU: tau if known.sum() > 1 else math.nan,
+            }
+        return found
 
     def trained(self, name: str) -> TrainedExperts:
         """A predictor after the labels of the data."""
@@ -217,6 +230,7 @@ class PredictorWork:
             "data": fingerprint_of([self.datamodule.fingerprint, targets.tolist()]),
             "weights": self.weights,
             "finetune_steps": str(self.method.finetune_steps),
+            "lr": str(self.method.lr),
         }
         return SearchTask(f"{name}-{seed}", problem, plan, evaluator, depends, shared=False)
 

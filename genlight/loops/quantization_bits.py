@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ import numpy as np
 
 from genlight.errors import in_config
 from genlight.loops.quantization_sensitivity import Sensitivity
-from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.loops.quantization_variants import Variant
+from genlight.loops.quantization_work import QuantizationWork
 from genlight.quantization.allocation import (
     Array,
     allocate,
+    allocate_by_threshold,
     allocate_greedily,
     allocate_randomly,
+    allocate_uniformly,
     group_budgets,
     pareto_allocations,
     solve_allocation,
@@ -27,9 +31,11 @@ if TYPE_CHECKING:
     from genlight.loops.quantization_settings import MixedBits
 
 # how bits are chosen: by what each group controls, exactly; and the rivals within the same budget
-WAYS = ("mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy")
-# where bits of inputs are chosen too: one metric for all, the paper's sum of dB, and chance
-ONE_METRIC, SUM_DB, BUDGETS, RANDOM = "mixed, one metric", "mixed by sum of dB", "mixed by group budgets", "random bits"
+WAYS = ("mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed by threshold", "uniform bits")
+# where bits of inputs are chosen too: one metric for all, sums of dB over all layers or, as in the paper, within budgets
+# of groups, and chance
+ONE_METRIC, SUM_DB = "mixed, one metric", "mixed, one sum of dB for all layers"
+BUDGETS, RANDOM = "mixed by group budgets", "random bits"
 _RANDOM_SEEDS = 3
 _FRONT_POINTS = 9
 _LEAST_QUALITY_BITS = 4  # of weights judged by predictions, in the MixDQ paper's budgets by group
@@ -51,11 +57,16 @@ def ways_of(mixed: MixedBits | None) -> tuple[str, ...]:
 class BitChoices:
     """The program of a network: what each choice of each layer costs and does, and what is allowed.
 
+    A layer whose group may not have a choice has in its column the nearest that it may have.
+
     Attributes:
         names: of the layers, rows of all tables.
         choices: columns of all tables, cheapest first.
-        costs: by the name of the limit.
-        limits: of the sums of costs.
+        weights: numbers in the weight of each layer.
+        every: costs by the names of all limits that there are.
+        units: by which a limit is multiplied to be one of a sum of costs, by its name.
+        costs: of the limits that are given.
+        limits: of the sums of these costs.
     """
 
     def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
@@ -63,9 +74,11 @@ class BitChoices:
         self.work, self.mixed = work, mixed
         self.names = list(work.forms)
         self.choices = choices_of(mixed)
+        self._own = [_as_may_be(self.choices, *mixed.choices_in(work.groups[name])) for name in self.names]
         self._found = {(entry.layer, entry.bits, entry.activation_bits): entry for entry in found}
         weights = {name: work.calibrated.layers[name].weight.numel() for name in self.names}
-        every = {
+        self.weights = np.array(list(weights.values()), dtype=np.float64)
+        self.every = {
             "average_bits": self._costs(lambda name, choice: weights[name] * choice[0]),
             "average_activation_bits": self._costs(lambda name, choice: work.inputs[name] * (choice[1] or 0)),
             "megabytes": self.table(lambda entry: entry.bytes, of_weights=True),
@@ -73,18 +86,19 @@ class BitChoices:
                 lambda name, choice: work.macs[name] * choice[0] * (choice[1] or work.forms[name].activation.bits)
             ),
         }
-        totals = {
-            "average_bits": sum(weights.values()),
-            "average_activation_bits": sum(work.inputs[name] for name in self.names),
+        self.units = {
+            "average_bits": float(self.weights.sum()),
+            "average_activation_bits": float(sum(work.inputs[name] for name in self.names)),
             "megabytes": 1e6,
-            "bit_operations": float(every["bit_operations"][:, -1].sum()),
+            "bit_operations": float(self.every["bit_operations"].max(axis=1).sum()),
         }
-        given = {name: getattr(mixed, name) for name in totals}
-        self.limits = {name: float(value * totals[name]) for name, value in given.items() if value is not None}
-        self.costs = {name: every[name] for name in self.limits}
+        given = {name: getattr(mixed, name) for name in self.units}
+        self.limits = {name: float(value * self.units[name]) for name, value in given.items() if value is not None}
+        self.costs = {name: self.every[name] for name in self.limits}
 
-    def _costs(self, cost: Callable[[str, Choice], int]) -> Array:
-        return np.array([[cost(name, choice) for choice in self.choices] for name in self.names], dtype=np.float64)
+    def _costs(self, cost: Callable[[str, Choice], float]) -> Array:
+        rows = zip(self.names, self._own, strict=True)
+        return np.array([[cost(name, choice) for choice in own] for name, own in rows], dtype=np.float64)
 
     def table(self, value: Callable[[Sensitivity], float], *, of_weights: bool = False) -> Array:
         """A number of each layer and choice: that of its weight, and added to it that of its input."""
@@ -96,11 +110,11 @@ class BitChoices:
             weight = value(self._found[name, bits, FLOAT_BITS])
             return weight if of_weights else weight + value(self._found[name, FLOAT_BITS, activation])
 
-        return np.array([[one(name, choice) for choice in self.choices] for name in self.names], dtype=np.float64)
+        return self._costs(one)
 
     def bits(self, chosen: Sequence[int]) -> dict[str, Choice]:
         """The choices of a solver by layer."""
-        return {name: self.choices[j] for name, j in zip(self.names, chosen, strict=True)}
+        return {name: own[j] for name, own, j in zip(self.names, self._own, chosen, strict=True)}
 
     def groups(self) -> dict[str, list[int]]:
         """Rows of the layers that are judged by each metric."""
@@ -117,6 +131,15 @@ def choices_of(mixed: MixedBits) -> list[Choice]:
     pairs = list(product(sorted(mixed.choices), sorted(mixed.activation_choices)))
     pairs.sort(key=lambda pair: (pair[0] * pair[1], pair))
     return [*pairs]
+
+
+def _as_may_be(choices: Sequence[Choice], weights: Sequence[int], inputs: Sequence[int] | None) -> list[Choice]:
+    """The nearest that a layer may have to each choice."""
+
+    def nearest(bits: int | None, among: Sequence[int] | None) -> Any:
+        return None if bits is None or among is None else min(among, key=lambda own: (abs(own - bits), own))
+
+    return [(nearest(weight, weights), nearest(activation, inputs)) for weight, activation in choices]
 
 
 def allocated_bits(
@@ -143,6 +166,8 @@ def allocated_bits(
                 program.limits,
             ),
             WAYS[3]: allocate(program.table(lambda e: e.layer_noise), program.costs, program.limits),
+            WAYS[4]: allocate_by_threshold(_relative_errors(program), program.costs, program.limits),
+            WAYS[5]: allocate_uniformly(program.costs, program.limits),
         }
         if mixed.activation_choices is not None:
             ways[ONE_METRIC] = best.chosen
@@ -151,12 +176,22 @@ def allocated_bits(
                 ways[BUDGETS] = _by_budgets(program)
             for seed in range(_RANDOM_SEEDS):
                 ways[f"{RANDOM} {seed}"] = allocate_randomly(program.costs, program.limits, seed)
-    facts = {
-        "predicted_sqnr": decibels(best.loss),
-        "optimality_gap": best.gap / best.loss if best.loss else 0.0,
-        "front": _front(program, noise),
-    }
+        facts = {
+            "predicted_sqnr": decibels(float(noise[range(len(noise)), ways[WAYS[0]]].sum())),
+            "optimality_gap": best.gap / best.loss if best.loss else 0.0,
+            "front": _front(program, noise, "average_bits"),
+            "memory_front": _front(program, noise, "megabytes"),
+        }
     return {way: program.bits(ways[way]) for way in ways_of(mixed)}, facts
+
+
+def _relative_errors(program: BitChoices) -> Array:
+    """Error of the weight over its variance; an input, which has none, counts with the noise of its layer's output."""
+    layers = program.work.calibrated.layers
+    variances = {name: float(layers[name].weight.detach().float().var(correction=0)) for name in program.names}
+    return program.table(
+        lambda e: e.weight_error / (variances[e.layer] or 1.0) if e.bits < FLOAT_BITS else e.layer_noise
+    )
 
 
 def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
@@ -187,7 +222,8 @@ def _by_budgets(program: BitChoices) -> tuple[int, ...]:
             except ValueError:  # a budget below the least bits
                 continue
             error = work.image_error(Variant.mixed(work.method, BUDGETS, program.bits(chosen)), mixed.samples)
-            if error < best_error:
+            error = error if math.isfinite(error) else np.inf
+            if best is None or error < best_error:
                 best, best_error = chosen, error
         if best is not None:
             return best
@@ -203,9 +239,9 @@ def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
     groups = program.groups()
     quality = groups.get("sqnr", [])
     content = [row for rows in groups.values() for row in rows if row not in set(quality)]
-    most = program.costs["average_bits"].max(axis=1)
+    weights = program.weights
     average = float(program.mixed.average_bits or 0.0)
-    budgets = group_budgets(average, ratio, float(most[content].sum() / most.sum()))
+    budgets = group_budgets(average, ratio, float(weights[content].sum() / weights.sum()))
     losses = program.table(lambda e: 1 - e.ssim if e.ssim is not None else -decibels(e.noise))
     losses[quality] = program.table(lambda e: -decibels(e.noise))[quality]
     every = range(len(program.choices))
@@ -215,24 +251,24 @@ def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
         costs = {name: cost[np.ix_(rows, of)] for name, cost in program.costs.items()}
         limits = {}
         for name, cost in program.costs.items():
-            part = float(cost[rows].max(1).sum() / cost.max(1).sum())
-            limits[name] = program.limits[name] * part * (budget / average if name == "average_bits" else 1)
+            limits[name] = program.limits[name] * float(cost[rows].max(1).sum() / cost.max(1).sum())
+        limits["average_bits"] = float(budget * weights[rows].sum())
         found = allocate(losses[np.ix_(rows, of)], costs, limits) if rows else ()
         for row, j in zip(rows, found, strict=True):
             chosen[row] = of[j]
     return tuple(chosen)
 
 
-def _front(program: BitChoices, noise: Array) -> list[dict[str, float]]:
-    """What the least noise would be with other averages, all other limits kept."""
-    if "average_bits" not in program.limits:
-        return []
-    weights = program.costs["average_bits"][:, 0].sum() / program.choices[0][0]
-    least, most = (float(program.costs["average_bits"][:, j].sum()) for j in (0, -1))
-    values = np.linspace(least, most, _FRONT_POINTS).tolist()
-    others = {name: limit for name, limit in program.limits.items() if name != "average_bits"}
-    front = pareto_allocations(noise, program.costs, others, "average_bits", values)
+def _front(program: BitChoices, noise: Array, name: str) -> list[dict[str, float]]:
+    """What the least noise would be within other limits of the size of weights, all limits of anything else kept."""
+    costs = program.every[name]
+    values = np.linspace(float(costs.min(1).sum()), float(costs.max(1).sum()), _FRONT_POINTS).tolist()
+    others = {key: limit for key, limit in program.limits.items() if key not in ("average_bits", "megabytes")}
     return [
-        {"average_bits": value / weights, "predicted_sqnr": decibels(found.loss), "gap": found.gap / (found.loss or 1)}
-        for value, found in front
+        {
+            name: value / program.units[name],
+            "predicted_sqnr": decibels(found.loss),
+            "gap": found.gap / (found.loss or 1),
+        }
+        for value, found in pareto_allocations(noise, program.every, others, name, values)
     ]

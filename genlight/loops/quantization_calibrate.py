@@ -20,7 +20,8 @@ from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import measured
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
 from genlight.loops.quantization_report import FULL, quantization_result
-from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits
+from genlight.loops.quantization_samples import check_samples
+from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits, check_groups
 from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
@@ -64,6 +65,7 @@ class QuantizationCalibration:
         statistics: a calibration.safetensors of the same network to use; None: calibrate.
         dequantized: also write the network in floating point, for programs that know no quantized one.
         torchao: also write the network with tensors of torchao, which diffusers loads without genlight.
+        samples_out: also write the report draw of full precision and of the quantized network as files.
         seed: of rotations and of the rows that are kept.
 
     Raises:
@@ -98,6 +100,7 @@ class QuantizationCalibration:
     statistics: str | None = None
     dequantized: bool = True
     torchao: bool = False
+    samples_out: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class QuantizationCalibration:
             raise ValueError(f"constant_tokens = {self.constant_tokens!r} must be off, warn or raise")
         if self.split_shortcuts and self.form.weight.needs_hessian:
             raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
+        check_groups(self.groups, self.mixed)
         if self.numbers == "float8" and self.mixed is not None:
             raise ValueError("numbers = 'float8' has eight bits only: mixed must be null")
         if self.torchao and (self.balance not in ("none", "scale") or self.rank or self.mixed is not None):
@@ -121,6 +125,16 @@ class QuantizationCalibration:
             raise ValueError(f"torchao has no place for {problem}")
         self.form  # noqa: B018 - its parts check themselves
         self.balancing  # noqa: B018
+
+    @property
+    def special(self) -> bool:
+        """Whether inputs have parts of their own."""
+        return self.split_shortcuts or self.constant_tokens != "off"
+
+    @property
+    def balances(self) -> bool:
+        """Whether some row of the table balances inputs or splits weights; convolutions in groups allow neither."""
+        return self.balance != "none" or self.rank > 0 or (self.rivals and not self.special)
 
     @property
     def predicts_cost(self) -> bool:
@@ -161,6 +175,8 @@ class QuantizationCalibration:
                 own = measured(work.evaluations, module, datamodule, "report", datamodule.num_samples)
         if hasattr(module.metrics, "keep_reference"):
             module.metrics.keep_reference()  # the videos of full precision
+        if self.samples_out:
+            check_samples(work)
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
         predicted = announced(trainer, lambda: calibrated_cost(work, first))
         return quantization_result(work, own, predicted)

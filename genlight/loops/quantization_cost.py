@@ -8,13 +8,17 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
 from genlight.loops.quantization_bits import BUDGETS, ways_of
 from genlight.loops.quantization_libraries import library_phases
-from genlight.loops.quantization_report import FULL, LAYERS, VARIANTS, variants_of
+from genlight.loops.quantization_report import DEQUANTIZED, FULL, LAYERS, TORCHAO, VARIANTS, variants_of
+from genlight.loops.quantization_samples import SAMPLES
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
 from genlight.loops.quantization_speed import ROUNDS, SPEED, step_times
-from genlight.loops.quantization_work import QuantizationWork, Variant, checked_work
+from genlight.loops.quantization_variants import Variant
+from genlight.loops.quantization_work import CALIBRATION, QuantizationWork, checked_work
 from genlight.quantization.accounting import tensor_bytes
 from genlight.reports.cost import CostEstimate, Phase, PlannedFile
 
@@ -40,39 +44,47 @@ def quantization_cost(method: QuantizationCalibration, trainer: Any, module: Any
         Phase(FULL, first.batch_seconds, whole),
         Phase("calibration", (calibrated / few,), method.samples - few),
     ]
-    return calibrated_cost(work, first, phases)
+    kept = [part for entry in work.calibrated.statistics.values() for part in vars(entry).values()]
+    files = [PlannedFile(CALIBRATION, sum(part.nbytes for part in kept if isinstance(part, Tensor)))]
+    return calibrated_cost(work, first, phases, [] if method.statistics is not None else files)
 
 
-def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequence[Phase] = ()) -> CostEstimate:
+def calibrated_cost(
+    work: QuantizationWork,
+    first: FirstValidation,
+    phases: Sequence[Phase] = (),
+    files: Sequence[PlannedFile] = (),
+) -> CostEstimate:
     """What is left once the network is calibrated.
 
     Args:
         work: of the run, with nothing quantized.
         first: validation in full precision.
         phases: what comes before that.
+        files: likewise.
     """
     method, mixed = work.method, work.method.mixed
-    if method.split_shortcuts or method.constant_tokens != "off":
+    if method.special:
         work.special  # noqa: B018 - it takes a calibration's time, and only once
     # a batch of one would take far more than its share
     count = min(method.trajectory, _TOGETHER)
     plain = work.reference("search", count)
-    work.noise(plain)  # warms up
-    (replay,) = timed([lambda: work.noise(plain)])
     # in a network of which every layer is quantized, in the way that takes least time to make
     layers = work.layers(Variant("dynamic", "none", "nearest"))
     with work.replaced(layers):
-        slower = max(1.0, timed([lambda: work.noise(plain)])[0] / replay)
+        replay = timed([lambda: work.noise(plain)] * 2)[0] / count
         sample = timed([lambda: work.images(plain)])[0] / count
+        line = report_line(work.evaluations, work.module, work.datamodule)
+        packed = tensor_bytes(work.network)
     (turn,) = timed([lambda: step_times(work, layers, rounds=1)])
-    probes = [] if mixed is None else probes_of(mixed, work.forms)
+    probes = [] if mixed is None else probes_of(mixed, work.groups)
     layer: tuple[float, ...] = (0.0,)
     if mixed is not None:
+        # with and without images, as many of each as there are
+        probes.sort(key=lambda probe: work.metrics[probe[0]])
         chosen = probes[:: max(1, len(probes) // (_MEASURED + 1))][: _MEASURED + 1]
         layer = timed([partial(measured_layer, work, mixed, *probe) for probe in chosen])
-    line = report_line(work.evaluations, work.module, work.datamodule)
-    validation = line.seconds(work.datamodule.num_samples) * slower
-    each = validation + (sample + replay / count * slower) * method.trajectory
+    each = line.seconds(work.datamodule.num_samples) + (sample + replay) * method.trajectory
     ways = ways_of(mixed)
     variants = variants_of(method, {way: {} for way in ways})
     seconds = tuple(each + _making(work, variant) for variant in variants)
@@ -85,9 +97,19 @@ def calibrated_cost(work: QuantizationWork, first: FirstValidation, phases: Sequ
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, work.evaluations.rounds(len(variants))),
         Phase(SPEED, (turn,), ROUNDS),
+        Phase(SAMPLES, (sample,), 2 * work.datamodule.num_samples if method.samples_out else 0),
     ]
-    files = [PlannedFile("artifact", tensor_bytes(work.network), 1 + method.dequantized + method.torchao)]
-    return method_cost(work.evaluations, first, phases, files, pictures=5)
+    return method_cost(work.evaluations, first, phases, [*files, *_artifacts(work, packed)], pictures=5)
+
+
+def _artifacts(work: QuantizationWork, packed: int) -> list[PlannedFile]:
+    """Folders of the whole pipeline, whose quantized network takes `packed` bytes."""
+    whole = tensor_bytes(getattr(work.module, "networks", work.module))
+    # text encoders and the autoencoder of a pipeline are in each of them
+    small = whole - tensor_bytes(work.network) + packed
+    files = [PlannedFile("artifact", small)]
+    files += [PlannedFile(f"artifact/{TORCHAO}", small)] if work.method.torchao else []
+    return files + ([PlannedFile(f"artifact/{DEQUANTIZED}", whole)] if work.method.dequantized else [])
 
 
 def _making(work: QuantizationWork, variant: Variant) -> float:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from genlight import io
@@ -15,13 +16,14 @@ from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import in_rounds
 from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
 from genlight.loops.quantization_libraries import OTHERS, library_rows
+from genlight.loops.quantization_samples import SAMPLES, write_samples
 from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
 from genlight.loops.quantization_settings import network_of
-from genlight.loops.quantization_speed import SPEED, StepTimes, milliseconds, step_times
-from genlight.loops.quantization_variants import VariantRows
-from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.loops.quantization_speed import SPEED, StepTimes, measured_speeds, milliseconds
+from genlight.loops.quantization_variants import Variant, VariantRows, finite
+from genlight.loops.quantization_work import QuantizationWork
 from genlight.loops.result import MethodResult
-from genlight.metrics.paired import INTERVALS, image_scores
+from genlight.metrics.paired import INTERVALS, image_scores, perceptual_scores
 from genlight.metrics.text_image import middle_frame
 from genlight.quantization.balance import balance_sample
 from genlight.quantization.convert import layers_left_out, replace_layers
@@ -32,9 +34,8 @@ from genlight.quantization.recipe import dequantized_layer
 from genlight.quantization.torchao_format import as_torchao
 from genlight.quantization.trajectory import decibels
 from genlight.reports.cost import CostEstimate
-from genlight.reports.latency import device_name
 from genlight.reports.quantization_figures import bits_by_layer, channel_ranges, sensitivity_map
-from genlight.reports.search_figures import sampler_comparison
+from genlight.reports.search_figures import pareto_picture, sampler_comparison
 
 if TYPE_CHECKING:
     from genlight.loops.quantization_calibrate import QuantizationCalibration
@@ -59,10 +60,10 @@ def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str,
     own += [Variant.mixed(method, f"{method.title} {way}", chosen) for way, chosen in bits.items()]
     if not method.rivals:
         return own[:2]
-    if method.split_shortcuts or method.constant_tokens != "off":
+    if method.special:
         whole = own[0]
         return [
-            Variant(NAIVE, method.balance, method.rounding),
+            replace(whole, name=NAIVE, constant_tokens=False, split=False),
             *([replace(whole, name="no constant tokens", constant_tokens=False)] if whole.constant_tokens else []),
             *([replace(whole, name="no split", split=False)] if whole.split else []),
             *own,
@@ -88,7 +89,8 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     method, evaluations = work.method, work.evaluations
     first = bool(evaluations.trainer.is_global_zero)
     reference = work.reference("report", method.trajectory)
-    paired = ("sqnr", *image_scores(reference.images, reference.images))
+    one = reference.images[:1]
+    paired = ("sqnr", *image_scores(one, one), *perceptual_scores(one, one, work.module.device))
     full: dict[str, Any] = {"variant": FULL, **dict.fromkeys((*paired, *INTERVALS))}
     full |= {name.removeprefix("val/"): value for name, value in own.items()} | work.size()
     with evaluations.timing(LAYERS):
@@ -100,16 +102,23 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     own_rows, images, layers = _measured(work, variants_of(method, bits), winner, own)
     rows = [full, *others, *own_rows]
     with evaluations.timing(SPEED):  # in one process, while the others wait
-        times = evaluations.agreed(step_times(work, layers) if first else None)
-    verdict = times.verdict(winner, device_name(work.module.device))
+        speeds = evaluations.agreed(measured_speeds(work, layers) if first else None)
+    verdict = speeds.verdict(winner)
     chosen = next(row for row in rows if row["variant"] == winner)
     if first:
         print_line(verdict)
         _pictures(work, {FULL: middle_frame(reference.images), **images}, winner, layers, found)
+        if bits:
+            _front_picture(work.folder / "figures" / "front.png", program["front"], own_rows)
     # a model card is about its artifact, so the run's own metrics are those of the winner
     headline = {name: chosen[name.removeprefix("val/")] for name in own}
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
     headline |= {f"{name}_full_precision": full[name] for name in ("bits", "megabytes")}
+    if method.samples_out:
+        with evaluations.timing(SAMPLES):  # in one process, while the others wait
+            if first:
+                write_samples(work, layers)
+            evaluations.agreed(None)
     key = method.title.lower().replace("-", "")
     headline |= {f"{name}_{key}": chosen[name] for name in (*paired, "bits", "megabytes")}
     headline |= proxy_correlation(work, found)
@@ -118,7 +127,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     return MethodResult(
         headline,
         method=f"{method.title} (post-training quantization)",
-        table=_with_times(rows, winner, times),
+        table=_with_times(rows, winner, speeds.plain),
         notes=[verdict, *_notes(work, winner, chosen, full), *notes],
         predicted=predicted,
         spent=evaluations.spent,
@@ -146,6 +155,7 @@ def _measured(
             layers.update(made)
         if row is None:
             row, image = work.measure(made)
+            row = finite(row)
         else:
             with work.replaced(made):
                 image = middle_frame(work.images(work.reference("report", work.method.trajectory)))
@@ -176,7 +186,7 @@ def _with_times(rows: Sequence[Mapping[str, Any]], winner: str, times: StepTimes
 def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
     method = work.method
     special = []
-    if method.split_shortcuts or method.constant_tokens != "off":
+    if method.special:
         known = work.special
         special = [
             f"{len(known.splits)} convolutions have scales for two feature maps; {len(known.text)} layers keep what "
@@ -187,19 +197,26 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
         "against the videos of full precision, in pixels a frame; video_fd is a Fréchet distance to those, in features "
         "of frames"
     ]
+    rivals = f". Rows of rivals have rounding to nearest, those of {method.title} {_weights(method)}"
     return [
         *special,
         *(video if "motion" in chosen else []),
         f"the metrics of the run are those of {winner}, which is the artifact",
         f"sqnr is of the network's predictions along {method.trajectory} trajectories of full precision of the report "
         "draw, all steps and guidance branches; psnr and ssim are of images against those of full precision with the "
-        f"same noise. Rows of rivals have rounding to nearest, those of {method.title} {method.rounding}",
+        f"same noise{'' if method.special else rivals}",
         f"{winner}: {len(work.forms)} layers in {chosen['bits']:.3g} bits a weight and "
         f"{chosen['input_bits']:.3g} an input; {chosen['megabytes']:.3g} of {full['megabytes']:.3g} MB in memory, "
         f"{chosen['file_megabytes']:.3g} of {full['file_megabytes']:.3g} in a file",
-        _left_out(layers_left_out(work.network, work.forms)),
+        _left_out(layers_left_out(work.network, work.forms, method.keep)),
         "calibrated on the search draw, bits chosen on the select draw",
     ]
+
+
+def _weights(method: QuantizationCalibration) -> str:
+    """What the method does to weights and rivals do not."""
+    clip = "" if method.clip == "none" else f", clipping by {method.clip}"
+    return method.rounding + clip + (f", a branch of rank {method.rank}" if method.rank else "")
 
 
 def _left_out(layers: Mapping[str, tuple[str, str]]) -> str:
@@ -231,6 +248,7 @@ def _facts(
         "average_weight_bits": total / sum(weights.values()),
         "activation_bits": method.activation_bits,
         "rounding": method.rounding,
+        "clip": method.clip,
         "balance": asdict(method.balancing),
         "rank": method.rank,
         "seeds": {"rotation": method.seed, "data": int(getattr(work.datamodule, "seed", 0))},
@@ -245,7 +263,7 @@ def _facts(
         },
         "left_out": {
             name: {"type": kind, "reason": reason}
-            for name, (kind, reason) in layers_left_out(work.network, work.forms).items()
+            for name, (kind, reason) in layers_left_out(work.network, work.forms, method.keep).items()
         },
         "scores": [dict(row) for row in rows],
     }
@@ -271,6 +289,13 @@ def _pictures(
         sensitivity_map(by_layer, figures / "sensitivity.png")
     name, before, after = _widest(work, layers)
     channel_ranges(before, after, figures / "ranges.png", title=name)
+
+
+def _front_picture(path: Path, front: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """What was predicted for other averages, and what was measured."""
+    predicted = [(point["average_bits"], 10 ** (-point["predicted_sqnr"] / 10)) for point in front]
+    measured = [(row["bits"], 10 ** (-row["sqnr"] / 10)) for row in rows]
+    pareto_picture(measured, predicted, path, "bits a weight", "noise-to-signal ratio", title="front: predicted")
 
 
 def _widest(work: QuantizationWork, layers: Mapping[str, QuantizedLayer]) -> tuple[str, list[float], list[float]]:
@@ -302,7 +327,7 @@ def save_artifact(
         replace_layers(network, layers)
         with marked_quantized(network, settings):
             module.save_pretrained(folder)
-        _write_readme(folder)
+        _write_readme(folder, network.dtype)
         if work.method.torchao:
             with as_torchao(network, layers):
                 module.save_pretrained(folder / TORCHAO)
@@ -315,9 +340,15 @@ def save_artifact(
     io.atomic_write_json(folder / FACTS, facts)
 
 
-def _write_readme(folder: Path) -> None:
-    """How to load: genlight must be imported, which the writer of the folder does not know."""
+def _write_readme(folder: Path, dtype: torch.dtype) -> None:
+    """How to load: genlight must be imported, which the writer of the folder does not know; and the type of the network
+    is said, as diffusers would read an autoencoder in float32 beside it.
+    """
     readme, line = folder / "README.md", "from diffusers import DiffusionPipeline\n"
     example = f'# Load\n\n```python\n{line}\npipeline = DiffusionPipeline.from_pretrained(".")\n```\n'
     text = readme.read_text("utf-8") if readme.is_file() else example
-    io.atomic_write_text(readme, text.replace(line, f"import genlight  # knows how quantized layers are read\n{line}"))
+    imports = "import genlight  # knows how quantized layers are read\n"
+    if dtype is not torch.float32:
+        imports, call = f"{imports}import torch\n", 'from_pretrained("."'
+        text = text.replace(call, f"{call}, dtype={dtype}")
+    io.atomic_write_text(readme, text.replace(line, imports + line))

@@ -7,7 +7,9 @@ metric-decoupled mixed precision); how much of the budget a group gets is decide
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,18 +21,23 @@ from genlight import io
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.errors import UserError
 from genlight.loops.evaluation import in_rounds
-from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.loops.quantization_variants import Variant
+from genlight.loops.quantization_work import QuantizationWork
 from genlight.metrics.paired import image_scores
 from genlight.quantization.accounting import tensor_bytes
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.recipe import layer_noise, weight_error
+from genlight.quantization.trajectory import decibels
 from genlight.search.archive import seal, unseal
 
 if TYPE_CHECKING:
-    from genlight.loops.quantization_settings import MixedBits
+    from genlight.loops.quantization_settings import GroupSettings, MixedBits
 
 FILE = "search/sensitivity/history.jsonl"
-_KIND, _VERSION = "sensitivity", 2
+_KIND, _VERSION = "sensitivity", 3
+# noise-to-signal ratio that stands for all that are worse and for predictions that are no numbers: a sum of losses still
+# tells others apart beside it
+_WORST = 100.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,11 @@ class Sensitivity:
         layer: its name.
         bits: of its weight.
         activation_bits: of its input; None: those of the settings.
-        noise: noise-to-signal ratio of the network's predictions along the trajectory.
-        psnr: of the images against those of full precision, in dB; None where no group asks for images.
+        noise: noise-to-signal ratio of the network's predictions along the trajectory, 100 at most.
+        psnr: of the images against those of full precision, in dB; None where the layer's group asks for no images.
         ssim: likewise.
         motion: change of the motion of videos, in pixels a frame; likewise, and None of images.
-        layer_noise: the cheap proxy: noise-to-signal ratio of the layer's own output.
+        layer_noise: the cheap proxy: noise-to-signal ratio of the layer's own output, 100 at most.
         weight_error: mean squared error of its weight.
         bytes: that it takes in memory.
     """
@@ -75,14 +82,20 @@ class Sensitivity:
 _LINE: TypeAdapter[Sensitivity] = TypeAdapter(Sensitivity)
 
 
-def probes_of(mixed: MixedBits, names: Iterable[str]) -> list[tuple[str, int, int | None]]:
-    """What is measured: layer, bits of its weight and of its input, one of them at a time where both are chosen."""
-    if mixed.activation_choices is None:
-        pairs: list[tuple[int, int | None]] = [(bits, None) for bits in sorted(mixed.choices)]
-    else:
-        pairs = [(bits, FLOAT_BITS) for bits in sorted(mixed.choices)]
-        pairs += [(FLOAT_BITS, bits) for bits in sorted(mixed.activation_choices)]
-    return [(name, *pair) for pair in pairs for name in names]
+def probes_of(mixed: MixedBits, groups: Mapping[str, GroupSettings]) -> list[tuple[str, int, int | None]]:
+    """What is measured: layer, bits of its weight and of its input, one of them at a time where both are chosen.
+
+    Args:
+        mixed: how bits are chosen.
+        groups: of layers, by name, which say what a layer may have.
+    """
+    may = {name: mixed.choices_in(group) for name, group in groups.items()}
+    alone = None if mixed.activation_choices is None else FLOAT_BITS
+    inputs = sorted(mixed.activation_choices or ())
+    return [
+        *((name, bits, alone) for bits in sorted(mixed.choices) for name in may if bits in may[name][0]),
+        *((name, FLOAT_BITS, bits) for bits in inputs for name in may if bits in (may[name][1] or ())),
+    ]
 
 
 def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensitivity]:
@@ -102,7 +115,7 @@ def measure_sensitivity(work: QuantizationWork, mixed: MixedBits) -> list[Sensit
     found: list[Sensitivity] = known or []
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     guard = next((c for c in callbacks if isinstance(c, SignalGuard)), SignalGuard())
-    probes = probes_of(mixed, work.forms)
+    probes = probes_of(mixed, work.groups)
     pending = [partial(measured_layer, work, mixed, *probe) for probe in probes[len(found) :]]
     with display.phase("sensitivity", len(probes), len(found)), guard.listening():
         for entries in in_rounds(evaluations, pending):
@@ -130,16 +143,27 @@ def measured_layer(
     variant = Variant.mixed(work.method, "one layer", dict.fromkeys(group, (bits, activation)))
     layer = work.layers_of(variant, [name])[name]
     reference = work.reference("select", mixed.samples)
-    wants_images = set(work.metrics.values()) - {"sqnr"}
+    wants_images = mixed.every_metric or work.metrics[name] != "sqnr"
     with work.replaced({name: layer}):
         noise = work.noise(reference)
         scores = image_scores(work.images(reference), reference.images) if wants_images else {}
+    if not math.isfinite(noise):
+        own = "its own" if activation is None else activation
+        warnings.warn(
+            f"{name} with {bits} bits a weight and {own} an input: predictions are not finite, which counts as "
+            f"{decibels(_WORST):g} dB",
+            stacklevel=2,
+        )
     return Sensitivity(
-        name, bits, activation, noise, scores.get("psnr"), scores.get("ssim"), scores.get("motion"),
-        layer_noise(work.calibrated, name, layer),
+        name, bits, activation, _bounded(noise), scores.get("psnr"), scores.get("ssim"), scores.get("motion"),
+        _bounded(layer_noise(work.calibrated, name, layer)),
         weight_error(work.calibrated.layers[name], layer),
         tensor_bytes(layer),
     )  # fmt: skip
+
+
+def _bounded(noise: float) -> float:
+    return noise if noise < _WORST else _WORST  # NaN is not less
 
 
 def proxy_correlation(work: QuantizationWork, found: list[Sensitivity]) -> dict[str, float]:
@@ -165,7 +189,8 @@ def _header(work: QuantizationWork, mixed: MixedBits) -> str:
         "balance": repr(method.balancing),
         "rank": str(method.rank),
         "samples": f"{method.samples} to calibrate, {mixed.samples} to compare",
-        "choices": str(probes_of(mixed, [""])),
+        "choices": json.dumps({name: mixed.choices_in(group) for name, group in work.groups.items()}, sort_keys=True),
+        "images": "of all layers" if mixed.every_metric else "of layers that are judged by them",
         "inputs": f"{method.activation_mode} {method.constant_tokens} {method.constant_ratio} {method.split_shortcuts}",
     }
     return seal({"kind": _KIND, "version": _VERSION, "fingerprint": fingerprint})

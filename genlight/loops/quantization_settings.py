@@ -10,13 +10,16 @@ from torch import nn
 
 from genlight.checkpoints.bases import group_of_names
 from genlight.errors import UserError, in_config
-from genlight.quantization.convert import LayerGroup, formats_of_layers
+from genlight.quantization.convert import LayerGroup, formats_of_layers, is_grouped
 from genlight.quantization.formats import LayerFormat
 from genlight.quantization.recipe import with_bits
 
 METRICS = ("sqnr", "psnr", "ssim", "motion")
 # embedders, modulation, and the layers at both ends: little work, and all else rests on them
-KEPT = "embed|norm|adaln|caption_projection|^proj_out|^proj_in|time_proj|^conv_in|^conv_out|modulation"
+KEPT = (
+    "embed|norm|adaln|caption_projection|^proj_out|^proj_in|time_proj|^conv_in|^conv_out|modulation|"
+    "img_mod|txt_mod|^img_in|^txt_in|final_layer"
+)
 # the denoising network of a pipeline
 _NETWORKS = ("transformer", "unet", "prior")
 
@@ -29,21 +32,26 @@ class GroupSettings:
         pattern: a regular expression that is searched for in the names of layers; the first of the list decides.
         metric: what chooses among bits within the group: "sqnr" of the network's predictions, "psnr" or "ssim" of the
             images, or "motion" of videos, against those of full precision.
-        weight_bits: instead of the method's; None: as there.
+        weight_bits: instead of the method's; None: as there. With mixed bits, one or several of its choices, among
+            which the weights of the group get theirs; None: all.
         activation_bits: likewise.
 
     Raises:
-        ValueError: another metric.
+        ValueError: another metric, or an empty list of bits.
     """
 
     pattern: str = ".*"
     metric: Literal["sqnr", "psnr", "ssim", "motion"] = "sqnr"
-    weight_bits: int | None = None
-    activation_bits: int | None = None
+    weight_bits: int | Sequence[int] | None = None
+    activation_bits: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"metric = {self.metric!r} must be one of {', '.join(METRICS)}")
+        for name in ("weight_bits", "activation_bits"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int) and not value:
+                raise ValueError(f"{name} = {list(value)} must hold at least one number of bits")
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class MixedBits:
         choices: bits a weight may have.
         activation_choices: bits an input may have; None: inputs have those of the method, and weights alone are chosen.
         objective: what shares the budget between groups: the sum of noise powers, which errors of layers come to, or
-            the sum of signal-to-noise ratios in dB ("sum_db", as in the MixDQ paper).
+            one sum of signal-to-noise ratios in dB ("sum_db"; the MixDQ paper has one for each group, see `ratios`).
         average_bits: limit of the mean over the weights of quantized layers.
         average_activation_bits: limit of the mean over the numbers that quantized layers read.
         megabytes: limit of what quantized layers take in memory, in 10⁶ bytes.
@@ -62,6 +70,8 @@ class MixedBits:
             which every layer has the most bits of the choices.
         ratios: of the budget of groups judged by images to that of groups judged by predictions, which are tried as
             the MixDQ paper does; (): that rival is left out.
+        every_metric: also sample images for layers that are judged by predictions, so that every metric is known of
+            every layer.
         samples: of the select draw, on which layers are quantized one at a time.
 
     Raises:
@@ -76,6 +86,7 @@ class MixedBits:
     megabytes: float | None = None
     bit_operations: float | None = None
     ratios: Sequence[float] = ()
+    every_metric: bool = False
     samples: int = 8
 
     def __post_init__(self) -> None:
@@ -103,6 +114,49 @@ class MixedBits:
             limit = limits[name]
             if limit is not None and limit < min(bits):
                 raise ValueError(f"{name} = {limit} is below {min(bits)}, the least of its choices")
+
+    def choices_in(self, group: GroupSettings) -> tuple[list[int], list[int] | None]:
+        """Bits that weights and inputs of a group may have, ascending; None: bits of inputs are not chosen.
+
+        Raises:
+            ValueError: bits of the group that are not among the choices, or of which several are given for inputs
+                without activation_choices.
+        """
+        weights = _within("weight_bits", group.weight_bits, "choices", self.choices)
+        if self.activation_choices is None:
+            _one("activation_bits", group.activation_bits, "mixed.activation_choices")
+            return weights, None
+        return weights, _within("activation_bits", group.activation_bits, "activation_choices", self.activation_choices)
+
+
+def check_groups(groups: Sequence[GroupSettings], mixed: MixedBits | None) -> None:
+    """That the bits of each group are one number, or within the choices.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for group in groups:
+        if mixed is not None:
+            mixed.choices_in(group)
+        else:
+            _one("weight_bits", group.weight_bits, "mixed bits")
+            _one("activation_bits", group.activation_bits, "mixed bits")
+
+
+def _within(name: str, value: int | Sequence[int] | None, known: str, choices: Sequence[int]) -> list[int]:
+    given = set(choices) if value is None else {value} if isinstance(value, int) else set(value)
+    if not given <= set(choices):
+        raise ValueError(f"{name} = {sorted(given)} of a group must be among mixed.{known} = {sorted(choices)}")
+    return sorted(given)
+
+
+def _one(name: str, value: int | Sequence[int] | None, needed: str) -> None:
+    if value is not None and not isinstance(value, int):
+        raise ValueError(f"{name} = {list(value)} of a group needs {needed}: give one number")
+
+
+def _number(value: int | Sequence[int] | None) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def network_of(module: Any) -> Any:
@@ -142,18 +196,30 @@ def _fitting(layer: nn.Module, form: LayerFormat) -> LayerFormat:
 
 
 def formats_by_layer(
-    network: nn.Module, form: LayerFormat, keep: str, groups: Sequence[GroupSettings]
-) -> tuple[dict[str, LayerFormat], dict[str, str]]:
-    """What each layer that is quantized becomes, and the metric of its group, both by name.
+    network: nn.Module, form: LayerFormat, keep: str, groups: Sequence[GroupSettings], *, whole: bool = False
+) -> tuple[dict[str, LayerFormat], dict[str, GroupSettings]]:
+    """What each layer that is quantized becomes, and its group, both by name; lists of bits leave those of `form`.
+
+    Args:
+        network: not changed.
+        form: of all layers, but for the bits of groups.
+        keep: pattern of layers that are left in floating point.
+        groups: of the others.
+        whole: leave convolutions in groups of channels in floating point; so are those that would need a Hessian.
 
     Raises:
         UserError: patterns that do not fit the network, or a network that is quantized already.
     """
     with in_config("method"):
         patterns = [LayerGroup(keep)]
-        patterns += [LayerGroup(g.pattern, with_bits(form, g.weight_bits, g.activation_bits)) for g in groups]
+        patterns += [
+            LayerGroup(g.pattern, with_bits(form, _number(g.weight_bits), _number(g.activation_bits))) for g in groups
+        ]
         every = formats_of_layers(network, patterns)
         places = group_of_names(list(every), [group.pattern for group in patterns])
-    forms = {name: _fitting(network.get_submodule(name), found) for name, found in every.items() if found is not None}
-    metrics: dict[str, str] = {name: groups[i - 1].metric for name, i in zip(every, places, strict=True) if i}
-    return forms, metrics
+    forms = {
+        name: _fitting(network.get_submodule(name), found)
+        for name, found in every.items()
+        if found is not None and not ((whole or found.weight.needs_hessian) and is_grouped(network.get_submodule(name)))
+    }
+    return forms, {name: groups[i - 1] for name, i in zip(every, places, strict=True) if name in forms}

@@ -1,19 +1,84 @@
-"""Rows of the variants that were measured, each kept at once, so that a resumed run goes on with the next."""
+"""The ways to quantize that stand in the table, and rows of those that were measured.
+
+Each row is kept at once, so that a resumed run goes on with the next.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from genlight import io
 from genlight.errors import UserError
-from genlight.loops.quantization_work import QuantizationWork, Variant
+from genlight.quantization.formats import LayerFormat
+from genlight.quantization.recipe import BalanceKind, with_bits
 from genlight.search.archive import seal, unseal
 from genlight.search.codec import canonical_key
 
+if TYPE_CHECKING:
+    from genlight.loops.quantization_calibrate import QuantizationCalibration
+    from genlight.loops.quantization_work import QuantizationWork
+
 FILE = "search/variants/history.jsonl"
 _KIND, _VERSION = "variant", 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize the network.
+
+    Attributes:
+        name: in the table.
+        balance: of the inputs.
+        rounding: of the weights.
+        clip: range of the weights that is kept.
+        rank: of a branch that stays in floating point.
+        static: one calibrated range for each input, instead of one for each token as it comes.
+        bits: of weights, by layer; layers that are not named have those of the settings.
+        activation_bits: of inputs, likewise.
+        constant_tokens: whether outputs for tokens that never change are kept.
+        split: whether two feature maps side by side get scales of their own.
+    """
+
+    name: str
+    balance: BalanceKind
+    rounding: Literal["nearest", "gptq"]
+    clip: Literal["none", "mse", "hessian"] = "none"
+    rank: int = 0
+    static: bool = False
+    bits: Mapping[str, int] = field(default_factory=dict)
+    activation_bits: Mapping[str, int] = field(default_factory=dict)
+    constant_tokens: bool = False
+    split: bool = False
+
+    @classmethod
+    def mixed(
+        cls, method: QuantizationCalibration, name: str, bits: Mapping[str, tuple[int, int | None]] | None = None
+    ) -> Variant:
+        """As the settings say, with bits of the weight and the input of each layer."""
+        chosen = bits or {}
+        return cls(
+            name,
+            method.balance,
+            method.rounding,
+            method.clip,
+            method.rank,
+            bits={layer: weight for layer, (weight, _) in chosen.items()},
+            activation_bits={layer: found for layer, (_, found) in chosen.items() if found is not None},
+            constant_tokens=method.constant_tokens != "off",
+            split=method.split_shortcuts,
+        )
+
+    def form(self, name: str, form: LayerFormat) -> LayerFormat:
+        """What a layer becomes in this variant, of what the settings say."""
+        form = with_bits(form, self.bits.get(name), self.activation_bits.get(name))
+        form = replace(form, weight=replace(form.weight, rounding=self.rounding, clip=self.clip))
+        if self.static:
+            form = replace(form, activation=replace(form.activation, mode="static", granularity="tensor"))
+        return form
 
 
 class VariantRows:
@@ -31,13 +96,15 @@ class VariantRows:
     def __init__(self, work: QuantizationWork, metrics: Iterable[str]) -> None:
         data = work.datamodule
         self._path = work.folder / FILE
+        self._rows: dict[str, dict[str, Any]] = work.evaluations.agreed(_read(self._path))
+        # a variant has its bits, however they were chosen
+        method = {f.name: getattr(work.method, f.name) for f in fields(work.method) if f.name != "mixed"}
         self._settings = {
             **work.fingerprint,
-            "method": repr(work.method),
+            "method": repr(method),
             "metrics": f"{sorted(metrics)} of {data.num_samples} samples, seed {getattr(data, 'seed', 0)}",
             "precision": str(work.evaluations.trainer.precision),
         }
-        self._rows: dict[str, dict[str, Any]] = work.evaluations.agreed(_read(self._path))
         self._writes = bool(work.evaluations.trainer.is_global_zero)
 
     def get(self, variant: Variant) -> dict[str, Any] | None:
@@ -53,6 +120,13 @@ class VariantRows:
 
     def _key(self, variant: Variant) -> str:
         return canonical_key({**self._settings, "variant": repr(variant)})
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None in place of numbers that are not finite, as of a rival that overflows: no file holds them."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The work of a calibration: what is known of the network, variants of it in few bits, and how good each is."""
+"""The work of a calibration: what is known of the network, its layers in few bits, and how good it is with them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
-from genlight.loops.quantization_settings import formats_by_layer, network_of
+from genlight.loops.quantization_settings import GroupSettings, formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
+from genlight.loops.quantization_variants import Variant
 from genlight.memory import Halves
-from genlight.metrics.paired import image_scores, score_intervals
+from genlight.metrics.paired import image_scores, perceptual_scores, score_intervals
 from genlight.metrics.text_image import middle_frame
 from genlight.quantization.accounting import ModelCost, count_inputs, count_macs, file_bytes, model_cost
-from genlight.quantization.balance import Balance
 from genlight.quantization.calls import sampling_calls
 from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
 from genlight.quantization.context import SamplingContext
 from genlight.quantization.convert import quantize_split, replace_layers
 from genlight.quantization.float8 import require_float8
-from genlight.quantization.formats import LayerFormat
+from genlight.quantization.formats import FLOAT_BITS, LayerFormat
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.observers import layers_by_input
 from genlight.quantization.recipe import (
@@ -37,9 +37,8 @@ from genlight.quantization.recipe import (
     CalibratedNetwork,
     balanced_input,
     quantized_layer,
-    with_bits,
 )
-from genlight.quantization.special_inputs import SpecialInputs, special_inputs
+from genlight.quantization.special_inputs import SpecialInputs, balanced_ranges, special_inputs
 from genlight.quantization.statistics import StatisticsSettings
 from genlight.quantization.torchao_format import check_for_torchao
 from genlight.quantization.trajectory import NetworkCall, Reference, decibels, noise_to_signal, recorded_calls, replay
@@ -49,47 +48,6 @@ if TYPE_CHECKING:
 
 CALIBRATION = "calibration.safetensors"
 SAMPLE_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to quantize the network.
-
-    Attributes:
-        name: in the table.
-        balance: of the inputs.
-        rounding: of the weights.
-        static: one calibrated range for each input, instead of one for each token as it comes.
-        bits: of weights, by layer; layers that are not named have those of the settings.
-        activation_bits: of inputs, likewise.
-        constant_tokens: whether outputs for tokens that never change are kept.
-        split: whether two feature maps side by side get scales of their own.
-    """
-
-    name: str
-    balance: BalanceKind
-    rounding: str
-    static: bool = False
-    bits: Mapping[str, int] = field(default_factory=dict)
-    activation_bits: Mapping[str, int] = field(default_factory=dict)
-    constant_tokens: bool = False
-    split: bool = False
-
-    @classmethod
-    def mixed(
-        cls, method: QuantizationCalibration, name: str, bits: Mapping[str, tuple[int, int | None]] | None = None
-    ) -> Variant:
-        """As the settings say, with bits of the weight and the input of each layer."""
-        chosen = bits or {}
-        return cls(
-            name,
-            method.balance,
-            method.rounding,
-            bits={layer: weight for layer, (weight, _) in chosen.items()},
-            activation_bits={layer: found for layer, (_, found) in chosen.items() if found is not None},
-            constant_tokens=method.constant_tokens != "off",
-            split=method.split_shortcuts,
-        )
 
 
 @dataclass
@@ -109,6 +67,7 @@ class QuantizationWork:
     _rows: Halves = field(default_factory=partial(Halves, "rows of a call", ""), init=False, repr=False)
     _references: dict[str, Reference] = field(default_factory=dict, init=False, repr=False)
     _balances: dict[tuple[Any, ...], BalancedInput] = field(default_factory=dict, init=False, repr=False)
+    _balanced_ranges: dict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def network(self) -> Any:
@@ -116,8 +75,9 @@ class QuantizationWork:
         return network_of(self.module)
 
     @cached_property
-    def _chosen(self) -> tuple[dict[str, LayerFormat], dict[str, str]]:
-        return formats_by_layer(self.network, self.method.form, self.method.keep, self.method.groups)
+    def _chosen(self) -> tuple[dict[str, LayerFormat], dict[str, GroupSettings]]:
+        method = self.method
+        return formats_by_layer(self.network, method.form, method.keep, method.groups, whole=method.balances)
 
     @property
     def forms(self) -> dict[str, LayerFormat]:
@@ -125,9 +85,14 @@ class QuantizationWork:
         return self._chosen[0]
 
     @property
+    def groups(self) -> dict[str, GroupSettings]:
+        """The group of each layer, by name."""
+        return self._chosen[1]
+
+    @cached_property
     def metrics(self) -> dict[str, str]:
         """What chooses each layer's bits, by name."""
-        return self._chosen[1]
+        return {name: group.metric for name, group in self.groups.items()}
 
     @cached_property
     def folder(self) -> Path:
@@ -242,30 +207,30 @@ class QuantizationWork:
 
     def layers_of(self, variant: Variant, chosen: Sequence[str]) -> dict[str, QuantizedLayer]:
         """Some of the quantized layers of a variant."""
-        forms = {name: self._form(name, variant) for name in self.forms}
+        forms = {name: variant.form(name, form) for name, form in self.forms.items()}
         made: dict[str, QuantizedLayer] = {}
-        rank = self.method.rank if variant.rounding == self.method.rounding else 0
-        with in_config("method"):
-            for name in chosen:
-                group = self.calibrated.group_of(name)
-                # one balance for all that read the input: for the layer with the fewest bits
-                lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
-                balance = self.balance(group, lowest, variant.balance).balance
-                made[name] = self._layer(variant, name, forms[name], balance, rank)
+        for name in chosen:
+            group = self.calibrated.group_of(name)
+            # one balance for all that read the input: for the layer with the fewest bits
+            lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
+            with in_config(f"method: {name}"):
+                made[name] = self._layer(variant, name, forms[name], group, lowest)
         return made
 
-    def _layer(self, variant: Variant, name: str, form: LayerFormat, balance: Balance, rank: int) -> QuantizedLayer:
+    def _layer(self, variant: Variant, name: str, form: LayerFormat, group: int, lowest: LayerFormat) -> QuantizedLayer:
+        balance = self.balance(group, lowest, variant.balance).balance
         plain = self.calibrated.layers[name]
         if variant.split and name in self.special.splits:
             assert isinstance(plain, nn.Conv2d)
             return quantize_split(plain, form, self.special.splits[name], self.special.ranges[name])
         if variant.constant_tokens and name in self.special.text:
             assert isinstance(plain, nn.Linear)
-            ranges = self.special.ranges[name][None]
-            layer = quantized_layer(self.calibrated, name, form, balance, rank, ranges)
+            apart = self._ranges(variant, form, lowest).get(name, self.special.ranges[name][None])
+            layer = quantized_layer(self.calibrated, name, form, balance, variant.rank, apart)
             guard: Mismatch = "raise" if self.method.constant_tokens == "raise" else "warn"
             return with_constant_rows(layer, plain, self.special.positions, self.special.rows, guard)
-        return quantized_layer(self.calibrated, name, form, balance, rank)
+        ranges = self._ranges(variant, form, lowest).get(name)
+        return quantized_layer(self.calibrated, name, form, balance, variant.rank, ranges)
 
     def balance(self, group: int, form: LayerFormat, kind: BalanceKind) -> BalancedInput:
         """The balance of a group of layers for a format; found once."""
@@ -274,6 +239,25 @@ class QuantizationWork:
             settings = replace(self.method.balancing, kind=kind)
             self._balances[key] = balanced_input(self.calibrated, group, form, settings)
         return self._balances[key]
+
+    def _ranges(self, variant: Variant, form: LayerFormat, lowest: LayerFormat) -> Mapping[str, Tensor]:
+        """Ranges of balanced inputs by layer, where a format has static ones; none where inputs stay as they are.
+
+        Found for all layers at once, in one more pass over the calibration for each format that balances are found for.
+        """
+        if form.activation.mode != "static" or form.activation.bits == FLOAT_BITS or variant.balance == "none":
+            return {}
+        key = (lowest.weight.bits, lowest.activation, variant.balance, variant.constant_tokens)
+        if key not in self._balanced_ranges:
+            groups = enumerate(self.calibrated.groups)
+            balances = {n: self.balance(i, lowest, variant.balance).balance for i, names in groups for n in names}
+            calls = self.reference("search", self.method.samples).calls
+            apart: dict[str, Any] = {}
+            if variant.constant_tokens:
+                apart = {"text": self.special.text, "positions": self.special.positions}
+            found = self.inside(lambda: balanced_ranges(self.network, balances, calls, **apart))
+            self._balanced_ranges[key] = found
+        return self._balanced_ranges[key]
 
     @contextmanager
     def replaced(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -310,6 +294,7 @@ class QuantizationWork:
         with self.replaced(layers):
             images = self.images(reference)
             row: dict[str, Any] = {"sqnr": decibels(self.noise(reference)), **image_scores(images, reference.images)}
+            row |= perceptual_scores(images, reference.images, self.module.device)
             row |= score_intervals(images, reference.images)
             own = measured(self.evaluations, self.module, self.datamodule, "report", self.datamodule.num_samples)
             row |= {name.removeprefix("val/"): value for name, value in own.items()} | self.size(bits)
@@ -336,14 +321,6 @@ class QuantizationWork:
     def _input_bits(self, cost: ModelCost) -> float:
         read = {name: self.inputs.get(name, 0) for name in self.forms}
         return sum(read[n] * cost.layers[n].activation_bits for n in read) / max(1, sum(read.values()))
-
-    def _form(self, name: str, variant: Variant) -> LayerFormat:
-        form = with_bits(self.forms[name], variant.bits.get(name), variant.activation_bits.get(name))
-        if variant.rounding == "nearest":
-            form = replace(form, weight=replace(form.weight, rounding="nearest", clip="none"))
-        if variant.static:
-            form = replace(form, activation=replace(form.activation, mode="static", granularity="tensor"))
-        return form
 
     def _noise(self, draw: str, count: int) -> tuple[Tensor, Tensor | None]:
         noise, conditions = noise_of(self.datamodule, draw, count)

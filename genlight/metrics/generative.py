@@ -112,6 +112,11 @@ class GenerativeMetrics(nn.Module):
         """The name under which a metric is reported: "fd" is "fid" in Inception features only."""
         return _INCEPTION_NAMES[metric] if self.extractor.is_inception else f"{metric}_{self.extractor.name}"
 
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """Of each metric, by the name under which it is reported."""
+        return {self.name_of(metric): metric == "is" for metric in self.metrics}
+
     def clone(self, sync: bool) -> GenerativeMetrics:
         """The same metrics with the same extractor and neither reference nor samples."""
         return GenerativeMetrics(

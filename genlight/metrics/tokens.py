@@ -18,12 +18,14 @@ def negative_log_likelihood(
     """-log p of each row by the network, nats per token, [B].
 
     Guidance and temperature are those of `settings`; nothing is filtered, since what a filter drops has no likelihood.
+    The network computes in its own precision, whatever autocast says.
 
     Args:
         tokens: [B, N].
         condition: B rows.
     """
-    probabilities = parallel_probabilities(model, tokens, condition, replace(settings, top_k=0, top_p=1.0))
+    with torch.autocast(tokens.device.type, enabled=False):
+        probabilities = parallel_probabilities(model, tokens, condition, replace(settings, top_k=0, top_p=1.0))
     chosen = probabilities.gather(-1, tokens[..., None])[..., 0].double()
     return -chosen.clamp(min=torch.finfo(probabilities.dtype).tiny).log().mean(-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
 
     Training minimises the cross-entropy of the labelled tokens, and for experts the load-balancing loss of their family
     times the config's `router_aux_loss_coef`. Validation asks the questions of a `TextTaskDataModule` and logs
-    val/accuracy and val/log_likelihood, means over the tasks, and for each task
+    val/accuracy and val/log_likelihood, means over the tasks, val/choice_log_likelihood, that over the tasks with
+    choices, and for each task
 
     - val/<task>/log_likelihood: mean of log p(right answer | prompt), summed over its tokens, in nats;
+    - val/<task>/choice_log_likelihood: the same among the options alone, which is what decides an answer: mean of
+      log p(right answer | prompt, one of the options);
     - val/<task>/accuracy: share of questions whose right option is the likeliest; of generated answers, exact matches;
     - val/<task>/accuracy_normalised: the same with log-likelihoods divided by the characters of the option;
     - val/<task>/exact_match, val/<task>/f1: of answers generated greedily.
@@ -192,12 +196,14 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
             repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
         )  # fmt: skip
         trainer = self._trainer
-        found = self.network.generate(
-            input_ids=generation["input_ids"],
-            attention_mask=generation["attention_mask"],
-            generation_config=greedy,
-            synced_gpus=trainer is not None and is_sharded(trainer),
-        )[:, generation["input_ids"].shape[1] :]
+        # a pass for each token: experts are not merged anew in every one
+        with nullcontext() if self._editor is None else self._editor.keeping_merged():
+            found = self.network.generate(
+                input_ids=generation["input_ids"],
+                attention_mask=generation["attention_mask"],
+                generation_config=greedy,
+                synced_gpus=trainer is not None and is_sharded(trainer),
+            )[:, generation["input_ids"].shape[1] :]
         texts = [tokenizer.decode(row[:limit], skip_special_tokens=True) for row, limit in zip(found.tolist(), limits)]
         return [_until(text, stop) for text, stop in zip(texts, generation["stop"])]
 
@@ -209,9 +215,10 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int = 0) -> None:
         scores, task, label = self.log_likelihoods(batch), batch["task"], batch["label"]
-        right = _table(scores, batch["option_place"])[torch.arange(len(label), device=label.device), label]
-        self._add(task, "log_likelihood", right)
+        table, questions = _table(scores, batch["option_place"]), torch.arange(len(label), device=label.device)
+        self._add(task, "log_likelihood", table[questions, label])
         if "generation" not in batch:
+            self._add(task, "choice_log_likelihood", table.log_softmax(1)[questions, label])
             lengths = batch["option_length"].to(scores)
             self._add(task, "accuracy", _is_best(scores, batch))
             self._add(task, "accuracy_normalised", _is_best(scores / lengths, batch))

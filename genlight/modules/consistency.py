@@ -20,7 +20,7 @@ from genlight.modules.diffusion import DiffusionModule, SchedulerChoice
 from genlight.modules.exported_pipeline import Network, predict
 from genlight.modules.latents import FrozenVAE
 from genlight.modules.networks import differences, first_of, plain_config, prepare_network
-from genlight.modules.target_network import TargetNetwork, repeatable
+from genlight.modules.target_network import TargetNetwork, has_stepped, refuse_shards, repeatable
 from genlight.modules.teacher import FrozenTeacher, ensure_teacher, read_teacher, translate_times
 
 # of the checkpoint: the target's weights are neither the student's nor a submodule's
@@ -244,15 +244,10 @@ class ConsistencyModule(DiffusionModule):
 
     def on_fit_start(self) -> None:
         """Check that the run can train this objective, before the first step."""
-        from genlight.trainer.resident import is_sharded
-
         if self.objective is None:
             raise UserError("module.objective is null: training needs one")
-        if self.objective.keeps_target and is_sharded(self.trainer):
-            raise UserError(
-                "module.objective.target_decay above 0 keeps a second set of weights, which a sharded strategy cannot "
-                "hold: set it to 0, or strategy=ddp"
-            )
+        if self.objective.keeps_target:
+            refuse_shards(self.trainer, "module.objective.target_decay")
         self._distance  # noqa: B018 - one may lack its weights
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
@@ -314,7 +309,7 @@ class ConsistencyModule(DiffusionModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """The optimizer's step, and after it the target's: μ target + (1 - μ) student."""
         super().optimizer_step(*args, **options)
-        if self.objective is not None and self.objective.keeps_target:
+        if self.objective is not None and self.objective.keeps_target and has_stepped(self.trainer):
             self.target.follow(self.net, self.objective.target_decay(*self._progress))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

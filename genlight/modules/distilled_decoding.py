@@ -6,6 +6,7 @@ vectors to codes. The student learns that function from pairs of noise and token
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from genlight.nets.autoregressive import SamplingSettings, check_guidance_range
 from genlight.nets.captions import texts_of
 from genlight.nets.dd_student import Student, ToldStudent, student_of, take_from
 from genlight.nets.few_step import Decoded, StudentNetwork, check_timesteps, ends_of, few_steps, mix
+from genlight.nets.published import load_published
 
 
 class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimization, LightningModule):
@@ -58,6 +60,8 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         perceptual_weight: of the LPIPS distance between images of the student's and of the pair's vectors; above 0 it
             needs the weights of VGG-16.
         init_from_teacher: begin with the teacher's weights.
+        student_weights: safetensors of a published student, see `genlight.nets.published`, to begin with in their
+            place; null: there are none.
         guidance_range: lowest and highest guidance scale that the student is told, those of the pairs; null: it is
             told none and learns the teacher's.
         guidance_scale: with a range, the scale of samples; null: the teacher's.
@@ -81,6 +85,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         embedding_weight: float = 0.5,
         perceptual_weight: float = 0.0,
         init_from_teacher: bool = True,
+        student_weights: str | None = None,
         guidance_range: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         optimizer: Callable[..., Any] | None = None,
@@ -107,7 +112,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         self.teacher_source, self.teacher_recipe = teacher, teacher_recipe
         self.num_inference_steps, self.split_timestep = num_inference_steps, split_timestep
         self.embedding_weight, self.perceptual_weight = embedding_weight, perceptual_weight
-        self.init_from_teacher = init_from_teacher
+        self.init_from_teacher, self.student_weights = init_from_teacher, student_weights
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.network: Student | None = None
         self._compile = compile
@@ -121,7 +126,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
 
     @property
     def teacher(self) -> TokenTeacher:
-        """The frozen teacher, read if need be, on the module's device.
+        """The frozen teacher, read if need be, with its tokenizer on the module's device: training needs no more of it.
 
         Raises:
             UserError: it cannot be read, has fewer groups of tokens than ``timesteps`` or ``split_timestep`` say, or
@@ -140,9 +145,18 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
             with in_config("module"):
                 self._scale_of(teacher, None)
             self._teacher = teacher
-        if next(self._teacher.model.transformer.parameters()).device != self.device:
-            self._teacher.to(self.device)
+        tokenizer = self._teacher.tokenizer
+        if next(itertools.chain(tokenizer.parameters(), tokenizer.buffers())).device != self.device:
+            tokenizer.to(self.device)
         return self._teacher
+
+    @property
+    def active_teacher(self) -> TokenTeacher:
+        """`teacher` with its network on the module's device too, for passes of it."""
+        teacher = self.teacher
+        if next(teacher.model.transformer.parameters()).device != self.device:
+            teacher.to(self.device)
+        return teacher
 
     @property
     def settings(self) -> SamplingSettings:
@@ -177,13 +191,17 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         """Build the student from what the teacher is, once."""
         if self.network is not None:
             return
-        teacher = self.teacher
+        # Lightning calls this where all that is built lies on its device at once, the teacher that is read here too
+        teacher = self.active_teacher
         try:
             network = student_of(teacher.model, self.guidance_range)
-            if self.init_from_teacher:
+            if self.init_from_teacher and self.student_weights is None:
                 take_from(network, teacher.model)
         except ValueError as error:
             raise UserError(f"module.teacher = {self.teacher_source}: {error}") from error
+        if self.student_weights is not None:
+            with in_config("module.student_weights"):
+                load_published(network, self.student_weights)
         self.network = network.to(self.device)
         if self._compile:
             self.network.compile()  # in place: the names in the state dict stay
@@ -208,6 +226,15 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
             raise UserError(
                 f"data.guidance_range = {_shown(found)}, but module.guidance_range = {_shown(self.guidance_range)}: "
                 "set them equal"
+            )
+
+    def setup(self, stage: str) -> None:
+        """UserError where the trainer would hold noise and codes in other numbers than those that decide tokens."""
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(
+                f"trainer.precision = {precision} changes the numbers that decide the teacher's tokens, which are "
+                "float32: use 32-true or a mixed precision"
             )
 
     def on_fit_start(self) -> None:

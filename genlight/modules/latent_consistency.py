@@ -32,7 +32,7 @@ from genlight.modules.lora import ATTENTION, LowRankAdapters
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.pipeline import PipelineModule
-from genlight.modules.target_network import TargetNetwork
+from genlight.modules.target_network import TargetNetwork, has_stepped, refuse_shards
 
 TARGET = "consistency_target"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -188,6 +188,11 @@ class LatentConsistencyModule(Optimization, PipelineModule):
         if sampler is not None:
             raise UserError("a latent consistency model is sampled by the LCMScheduler, which cannot be searched")
 
+    def on_fit_start(self) -> None:
+        """Check that the run can keep a target, before the first step."""
+        if self.target_decay > 0:
+            refuse_shards(self.trainer, "module.target_decay")
+
     def training_step(self, batch: Mapping[str, Any], batch_index: int = 0) -> Tensor:
         images = batch["image"]
         loss = self.loss(images, batch["text"] if "text" in batch else self.prompts_of(batch["label"]))
@@ -238,7 +243,7 @@ class LatentConsistencyModule(Optimization, PipelineModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """The optimizer's step, and after it the target's: μ target + (1 - μ) student."""
         super().optimizer_step(*args, **options)
-        if self.target_decay > 0:
+        if self.target_decay > 0 and has_stepped(self.trainer):
             self.target.follow(self.pipe.unet, self.target_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

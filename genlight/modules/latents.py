@@ -46,12 +46,15 @@ class FrozenVAE:
         return int(self.network.config.latent_channels)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents as the network sees them, from images in [-1, 1]; a Gaussian posterior is sampled from."""
+    def encode(self, images: Tensor, *, mean: bool = False) -> Tensor:
+        """Latents as the network sees them, from images in [-1, 1]: a sample of a Gaussian posterior, or its mean."""
         self.network.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             encoded = self.network.encode(images.to(next(self.network.parameters()).dtype))
-        latents = encoded.latent_dist.sample() if hasattr(encoded, "latent_dist") else encoded.latents
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode() if mean else encoded.latent_dist.sample()
+        else:
+            latents = encoded.latents
         shift, scale = (s.to(latents.device) if isinstance(s, Tensor) else s for s in latent_statistics(self.network))
         result: Tensor = (latents.float() - shift) * scale
         return result

@@ -37,16 +37,18 @@ from genlight.modules.zoo_pipelines import OWN, denoiser_key, timestep_reader
 MODEL_SCHEDULE = "model_schedule.json"
 KIND: Literal["genlight.model_schedule"] = "genlight.model_schedule"
 VERSION: Literal[1] = 1
-# a pipeline `pipe` of Stable Diffusion, in the folder of the file; members of another prediction type than the
-# primary's are the one thing that this leaves out
+# a pipeline `pipe` of Stable Diffusion, on its device, in the folder of the file; members of another prediction type or
+# precision than the primary's are what this leaves out
 PLAIN_USE = """\
 import json, torch
 from diffusers import UNet2DConditionModel
 from solver_schedule import SolverScheduleScheduler
 
 file = json.load(open("model_schedule.json"))
-load = UNet2DConditionModel.from_pretrained
-members = {m["name"]: load(m["source"], subfolder=m["subfolder"]) for m in file["members"]}
+def load(m):
+    options = {"subfolder": m["subfolder"], "variant": m["variant"], "torch_dtype": getattr(torch, m["dtype"])}
+    return UNet2DConditionModel.from_pretrained(m["source"], **options).to(pipe.device).eval()
+members = {m["name"]: load(m) for m in file["members"]}
 answer = {name: network.forward for name, network in members.items()}
 
 def by_turns(x, timestep, *arguments, **options):
@@ -54,7 +56,7 @@ def by_turns(x, timestep, *arguments, **options):
     nearest = min(file["evaluations"], key=lambda entry: abs(entry["timestep"] - time))
     return answer[nearest["member"]](x, timestep, *arguments, **options)
 
-pipe.unet = members[file["primary"]].eval()
+pipe.unet = members[file["primary"]]
 pipe.unet.forward = by_turns
 pipe.scheduler = SolverScheduleScheduler(**file["scheduler"])
 steps = len(file["evaluations"])  # pipe(prompt, num_inference_steps=steps)
@@ -288,8 +290,9 @@ def attach_model_schedule(pipe: Any, path: str | Path, *, resident: int | None =
         if record.name != OWN
     }
     found = load_zoo(entries).networks if entries else {}
-    members = {OWN: own, **{name: network.to(own.device) for name, network in found.items()}}
-    return apply_to_pipeline(pipe, file, members, resident=resident)
+    for network in found.values() if resident is None else ():
+        network.to(own.device)
+    return apply_to_pipeline(pipe, file, {OWN: own, **found}, resident=resident)
 
 
 def boundary_ratio(file: ModelScheduleFile) -> float | None:

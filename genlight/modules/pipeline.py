@@ -39,6 +39,7 @@ from genlight.modules.pipeline_calls import (
     weights_digest,
     wrapped_prompts,
 )
+from genlight.modules.pipeline_lora import fuse_lora
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.modules.zoo import Zoo
 from genlight.modules.zoo_pipelines import add_members, by_turns, own_network, schedule_members, scheduled_of
@@ -65,6 +66,8 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         trust_remote_code: run code that the folder brings along.
         offload: keep the networks in the memory of the host, but for the one that runs; slower.
         members: further denoisers by name, beside the pipeline's, which is called "own"; see `load_zoo`.
+        resident: so many of these and "own" at most stay on the device. None: all, or one where `offload` is set.
+        lora: adapters that are added to the weights as they are read, see `fuse_lora`.
 
     Attributes:
         prompts: texts by label; set by ``check_data``.
@@ -96,19 +99,22 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         trust_remote_code: bool = False,
         offload: bool = False,
         members: Mapping[str, Any] | None = None,
+        resident: int | None = None,
+        lora: str | None = None,
     ) -> None:
         super().__init__()
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"module.dtype = {dtype!r} must be auto, {', '.join(DTYPES)}")
         sizes = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
-        for key, value in {"num_inference_steps": num_inference_steps, **sizes}.items():
+        for key, value in {"num_inference_steps": num_inference_steps, "resident": resident, **sizes}.items():
             if value is not None and value < 1:
                 raise ValueError(f"module.{key} = {value} must be at least 1")
         self.pretrained, self.weights_dtype, self.variant = pretrained, dtype, variant
         self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
         self.trust_remote_code, self.entries = trust_remote_code, dict(members or {})
         self._guidance_scale, self.height, self.width, self.num_frames = guidance_scale, height, width, num_frames
-        self.scheduler, self.call, self.offload = scheduler, dict(call or {}), offload
+        self.scheduler, self.call, self.offload, self.lora = scheduler, dict(call or {}), offload, lora
+        self.resident = 1 if offload and resident is None else resident
         self.prompts: list[str] | None = None
         self.zoo: Zoo | None = None
         self.networks = nn.ModuleDict()
@@ -129,6 +135,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
                 one that does not take what the module is configured with.
         """
         pipe = load_pipeline(str(source), self.weights_dtype, self.variant, self.trust_remote_code)
+        fuse_lora(pipe, self.lora)
         self.pretrained = str(source)
         self.adopt(pipe)
 
@@ -144,7 +151,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
                 f"module.num_inference_steps = {self.num_inference_steps}, but the searched schedules of the pipeline "
                 f"are for {', '.join(map(str, available))}: set it to one of these, or module.scheduler to another"
             )
-        self.zoo = add_members(pipe, self.entries, self.pretrained, self.variant) if self.entries else None
+        self.zoo = add_members(pipe, self.entries, self.pretrained, self.variant, self.resident)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(parts)
         self.networks.requires_grad_(False).eval()

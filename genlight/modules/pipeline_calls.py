@@ -77,8 +77,7 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
     if trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        files = [file for key in _NETWORKS for file in sorted((folder / key).glob("*.safetensors"))]
-        found = (stored_dtype(files, variant) or torch.float32) if dtype == "auto" else DTYPES[dtype]
+        found = _network_dtype(folder, variant) if dtype == "auto" else DTYPES[dtype]
         pipeline: Any = diffusers.DiffusionPipeline
         pipe = pipeline.from_pretrained(str(folder), use_safetensors=True, dtype=found, **given, **options)
     except Exception as error:  # diffusers, transformers, safetensors and torch each raise their own
@@ -87,6 +86,17 @@ def load_pipeline(source: str, dtype: str, variant: str | None, trust_remote_cod
         pipe.register_modules(scheduler=searched)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _network_dtype(folder: Path, variant: str | None) -> torch.dtype:
+    """The type that the denoising network is stored in; a quantized one says it, as its first tensor may be a scale."""
+    for key in _NETWORKS:
+        config = read_object(folder / key / "config.json") if (folder / key).is_dir() else {}
+        settings = (config.get("quantization_config") or {}).get("settings", {})
+        if (found := DTYPES.get(settings.get("dtype", ""))) is not None:
+            return found
+    files = [file for key in _NETWORKS for file in sorted((folder / key).glob("*.safetensors"))]
+    return stored_dtype(files, variant) or torch.float32
 
 
 def pipeline_folder(source: str, variant: str | None = None, trust_remote_code: bool = False) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -104,6 +105,14 @@ class PredictorModule(Optimization, LightningModule):
         """Whether labels have touched the experts: the second step has begun."""
         return self._finetuning
 
+    def setup(self, stage: str) -> None:
+        """UserError where the trainer would round scores to 16 bits: close ones would come to be equal."""
+        if self.trainer.precision in ("16-true", "bf16-true"):
+            raise UserError(
+                f"trainer.precision = {self.trainer.precision} rounds the scores of the table, of which close ones "
+                "become equal: use 32-true or a mixed precision"
+            )
+
     def on_fit_start(self) -> None:
         steps = self.trainer.max_steps
         if self.head != FUSION and steps != self._pretrain_steps:
@@ -116,6 +125,9 @@ class PredictorModule(Optimization, LightningModule):
         if batch["finetune"] and not self._finetuning:
             self._finetuning = True
             self.net.reset_gate()
+            # randomness is each rank's own: the gate of the first counts
+            gate = self.trainer.strategy.broadcast(self.net.gate.state_dict())
+            self.net.gate.load_state_dict(gate)
             if not self.keep_optimizer_state:
                 for optimizer in self.trainer.optimizers:
                     optimizer.state.clear()
@@ -126,6 +138,8 @@ class PredictorModule(Optimization, LightningModule):
             loss = self.net.fusion_loss(tokens, batch["target"])
         else:
             loss = self.net.expert_losses(tokens, batch["low_fidelity"]).sum()
+            # DDP wants a gradient for every parameter; this one is 0
+            loss = loss + 0 * torch.stack([each.sum() for each in self.net.gate.parameters()]).sum()
         step = "finetune" if batch["finetune"] else "pretrain"
         self.log(f"train/{step}_loss", loss, prog_bar=True, batch_size=len(tokens))
         return loss

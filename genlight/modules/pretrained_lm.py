@@ -77,14 +77,17 @@ def check_loaded(info: Mapping[str, Any], source: str) -> None:
 
 
 def _unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that unpack weights in MXFP4 (gpt-oss): with the right kernels transformers would keep them in codes."""
-    from transformers.utils.quantization_config import Mxfp4Config
+    """Options that unpack weights in MXFP4 (gpt-oss) and FP8 (DeepSeek-V3), which some GPUs would keep in codes."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "mxfp4":
+    kinds: dict[Any, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") not in kinds:
         return {}
-    kept = quantization.get("modules_to_not_convert")
-    return {"quantization_config": Mxfp4Config(modules_to_not_convert=kept, dequantize=True)}
+    # what stands under these names in the folder is replaced by what is given here
+    kept = quantization.get("modules_to_not_convert", quantization.get("ignored_layers"))
+    made = kinds[quantization["quant_method"]](modules_to_not_convert=kept, dequantize=True)
+    return {"quantization_config": made}
 
 
 def language_model_folder(source: str, trust_remote_code: bool = False) -> Path:

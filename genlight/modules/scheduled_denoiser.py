@@ -85,8 +85,11 @@ class ScheduledDenoiser(nn.Module):
         variances = {_learns_variance(network) for network in members.values()}
         self._drop_variance = len(variances) > 1
         self._device = _device_of(members[first])
+        here = [name for name in order if resident is None or _device_of(members[name]) == self._device]
         # least recently used first
-        self._on_device = order[: len(order) if resident is None else resident][::-1]
+        self._on_device = here[:resident][::-1]
+        for name in [] if resident is None or self._device.type == "cpu" else here[resident:]:
+            members[name].to("cpu")
 
     @property
     def members(self) -> dict[str, nn.Module]:
@@ -205,14 +208,13 @@ class ScheduledDenoiser(nn.Module):
         return network
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledDenoiser:
-        """As in torch; one by one, so that no more than `resident` members and one are on the device at once."""
-        for name in [*reversed(self._on_device), *(name for name in self.names if name not in self._on_device)]:
-            network = self.networks[_key(name)]
-            network._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """As in torch; members that wait on the CPU are cast there, and are not moved."""
+        for name, network in self.members.items():
             if name in self._on_device:
+                network._apply(fn, recurse)  # type: ignore[no-untyped-call]
                 self._device = _device_of(network)
-            else:
-                network.to("cpu")
+            elif _casts(fn, network):
+                network._apply(lambda tensor: fn(tensor).to("cpu"), recurse)  # type: ignore[no-untyped-call]
         return self
 
     @property
@@ -352,6 +354,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _first_parameter(network: nn.Module) -> Tensor | None:
     return next((p for p in network.parameters() if p.is_floating_point()), None)
+
+
+def _casts(fn: Callable[[Tensor], Tensor], network: nn.Module) -> bool:
+    """Whether what is to be done to each tensor of a network changes their type."""
+    parameter = _first_parameter(network)
+    return parameter is not None and fn(torch.empty(0, dtype=parameter.dtype)).dtype != parameter.dtype
 
 
 def _dtype_of(network: nn.Module) -> torch.dtype:

@@ -8,16 +8,20 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from genlight.errors import UserError
 from genlight.modules.exported_pipeline import Network
+from genlight.trainer.resident import is_sharded
 
 
 class TargetNetwork:
     """A copy of the student, made when it is first asked for: before the first step of a fit, or after a resume.
 
     It is no submodule: so it stays out of the optimizer, of averages and of the weights that are saved, and an averaged
-    copy of the module shares it.
+    copy of the module shares it. Where the student is in 16 bits, the average is kept in float32 beside the network:
+    what a step adds to it would be rounded away.
 
     Args:
         stored: its weights in a checkpoint; None begins with the student's.
@@ -26,6 +30,7 @@ class TargetNetwork:
     def __init__(self, stored: Mapping[str, Tensor] | None = None) -> None:
         self.network: Network | None = None
         self._stored = stored
+        self._exact: dict[str, Tensor] = {}  # of the parameters in 16 bits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TargetNetwork:
         return self
@@ -34,14 +39,21 @@ class TargetNetwork:
         """The target of a student, on its device and in its mode."""
         if self.network is None:
             target = copy.deepcopy(student).requires_grad_(False)
-            if self._stored is not None:
-                target.load_state_dict(self._stored)
+            stored = self._stored or {}
+            self._exact = {
+                name: stored.get(name, weight).detach().float()
+                for name, weight in target.named_parameters()
+                if weight.dtype.itemsize < 4
+            }
+            if stored:
+                target.load_state_dict(stored)
             if compiled:
                 target.compile()
             self.network, self._stored = target, None
         device = next(student.parameters()).device
         if next(self.network.parameters()).device != device:
             self.network.to(device)
+            self._exact = {name: value.to(device) for name, value in self._exact.items()}
         if self.network.training != student.training:
             self.network.train(student.training)
         return self.network
@@ -50,7 +62,11 @@ class TargetNetwork:
     def follow(self, student: Network, decay: float) -> None:
         """Become decay · target + (1 - decay) · student; buffers are copied."""
         target = self.of(student)
-        torch._foreach_lerp_(list(target.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
+        mine = [self._exact.get(name, weight) for name, weight in target.named_parameters()]
+        theirs = [weight.detach().to(own.dtype) for weight, own in zip(student.parameters(), mine, strict=True)]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        for name, value in self._exact.items():
+            target.get_parameter(name).copy_(value)
         for mine, other in zip(target.buffers(), student.buffers(), strict=True):
             mine.copy_(other)
 
@@ -58,7 +74,21 @@ class TargetNetwork:
         """Weights for a checkpoint; None where there is no target yet."""
         if self.network is None:
             return None if self._stored is None else dict(self._stored)
-        return {name: value.clone() for name, value in self.network.state_dict().items()}
+        return {name: value.clone() for name, value in {**self.network.state_dict(), **self._exact}.items()}
+
+
+def refuse_shards(trainer: Trainer, key: str) -> None:
+    """UserError, naming the config key of its decay, where no process holds the whole student that a target copies."""
+    if is_sharded(trainer):
+        raise UserError(
+            f"{key} above 0 keeps a second set of weights, which a sharded strategy cannot hold: set it to 0, or "
+            "strategy=ddp"
+        )
+
+
+def has_stepped(trainer: Trainer) -> bool:
+    """Whether `optimizer_step` ends an optimizer step; strategies that accumulate by themselves get all batches."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 @contextmanager

@@ -48,18 +48,23 @@ def timestep_reader(pipe: Any) -> Callable[[float], float] | None:
     return None
 
 
-def add_members(pipe: Any, entries: Mapping[str, Any], source: str, variant: str | None = None) -> Zoo:
+def add_members(
+    pipe: Any, entries: Mapping[str, Any], source: str, variant: str | None = None, resident: int | None = None
+) -> Zoo | None:
     """Read members (see `load_zoo`) and put them and the pipeline's own network, called "own", in its place by turns.
 
     "own" is the primary. Members of dtype "auto" take its precision.
 
     Args:
-        entries: the members, by name.
+        entries: the members, by name; where there are none, nothing is done.
         source, variant: folder or hub id of the pipeline, and ending of its files: where "own" is from.
+        resident: as in `ScheduledDenoiser`; members are read into the memory of the host, and stay there until called.
 
     Raises:
         UserError: as `load_zoo`, and for a pipeline whose scheduler is of a kind that is not known.
     """
+    if not entries:
+        return None
     key = denoiser_key(pipe)
     network = getattr(pipe, key)
     if OWN in entries:
@@ -80,9 +85,9 @@ def add_members(pipe: Any, entries: Mapping[str, Any], source: str, variant: str
         num_classes=class_rows(network),
     )
     zoo = load_zoo(entries, dtype=network.dtype, beside=[own])
-    for member in zoo.members.values():
+    for member in zoo.members.values() if resident is None else ():
         member.network.to(network.device)
-    scheduled = ScheduledDenoiser(zoo.networks, OWN, zoo.predictions, timestep_of=timestep_reader(pipe))
+    scheduled = ScheduledDenoiser(zoo.networks, OWN, zoo.predictions, resident, timestep_reader(pipe))
     setattr(pipe, key, scheduled.eval())
     return zoo
 

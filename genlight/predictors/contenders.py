@@ -21,11 +21,11 @@ from genlight.predictors.ranking import single_thread
 # experts and a gate, trained by gradient on the labels
 DELE, STATIC, VANILLA = "dele", "static_gate", "vanilla"
 FUSIONS = (DELE, STATIC, VANILLA)
-# regressions: on the scores of the frozen experts, on the low-fidelity scores themselves, on one-hot categories
-EXPERTS, SCORES, TOKENS = "expert", "scores", "tokens"
+# regressions: on the scores of frozen experts, on the low-fidelity scores themselves, on both, on one-hot categories
+EXPERTS, SCORES, BOTH, TOKENS = "expert", "scores", "both", "tokens"
 # those that files can hold
 SAVABLE = (*FUSIONS, "expert_gp", "expert_ridge", "expert_forest")
-NAMES = (*SAVABLE, "scores_gp", "scores_ridge", "scores_forest", "tokens_gp")
+NAMES = (*SAVABLE, "scores_gp", "scores_ridge", "scores_forest", "both_gp", "tokens_gp")
 
 # rows int64 [n] of the table to mean and deviation [n] of the predictions
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -67,7 +67,7 @@ class Contenders:
             fitted = self._tuned(name, rows, targets, seed)
             return lambda wanted: fitted.predict(self.tokens[wanted])
         kind, _, head = name.partition("_")
-        features = {EXPERTS: self.expert_features, SCORES: self.score_features, TOKENS: self.token_features}[kind]
+        features = self._features(kind)
         regression = fit_head(head, features[rows], targets, seed)
         return lambda wanted: regression.predict(features[wanted])
 
@@ -97,6 +97,12 @@ class Contenders:
             network = ExpertEnsemble(replace(settings, gate=gate), vocabulary, self.network.num_experts)
         network.experts.load_state_dict(self.network.experts.state_dict())
         return network.eval()
+
+    def _features(self, kind: str) -> Tensor:
+        """What a regression of that kind is on, float32 [N, features]."""
+        if kind == BOTH:
+            return torch.cat([self.expert_features, self.score_features], dim=1)
+        return {EXPERTS: self.expert_features, SCORES: self.score_features, TOKENS: self.token_features}[kind]
 
     @cached_property
     def expert_features(self) -> Tensor:

@@ -107,7 +107,7 @@ class ExpertEnsemble(nn.Module):
     def expert_scores(self, tokens: Tensor) -> Tensor:
         """Scores of each expert, [E, N], for tokens int64 [N, T]."""
         scores: Tensor = self.experts(tokens).squeeze(-1)
-        return scores
+        return scores.float()
 
     def forward(self, tokens: Tensor) -> Fused:
         scores = self.expert_scores(tokens)

@@ -70,9 +70,9 @@ def sample_pairs(targets: Tensor, limit: int) -> Pairs:
     """At most `limit` different pairs for each of E targets, every pair as likely as any other.
 
     All pairs are listed where they are few, and those drawn of them that are no ties and have no NaN. Where they are
-    many, the candidates are put into a ring at random, and each is paired with those that follow it: as many pairs for
-    each, without a search for repeated ones; ties and NaN then make no pair. Draws from torch's global generator on the
-    CPU, so that a device gets the pairs of any other.
+    many, the candidates whose target is known are put into a ring at random, and each is paired with those that follow
+    it: as many pairs for each, without a search for repeated ones; a tie then makes no pair. Draws from torch's global
+    generator on the CPU, so that a device gets the pairs of any other.
 
     Args:
         targets: float [E, n].
@@ -84,17 +84,26 @@ def sample_pairs(targets: Tensor, limit: int) -> Pairs:
     rows, n = targets.shape
     total = n * (n - 1) // 2
     if total > _LISTED * limit:
-        ring = torch.rand(rows, n).argsort(dim=1)
-        reach = -(-limit // n)
-        later = torch.cat([ring.roll(-distance, dims=1) for distance in range(1, reach + 1)], dim=1)
-        first, second = (side[:, :limit].to(targets.device) for side in (ring.repeat(1, reach), later))
-        return Pairs(first, second, _signs(targets, first, second))
+        return _ring_pairs(targets, limit)
     keys = torch.rand(rows, total).to(targets.device)
     first, second = (side.expand(rows, total) for side in torch.triu_indices(n, n, offset=1, device=targets.device))
     signs = _signs(targets, first, second)
     kept = keys.masked_fill(signs == 0, -1.0).topk(min(limit, total), dim=1)
     chosen = signs.gather(1, kept.indices).masked_fill(kept.values < 0, 0.0)
     return Pairs(first.gather(1, kept.indices), second.gather(1, kept.indices), chosen)
+
+
+def _ring_pairs(targets: Tensor, limit: int) -> Pairs:
+    """The first `limit` pairs in a ring of the known: all neighbours, then all with one between, and so on."""
+    known = ~targets.isnan()
+    ring = (torch.rand(targets.shape) + (~known).cpu()).argsort(dim=1).to(targets.device)  # the unknown at its end
+    length = known.sum(1, keepdim=True)  # [E, 1]
+    pair = torch.arange(limit, device=targets.device)
+    place, distance = pair % length.clamp(min=1), pair // length.clamp(min=1) + 1
+    first, second = ring.gather(1, place), ring.gather(1, (place + distance) % length.clamp(min=1))
+    # half way around, each pair would come twice
+    new = (2 * distance < length) | ((2 * distance == length) & (place < distance))
+    return Pairs(first, second, _signs(targets, first, second) * new)
 
 
 def _signs(targets: Tensor, first: Tensor, second: Tensor) -> Tensor:

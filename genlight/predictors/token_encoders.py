@@ -42,7 +42,8 @@ class OneHotMLP(nn.Module):
             ]
             hidden = torch.cat([part.float() for part in parts], dim=1)
         for layer in self.layers:
-            hidden = torch.relu(layer(hidden))
+            # in place: under vmap a linear layer would write its output twice
+            hidden = (hidden @ layer.weight.T).add_(layer.bias).relu_()
         return hidden
 
 

@@ -23,7 +23,7 @@ def activation_grid(values: Tensor, form: ActivationFormat, ranges: Tensor | Non
     if form.mode == "static":
         if ranges is None:
             raise ValueError("ranges must be given where activation.mode is 'static'")
-        return _static_grid(values, form, ranges)
+        return current_grid(values, static_grids(ranges, form))
     return dynamic_grid(values, form)
 
 
@@ -40,23 +40,32 @@ def dynamic_grid(values: Tensor, form: ActivationFormat) -> Grid:
     return grid_from_range(least, greatest, form.bits, symmetric=False, numbers=form.numbers)
 
 
-def _static_grid(values: Tensor, form: ActivationFormat, ranges: Tensor) -> Grid:
+def static_grids(ranges: Tensor, form: ActivationFormat) -> Grid:
+    """The grids over a table of ranges, see `activation_grid`: one for each branch, step and channel."""
+    return grid_from_range(ranges[:, :, 0], ranges[:, :, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)
+
+
+def current_grid(values: Tensor, grids: Grid) -> Grid:
+    """Of `static_grids`, the one for an input at the current step; raises as `activation_grid`."""
+    zero_point = None if grids.zero_point is None else _current(values, grids.zero_point)
+    return Grid(_current(values, grids.scale), zero_point, grids.bits, grids.numbers)
+
+
+def _current(values: Tensor, table: Tensor) -> Tensor:
     # a compiled program cannot read the context, and one range for all needs none
-    single = ranges.shape[0] == 1 and ranges.shape[1] == 1
-    chosen = ranges[:, 0] if single else _current_ranges(len(values), ranges, current_context())
-    by_channel = chosen.shape[2:]
-    chosen = chosen.reshape(len(chosen), 2, *by_channel, *[1] * (values.ndim - 1 - len(by_channel)))
-    return grid_from_range(chosen[:, 0], chosen[:, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)
+    single = table.shape[0] == 1 and table.shape[1] == 1
+    chosen = table[:, 0] if single else _of_step(len(values), table, current_context())
+    return chosen.reshape(*chosen.shape, *[1] * (values.ndim - chosen.ndim))
 
 
-def _current_ranges(batch: int, ranges: Tensor, context: SamplingContext) -> Tensor:
-    """Those of the current step, [1 | batch, 2] or [1 | batch, 2, channels]."""
-    branches, steps = ranges.shape[:2]
+def _of_step(batch: int, table: Tensor, context: SamplingContext) -> Tensor:
+    """Entries [1 | batch] or [1 | batch, channels] of a table [branches, steps] or [branches, steps, channels]."""
+    branches, steps = table.shape[:2]
     if steps > 1 and steps != context.num_steps:
         raise ValueError(
             f"the ranges were calibrated for {steps} steps and the sampling has {context.num_steps}: calibrate again"
         )
-    at_step = ranges[:, context.step if steps > 1 else 0]
+    at_step = table[:, context.step if steps > 1 else 0]
     if branches == 1:
         return at_step
     if max(context.branches) >= branches:

@@ -1,10 +1,11 @@
-"""Bits for each layer within a budget: exact by integer programming, and the greedy way of the paper.
+"""Bits for each layer within a budget: exact by integer programming, and rivals that look at less.
 
 The error of a network is taken to be the sum of the errors that its layers make one at a time, so that the least sum
 within the limits is a multiple-choice knapsack with one or more limits.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[
         limits: of the sum over layers, by the names of `costs`.
 
     Raises:
-        ValueError: values or shapes that do not fit, or a limit below what the cheapest choices cost.
+        ValueError: values or shapes that do not fit, a limit below what the cheapest choices cost, limits that cannot be
+            kept together, or a solver that stopped before it found anything.
     """
     from ortools.sat.python import cp_model
 
@@ -69,8 +71,14 @@ def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[
     # the linear relaxation of a knapsack is nearly whole: with it hundreds of layers take a fraction of a second
     solver.parameters.linearization_level = 2
     solver.parameters.max_deterministic_time = _MOST_WORK
-    if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
         raise ValueError(f"no choice of bits keeps all of {', '.join(limits)} together")
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise ValueError(
+            f"the solver stopped ({solver.status_name(status)}) before it found bits that keep {', '.join(limits)}: "
+            "loosen a limit, or give fewer choices"
+        )
     found = tuple(next(j for j, value in enumerate(row) if solver.boolean_value(value)) for row in chosen)
     gap = max(0.0, solver.objective_value - solver.best_objective_bound) / per_loss
     return Allocation(found, float(losses[range(len(losses)), found].sum()), gap)
@@ -119,21 +127,50 @@ def group_budgets(average: float, ratio: float, share: float) -> tuple[float, fl
 
 
 def allocate_greedily(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> tuple[int, ...]:
-    """From the cheapest choices, the layer with the largest loss goes up by one choice, as long as that fits.
+    """From the cheapest choices, again and again the change of one layer with the largest fall of loss per cost.
 
-    Args and errors as `allocate`; choices are in the order of their costs.
+    Every choice of a layer that lowers its loss and still fits is open. Costs count as shares of their limits, and the
+    shares add up. Args and errors as `allocate`; the first choice is the cheapest.
     """
     losses = _checked(losses, costs, limits)
-    chosen = [0] * len(losses)
+    every = np.stack([costs[name] for name in limits]).astype(np.float64)  # [limits, layers, choices]
+    most = np.array([math.floor(limit) for limit in limits.values()], dtype=np.float64)[:, None, None]
+    layers, chosen = np.arange(len(losses)), np.zeros(len(losses), dtype=np.int64)
     while True:
-        gains = losses[range(len(losses)), chosen] - losses.min(axis=1)
-        for layer in np.argsort(-gains, kind="stable").tolist():
-            higher = [*chosen[:layer], chosen[layer] + 1, *chosen[layer + 1 :]]
-            if gains[layer] > 0 and higher[layer] < losses.shape[1] and _fits(higher, costs, limits):
-                chosen = higher
-                break
-        else:
-            return tuple(chosen)
+        taken = every[:, layers, chosen]
+        extra = every - taken[:, :, None]
+        falls = losses[layers, chosen][:, None] - losses
+        fits = (taken.sum(axis=1)[:, None, None] + extra <= most).all(axis=0)
+        prices = (extra / np.maximum(most, 1)).sum(axis=0)
+        worth = np.where(fits & (falls > 0), falls / np.maximum(prices, 1e-30), 0.0)
+        layer, choice = np.unravel_index(int(worth.argmax()), worth.shape)
+        if worth[layer, choice] <= 0:
+            return tuple(chosen.tolist())
+        chosen[layer] = choice
+
+
+def allocate_by_threshold(errors: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> tuple[int, ...]:
+    """Each layer has its first choice with an error of t or less, for the least t that fits.
+
+    SDNQ chooses data types so, with a t that is given. A layer without such a choice has that of its least error. Args
+    and errors as `allocate`; the first choice is the cheapest.
+    """
+    errors = _checked(errors, costs, limits)
+
+    def at(threshold: float) -> list[int]:
+        low_enough = errors <= np.maximum(threshold, errors.min(axis=1))[:, None]
+        return [int(choice) for choice in low_enough.argmax(axis=1)]
+
+    values = np.unique(errors).tolist()
+    place = bisect_left(values, True, key=lambda threshold: _fits(at(threshold), costs, limits))
+    return tuple(at(values[min(place, len(values) - 1)]))
+
+
+def allocate_uniformly(costs: Mapping[str, Array], limits: Mapping[str, float]) -> tuple[int, ...]:
+    """The same choice for all layers, the last that fits; errors as `allocate`."""
+    layers, choices = next(iter(costs.values())).shape
+    _checked(np.zeros((layers, choices)), costs, limits)
+    return (max((j for j in range(choices) if _fits([j] * layers, costs, limits)), default=0),) * layers
 
 
 def pareto_allocations(

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from genlight.quantization.formats import LayerFormat
 from genlight.quantization.layers import LayerParts, QuantizedLayer, QuantizedLinear
-from genlight.quantization.special_inputs import without_positions
+from genlight.quantization.special_inputs import same_tokens, without_positions
 from genlight.quantization.weights import QuantizedWeight
 
 Mismatch = Literal["warn", "raise"]
@@ -22,8 +22,6 @@ _OTHER_TOKENS = (
     "tokens that were the same for every prompt of the calibration are others now: another text encoder, "
     "weighted prompts or a learned token; they are multiplied with the rounded weight"
 )
-# some times the spacing of bfloat16, in which pipelines run
-_TOLERANCE = 2.0**-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +93,12 @@ class ConstantTokenLinear(QuantizedLinear):
 
     def _rows(self, given: Tensor) -> Tensor:
         known, kept = self.constant_inputs.to(given.dtype), self.constant_outputs.to(given.dtype)
-        allowed = _TOLERANCE * (known.abs() + known.abs().mean())
-        same = ((given - known).abs() <= allowed).all(dim=-1, keepdim=True)
+        same = same_tokens(given, known)
         # a decision by numbers would stop a compiled or a captured program
         if not (torch.compiler.is_compiling() or (given.is_cuda and torch.cuda.is_current_stream_capturing())):
-            if bool(same.all()):
-                return kept
+            # zeros are what pipelines write for no text, such as SDXL's for no negative prompt
+            if bool((same | ~given.any(dim=-1, keepdim=True)).all()):
+                return torch.where(same, kept, kept.new_zeros(()) if self.bias is None else self.bias.to(given.dtype))
             if self.mismatch == "raise":
                 raise ValueError(f"{_OTHER_TOKENS.partition(';')[0]}: quantize with this text encoder")
             warnings.warn(_OTHER_TOKENS, stacklevel=3)

@@ -1,10 +1,12 @@
 """From a model with layers of torch to the same model with quantized ones, by patterns of names and in place."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from genlight.checkpoints.bases import group_of_names
 from genlight.quantization.balance import Balance, balance_hessian, balance_weight, low_rank_split
@@ -12,6 +14,9 @@ from genlight.quantization.conv import Geometry, QuantizedConv2d
 from genlight.quantization.formats import FLOAT_BITS, LayerFormat
 from genlight.quantization.layers import LayerParts, QuantizedLayer, QuantizedLinear
 from genlight.quantization.weights import QuantizedWeight, quantize_weight
+
+# why convolutions are left out that could be rounded by themselves
+GROUPED = "in groups of channels, which no balance, low-rank branch or Hessian fits"
 
 
 @dataclass(frozen=True)
@@ -31,28 +36,47 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The linear and 2-D convolution layers of a model by name; subclasses, which may compute otherwise, are left out.
 
     Raises:
-        ValueError: the model has quantized layers already, or none that can be quantized.
+        ValueError: the model has quantized layers already, of genlight or another library, or none that can be
+            quantized.
     """
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             raise ValueError(f"the model is quantized already: {name!r} is a {type(module).__name__}")
         if isinstance(module, nn.Linear | nn.Conv2d) and type(module) in (nn.Linear, nn.Conv2d):
+            if is_traceable_wrapper_subclass(module.weight):
+                kind = type(module.weight).__name__
+                raise ValueError(f"the model is quantized or split already: the weight of {name!r} is a {kind}")
             layers[name] = module
+    if (other := getattr(model, "hf_quantizer", None)) is not None:
+        raise ValueError(f"the model is quantized already: by {other.quantization_config.quant_method.value}")
     if not layers:
         raise ValueError("the model has no linear or 2-D convolution layer to quantize")
     return layers
 
 
-def layers_left_out(model: nn.Module, chosen: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Layers with a weight of two dimensions or more that are not among the chosen: type and reason, by name."""
+def is_grouped(layer: nn.Module) -> bool:
+    """Whether outputs read other channels than one another, so that they share no balance, branch or Hessian."""
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1
+
+
+def layers_left_out(model: nn.Module, chosen: Collection[str], keep: str | None = None) -> dict[str, tuple[str, str]]:
+    """Layers with a weight of two dimensions or more that are not among the chosen: type and reason, by name.
+
+    Args:
+        model: not changed.
+        chosen: names of layers.
+        keep: the pattern of those that were not to be chosen; None: that is said of all that could be.
+    """
     found = {}
     for name, module in model.named_modules():
         tensors = {"weight": getattr(module, "weight", None), **dict(module.named_parameters(recurse=False))}
         weights = [value for key, value in tensors.items() if "weight" in key and isinstance(value, Tensor)]
         if name in chosen or all(weight.ndim < 2 for weight in weights):
             continue
-        if type(module) in (nn.Linear, nn.Conv2d):
+        if is_grouped(module) and keep is not None and not re.search(keep, name):
+            reason = GROUPED
+        elif type(module) in (nn.Linear, nn.Conv2d):
             reason = "a pattern keeps it"
         elif isinstance(module, nn.Linear | nn.Conv2d):
             reason = "a subclass, which may compute otherwise"
@@ -183,7 +207,7 @@ def _check(layer: nn.Linear | nn.Conv2d, form: LayerFormat, balance: Balance, ra
         channels = layer.in_features
     else:
         channels = layer.in_channels
-        if layer.groups > 1 and (balance.channels is not None or rank or form.weight.needs_hessian):
+        if is_grouped(layer) and (balance.channels is not None or rank or form.weight.needs_hessian):
             raise ValueError(
                 f"groups = {layer.groups} must be 1 for a balance, a low-rank branch, GPTQ or clipping by the Hessian: "
                 "its outputs do not read the same channels"

@@ -45,7 +45,8 @@ class ViDiTQConfig(QuantizationConfigMixin):
     Args:
         layers: what each quantized layer is (`LayerPlan`), by name.
         tensors: type and shape of the entries of each layer's `state_dict`, by name.
-        settings: how the network was quantized, for people to read.
+        settings: how the network was quantized, for people to read; of these `dtype`, the type of what was not
+            quantized, is the one that it is loaded in where nothing else is asked for.
         version: of this format.
         quant_method: "viditq".
 
@@ -70,10 +71,17 @@ class ViDiTQConfig(QuantizationConfigMixin):
         self.layers, self.tensors, self.settings = dict(layers), dict(tensors), dict(settings or {})
         if self.layers.keys() != self.tensors.keys():
             raise ValueError("quantization_config: layers and tensors must name the same layers")
+        if self.settings.get("dtype") not in (None, *_TYPES):
+            raise ValueError(f"quantization_config.settings.dtype: {self.settings['dtype']!r} is no type known here")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of what was not quantized; None in a config of an earlier genlight."""
+        return _TYPES.get(self.settings.get("dtype", ""))
 
     @classmethod
-    def of(cls, network: nn.Module, settings: Mapping[str, Any]) -> ViDiTQConfig:
-        """The config of a network as it is.
+    def of(cls, network: Any, settings: Mapping[str, Any]) -> ViDiTQConfig:
+        """The config of a network of diffusers as it is.
 
         Raises:
             ValueError: it has no quantized layer.
@@ -88,6 +96,7 @@ class ViDiTQConfig(QuantizationConfigMixin):
             }
             for name, layer in layers.items()
         }
+        settings = {**settings, "dtype": str(network.dtype).removeprefix("torch.")}
         return cls(_PLANS.dump_python(plans_of(network), mode="json"), tensors, settings)
 
     def skeleton(self) -> dict[str, nn.Module]:
@@ -126,6 +135,13 @@ class ViDiTQQuantizer(DiffusersQuantizer):
     # layers keep the types that they were saved in, whatever is asked for the others
     use_keep_in_fp32_modules = True
 
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """What is asked for, else the type that the network had: diffusers itself would take float32."""
+        if torch_dtype is None:
+            return self.quantization_config.dtype
+        self.quantization_config.settings["dtype"] = str(torch_dtype).removeprefix("torch.")
+        return torch_dtype
+
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
@@ -163,6 +179,7 @@ class ViDiTQQuantizer(DiffusersQuantizer):
             missing = [key for key, tensor in layer.state_dict().items() if tensor.is_meta]
             if missing:
                 raise ValueError(f"the weights of the network lack {name}.{missing[0]}, which its config names")
+            layer.derive()
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True

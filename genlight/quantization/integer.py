@@ -61,7 +61,7 @@ def integer_linear(
     input_zero, weight_zero = grid.zero_point, weight.grid.zero_point
     if weight_zero is not None and sums is None:
         sums = codes.sum(dim=1, dtype=torch.int32)
-    column_sums = None if input_zero is None else weight.unpacked().sum(dim=1, dtype=torch.int32)
+    column_sums = None if input_zero is None else weight.row_sums()
     if triton_runs_on(codes.device):
         return _by_kernel(codes, grid, weight, sums, column_sums, low_rank, bias, dtype)
     # in place from here: on a CPU each new matrix of this size costs as much as what is done to it

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genlight.quantization.activations import activation_grid
+from genlight.quantization.activations import activation_grid, current_grid, static_grids
 from genlight.quantization.balance import Balance, balance_input, unbalance_weight
 from genlight.quantization.float8 import float8_is_valid, float8_linear
 from genlight.quantization.formats import FLOAT_BITS, LayerFormat
@@ -32,7 +32,7 @@ _NOT_FASTER = (
     "it takes the memory of its bits, and nothing is faster"
 )
 # whatever type the model is cast to
-_KEPT_TYPES = ("weight_codes", "weight_scale", "input_scale", "activation_range")
+_KEPT_TYPES = ("weight_codes", "weight_scale", "input_scale", "activation_range", "static_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,10 @@ class QuantizedLayer(nn.Module):
     up: Tensor | None
     down: Tensor | None
     activation_range: Tensor | None
+    # what follows from these and is not saved, see `derive`
+    weight_sums: Tensor | None
+    static_scale: Tensor | None
+    static_zero_point: Tensor | None
 
     def __init__(self, form: LayerFormat, weight: QuantizedWeight | Tensor, parts: LayerParts | None = None) -> None:
         """
@@ -115,6 +119,26 @@ class QuantizedLayer(nn.Module):
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
+        for name in ("weight_sums", "static_scale", "static_zero_point"):
+            self.register_buffer(name, None, persistent=False)
+        self.derive()
+
+    def derive(self) -> None:
+        """Compute what is the same in every call: static grids, and Σ p where inputs have a zero point.
+
+        Whoever sets a tensor calls this; loading a `state_dict` does.
+        """
+        weight, form, ranges = self.quantized_weight, self.form.activation, self.activation_range
+        if ranges is not None and not ranges.is_meta:
+            grids = static_grids(ranges, form)
+            self.static_scale, self.static_zero_point = grids.scale, grids.zero_point
+        shifted = form.bits != FLOAT_BITS and form.numbers == "integer" and not form.symmetric
+        if shifted and weight is not None and weight.group_size is None and not weight.codes.is_meta:
+            self.weight_sums = replace(weight, sums=None).row_sums()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.derive()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: getattr(self, name) for name in _KEPT_TYPES}
@@ -138,7 +162,7 @@ class QuantizedLayer(nn.Module):
             return None
         form = self.form.weight
         grid = Grid(self.weight_scale, self.weight_zero_point, form.bits, form.numbers)
-        return QuantizedWeight(self.weight_codes, grid, self.columns, form.group_size)
+        return QuantizedWeight(self.weight_codes, grid, self.columns, form.group_size, self.weight_sums)
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -180,7 +204,10 @@ class QuantizedLayer(nn.Module):
 
     def grid(self, inputs: Tensor) -> Grid:
         """The grid for balanced inputs."""
-        return activation_grid(inputs, self.form.activation, self.activation_range)
+        form = self.form.activation
+        if self.static_scale is None:
+            return activation_grid(inputs, form, self.activation_range)
+        return current_grid(inputs, Grid(self.static_scale, self.static_zero_point, form.bits, form.numbers))
 
     def rounded(self, inputs: Tensor) -> Tensor:
         """Balanced inputs as the numbers that their codes stand for."""

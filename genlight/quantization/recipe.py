@@ -20,6 +20,7 @@ from genlight.quantization.convert import quantize_layer
 from genlight.quantization.formats import FLOAT_BITS, ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.layers import QuantizedLayer
+from genlight.quantization.special_inputs import same_tokens
 from genlight.quantization.statistics import InputStatistics
 
 BALANCES = ("none", "scale", "rotation", "static_dynamic")
@@ -79,7 +80,7 @@ class CalibratedNetwork:
     Attributes:
         layers: the plain layers to quantize, by name.
         groups: names of layers that read the same input, which share statistics and balance.
-        statistics: of the input of each group, by the group's first name.
+        statistics: of the input of each group, by the group's first name; Hessians may lie on another device.
     """
 
     layers: Mapping[str, nn.Linear | nn.Conv2d]
@@ -132,20 +133,24 @@ def quantized_layer(
     rank: int = 0,
     ranges: Tensor | None = None,
 ) -> QuantizedLayer:
-    """One layer in a format; static activations have `ranges` or one range for all steps and branches."""
+    """One layer in a format.
+
+    Static activations have `ranges`, or, where nothing is balanced, one range for all steps and branches.
+
+    Raises:
+        ValueError: static activations of a balanced input without their ranges.
+    """
     statistics = network.statistics[network.groups[network.group_of(name)][0]]
     if form.activation.mode != "static" or form.activation.bits == FLOAT_BITS:
         ranges = None
+    elif ranges is None and balance.channels is not None:
+        raise ValueError("static activations of a balanced input need its ranges")
     elif ranges is None:
         ranges = overall_range(statistics)
-    return quantize_layer(
-        network.layers[name],
-        form,
-        balance=balance,
-        rank=rank,
-        hessian=statistics.hessian,
-        activation_range=ranges,
-    )
+    plain, hessian = network.layers[name], statistics.hessian
+    if hessian is not None and form.weight.needs_hessian:
+        hessian = hessian.to(plain.weight.device)  # those of all layers together may not fit there
+    return quantize_layer(plain, form, balance=balance, rank=rank, hessian=hessian, activation_range=ranges)
 
 
 def overall_range(statistics: InputStatistics) -> Tensor:
@@ -162,7 +167,7 @@ def layer_noise(network: CalibratedNetwork, name: str, layer: QuantizedLayer) ->
     sample = _sample_of(network.statistics[network.groups[network.group_of(name)][0]])
     if isinstance(layer, ConstantTokenLinear):
         known = layer.constant_inputs.to(sample.dtype)[:, None]
-        sample = sample[~torch.isclose(sample, known, rtol=1e-3).all(dim=-1).any(dim=0)]
+        sample = sample[~same_tokens(sample, known).any(dim=0).squeeze(-1)]
     expected = sample @ network.layers[name].weight.detach().flatten(1).t().to(sample.dtype)
     inputs = balance_sample(sample, layer.balance)
     # of a convolution, each patch gets the scale that its sample would have; a static range may be that of one step or

@@ -3,7 +3,8 @@
 Both are found by watching one call of the network, so that nothing here knows the names of one family.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from genlight.quantization.balance import Balance, balance_input
 from genlight.quantization.trajectory import NetworkCall, replay
 
 _TEXT = "encoder_hidden_states"
-# numbers of one prompt differ in their last digits between batches
-_TOLERANCE = 1e-3
+# some times the spacing of bfloat16, in which pipelines run: numbers of one prompt differ in their last digits between
+# batches
+_TOLERANCE = 2.0**-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,13 @@ def special_inputs(
     if ratio is not None and given:
         texts = torch.cat(given)
         positions = constant_positions(texts, ratio=ratio)
-        if positions:
+        if not positions:
+            warnings.warn(
+                f"constant_tokens: no text token is the same in all {len(texts)} prompts and more than "
+                f"constant_ratio = {ratio:g} times as large as all others, so that none is kept",
+                stacklevel=2,
+            )
+        else:
             text = text_layers(network, lambda: replay(network, calls[0]))
             rows = texts[texts.abs().amax(dim=(1, 2)) > 0][0, list(positions)]
     parts: dict[str, list[Callable[[Tensor], Tensor]]] = {
@@ -162,6 +171,12 @@ def text_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | 
     return found if isinstance(found, Tensor) and found.ndim == 3 else None
 
 
+def same_tokens(given: Tensor, known: Tensor) -> Tensor:
+    """Which embeddings [..., features] are known ones but for rounding, bool [..., 1]; shapes are broadcast."""
+    allowed = _TOLERANCE * (known.abs() + known.abs().mean(dim=-1, keepdim=True))
+    return ((given - known).abs() <= allowed).all(dim=-1, keepdim=True)
+
+
 def constant_positions(texts: Tensor, *, ratio: float = 4.0, least: int = 8) -> tuple[int, ...]:
     """Positions of tokens that are the same in every text and larger than all others.
 
@@ -180,7 +195,7 @@ def constant_positions(texts: Tensor, *, ratio: float = 4.0, least: int = 8) -> 
     count = len(torch.unique(rows.flatten(1), dim=0))
     if count < least:
         raise ValueError(f"constant tokens are found over {least} or more different prompts, and there are {count}")
-    same = torch.isclose(rows, rows[:1], rtol=_TOLERANCE, atol=0).all(dim=2).all(dim=0)
+    same = same_tokens(rows, rows[:1]).all(dim=0).squeeze(-1)
     largest = rows.abs().amax(dim=(0, 2))
     others = largest[~same]
     if not len(others):
@@ -215,6 +230,37 @@ def part_ranges(
             stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
         run()
     return ranges
+
+
+def balanced_ranges(
+    network: nn.Module,
+    balances: Mapping[str, Balance],
+    calls: Sequence[NetworkCall],
+    *,
+    text: Collection[str] = (),
+    positions: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """Least and greatest number of the balanced input of each layer over calls, float32 [1, 1, 2], by layer.
+
+    Args:
+        network: of diffusers, not changed.
+        balances: by layer.
+        calls: in full precision.
+        text: layers in whose inputs the tokens at the positions do not count.
+        positions: ascending.
+    """
+
+    def reading(name: str) -> Callable[[Tensor], Tensor]:
+        dim = 1 if isinstance(network.get_submodule(name), nn.Conv2d) else -1
+        left_out = positions if name in text else ()
+        return lambda values: balance_input(without_positions(values, left_out), balances[name], dim)
+
+    def run() -> None:
+        for call in calls:
+            replay(network, call)
+
+    ranges = part_ranges(network, {name: [reading(name)] for name in balances}, run)
+    return {name: found[None] for name, found in ranges.items()}
 
 
 def without_positions(values: Tensor, positions: Sequence[int]) -> Tensor:

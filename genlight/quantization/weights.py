@@ -28,16 +28,22 @@ class QuantizedWeight:
         grid: scale and zero point [1, 1], [rows, 1] or [rows, groups].
         columns: numbers in a row.
         group_size: columns of a group, None where a row has one scale.
+        sums: Σ p of each row, int32 [rows], where somebody has kept them.
     """
 
     codes: Tensor
     grid: Grid
     columns: int
     group_size: int | None = None
+    sums: Tensor | None = None
 
     def unpacked(self) -> Tensor:
         """The codes, int8 or float8 [rows, columns]."""
         return unpack_codes(self.codes, self.grid.bits, self.columns)
+
+    def row_sums(self) -> Tensor:
+        """Σ p of each row, int32 [rows]."""
+        return self.unpacked().sum(dim=1, dtype=torch.int32) if self.sums is None else self.sums
 
     def dequantized(self) -> Tensor:
         """The numbers, float32 [rows, columns]."""

@@ -12,11 +12,11 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from genlight.errors import UserError
 from genlight.io import CorruptFileError, atomic_write_json, read_json
 from genlight.reports.cost import count_macs
+from genlight.reports.environment import machine
 
 Unit = Literal["ms", "macs"]
 MakeInputs = Callable[[nn.Module, int], Mapping[str, Any]]
+Name = TypeVar("Name", bound=Hashable)
 KIND: Literal["genlight.member_costs"] = "genlight.member_costs"
-VERSION = 1
+VERSION = 2
 
 # relative difference of two medians that counts as agreement
 _AGREE = 0.1
@@ -86,6 +88,8 @@ class MemberCosts:
         members: by name.
         switch_ms: milliseconds that a change of member adds, 0 where the measurement does not show any.
         key: what was measured.
+        evaluation_ms: milliseconds that an evaluation takes beside its network, for the solver and the loop around it.
+        batch_ms: milliseconds that a batch takes beside its evaluations.
         notes: what makes the numbers doubtful, in words.
     """
 
@@ -93,6 +97,8 @@ class MemberCosts:
     members: dict[str, MemberCost]
     switch_ms: float
     key: CostKey
+    evaluation_ms: float = 0.0
+    batch_ms: float = 0.0
     notes: tuple[str, ...] = ()
     kind: Literal["genlight.member_costs"] = KIND
     version: int = VERSION
@@ -109,16 +115,22 @@ class MemberCosts:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Cost of one call by name: milliseconds, or multiply-accumulates as shares of the largest member's."""
+        """Cost of one evaluation by name: milliseconds, or multiply-accumulates as shares of the largest member's."""
         if self.unit == "macs":
             most = max(member.macs for member in self.members.values())
             return {name: member.macs / most for name, member in self.members.items()}
-        return {name: member.latency.median_ms for name, member in self.members.items() if member.latency}
+        beside = self.evaluation_ms
+        return {name: member.latency.median_ms + beside for name, member in self.members.items() if member.latency}
 
     @property
     def switch(self) -> float:
         """Cost of a change of member, in the unit of `costs`; work knows none."""
         return self.switch_ms if self.unit == "ms" else 0.0
+
+    @property
+    def batch(self) -> float:
+        """Cost of a batch beside its evaluations, in the unit of `costs`; it is the same for all schedules."""
+        return self.batch_ms if self.unit == "ms" else 0.0
 
     @property
     def fingerprint(self) -> str:
@@ -161,6 +173,25 @@ def measure_latency(
     with torch.no_grad():
         _settle(call, device, warmup)
         return _latency(_times(call, device, repeats), device)
+
+
+def measure_in_turn(
+    pieces: Mapping[Name, Callable[[], Callable[[], Any]]], device: torch.device | str, *, repeats: int = 3
+) -> dict[Name, float]:
+    """Median milliseconds of calls that take turns, so that a change of the machine's speed meets all of them.
+
+    Args:
+        pieces: each gets ready, which is not timed, and gives the call.
+        device: all work of the calls runs on it.
+        repeats: rounds that count; the one before them does not.
+    """
+    device = torch.device(device)
+    times: dict[Name, list[float]] = {name: [] for name in pieces}
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for name, ready in pieces.items():
+                times[name] += _times(ready(), device, 1)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def profile_members(
@@ -217,7 +248,7 @@ def profile_members(
     notes = (*_disagreements(first, second), *_doubts(found))
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    return MemberCosts(unit, found, switch, key, notes)
+    return MemberCosts(unit, found, switch, key, notes=notes)
 
 
 def write_costs(path: str | Path, costs: MemberCosts) -> None:
@@ -262,11 +293,17 @@ def _parsed(content: Any) -> MemberCosts:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The name under which costs are kept: of the GPU, or "cpu" with torch's number of threads."""
+    """The name under which costs are kept: of the GPU, or of the processor with torch's number of threads."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {machine()['cpu']}, {torch.get_num_threads()} threads"
+
+
+def cost_key(batch_size: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> CostKey:
+    """The key of costs that are measured here, for inputs [batch_size, *shape]."""
+    kind = str(dtype).removeprefix("torch.")
+    return CostKey(batch_size, tuple(shape), kind, device_name(device), str(torch.__version__))
 
 
 def _key(inputs: Mapping[str, Mapping[str, Any]], batch_size: int, device: torch.device) -> CostKey:
@@ -277,11 +314,10 @@ def _key(inputs: Mapping[str, Mapping[str, Any]], batch_size: int, device: torch
     for name, state in states.items():
         if state is None or state.ndim == 0 or len(state) != batch_size:
             raise ValueError(f"make_inputs: the first tensor for member {name} must have {batch_size} rows")
-        kinds.add((tuple(state.shape[1:]), str(state.dtype).removeprefix("torch.")))
+        kinds.add((tuple(state.shape[1:]), state.dtype))
     if len(kinds) != 1:
-        raise ValueError(f"make_inputs: the members of a zoo take one shape and type, not {sorted(kinds)}")
-    shape, dtype = kinds.pop()
-    return CostKey(batch_size, shape, dtype, device_name(device), str(torch.__version__))
+        raise ValueError(f"make_inputs: the members of a zoo take one shape and type, not {sorted(map(str, kinds))}")
+    return cost_key(batch_size, *kinds.pop(), device)
 
 
 def _work(member: nn.Module, inputs: Mapping[str, Any], batch_size: int) -> MemberCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from genlight.diffusion.model_schedule import ModelSchedule, solver_schedule
 from genlight.diffusion.noise_schedules import NoiseSchedule
@@ -35,17 +35,20 @@ def pareto_figure(
     *,
     baselines: Mapping[str, Sequence[Point]] | None = None,
     budgets: Sequence[float] = (),
+    mode: Literal["min", "max"] = "min",
     xlabel: str = "cost",
     ylabel: str = "score",
     title: str = "",
 ) -> Figure:
-    """Draws what each method found as (cost, score), on logarithmic axes; lower is better for both.
+    """Draws what each method found as (cost, score), on logarithmic axes; that of scores is linear where more is better
+    or some are not positive.
 
     Args:
         methods: points of each method, such as one for each budget.
         baselines: points of what is compared with; their lower envelope is a step line: the best score for at most a
-            cost. Grey dots are the points themselves.
+            cost. Pale dots are the points themselves.
         budgets: costs drawn as dotted lines.
+        mode: whether the lowest or the highest score is best.
 
     Raises:
         ValueError: no point at all, or a value that is not finite.
@@ -59,7 +62,7 @@ def pareto_figure(
     right = max(*(cost for cost, _ in points), *budgets) if budgets else max(cost for cost, _ in points)
     for place, (name, of) in enumerate(baselines.items()):
         colour = COLOURS[(len(methods) + place) % len(COLOURS)]
-        envelope = _envelope(of)
+        envelope = _envelope(of, mode)
         axes.scatter([cost for cost, _ in of], [score for _, score in of], s=7, color=colour, alpha=0.25, linewidths=0)
         costs, scores = zip(*[*envelope, (right, envelope[-1][1])], strict=True)
         axes.plot(costs, scores, drawstyle="steps-post", color=colour, linewidth=1.3, label=name)
@@ -67,7 +70,8 @@ def pareto_figure(
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
         axes.plot(*zip(*sorted(of), strict=True), linestyle=":", linewidth=1.0, markersize=7, label=name, **style)
     log_axis(axes, "x", [cost for cost, _ in points], 1.0)
-    log_axis(axes, "y", [score for _, score in points], 1.0)
+    if mode == "min":
+        log_axis(axes, "y", [score for _, score in points], 1.0)
     _plain_ticks(axes)
     for budget in budgets:
         axes.axvline(budget, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
@@ -194,11 +198,12 @@ def _hatch(zoo: Sequence[str], name: str) -> str:
     return _HATCHES[(list(zoo).index(name) // len(COLOURS)) % len(_HATCHES)]
 
 
-def _envelope(points: Sequence[Point]) -> list[Point]:
+def _envelope(points: Sequence[Point], mode: str) -> list[Point]:
     """The points that no cheaper or equally cheap one beats, by cost."""
+    sign = 1.0 if mode == "min" else -1.0
     kept: list[Point] = []
-    for cost, score in sorted(points):
-        if not kept or score < kept[-1][1]:
+    for cost, score in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not kept or sign * score < sign * kept[-1][1]:
             kept.append((cost, score))
     return kept
 

@@ -60,7 +60,7 @@ class BudgetedSearch:
         collect: candidates measured before the first round, those that a search was given at its start included; each
             random one is drawn for one of the budgets, in turn.
         rounds: rounds of prediction and measurement; None: until the budget of the search is spent.
-        per_budget: new candidates that a round measures for each budget.
+        per_budget: new candidates that a round measures for each budget, or for every one of them in turn.
         evolution: its population, children, tournament, operators and edit sizes; on predicted scores only.
         generations: of each evolution; the edits have their last size at the end.
         predictor: settings of the predictor, fitted anew in each round on all that was measured.
@@ -71,7 +71,7 @@ class BudgetedSearch:
     cost: str = "cost"
     collect: int = 500
     rounds: int | None = 1
-    per_budget: int = 10
+    per_budget: int | tuple[int, ...] = 10
     evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
     generations: int = 200
     predictor: Predictor | OfProblem = field(default_factory=RankingPredictor)
@@ -79,11 +79,22 @@ class BudgetedSearch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budgets", _checked_budgets(self.budgets))
-        for name in ("collect", "rounds", "per_budget", "generations"):
+        for name in ("collect", "rounds", "generations"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"strategy.{name} = {getattr(self, name)!r} must be 1 or more")
+        if len(self.counts) != len(self.budgets) or min(self.counts) < 1:
+            raise ValueError(
+                f"strategy.per_budget = {self.per_budget!r} must be 1 or more, or so many for each of "
+                f"{len(self.budgets)} budgets"
+            )
         if not 0 <= self.kappa < float("inf"):
             raise ValueError(f"strategy.kappa = {self.kappa!r} must be finite and not negative")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """New candidates of a round for each budget."""
+        each = self.per_budget
+        return (each,) * len(self.budgets) if isinstance(each, int) else tuple(each)
 
     def ask(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
         """What is missing of the collection, or the next round; nothing after the last."""
@@ -107,14 +118,14 @@ class BudgetedSearch:
         return propose(problems[-1], history, count, make)
 
     def _round(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
-        """The `per_budget` best new candidates by prediction for each budget."""
+        """The best new candidates by prediction for each budget, as many as `per_budget` says."""
         rng = problem.rng(history.next_index, _PURPOSE)
         scorer = self._scorer(problem, history, int(rng.integers(2**31)))
         taken, proposals = history.keys(), list[Proposal[Candidate]]()
-        for number, budget in enumerate(self.budgets):
+        for number, (budget, count) in enumerate(zip(self.budgets, self.counts, strict=True)):
             limited = within_budget(problem, budget, self.cost)
             bred = self._evolved(limited, history, scorer, problem.rng(history.next_index, _PURPOSE, number))
-            chosen = [each for each in bred if each.key not in taken][: self.per_budget]
+            chosen = [each for each in bred if each.key not in taken][:count]
             taken |= {each.key for each in chosen}
             source = f"{BUDGETED} {budget:g}"
             proposals += [Proposal(each.candidate, problem.fidelity, source) for each in chosen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from genlight.predictors.ranking import RankingPredictor
@@ -20,12 +20,12 @@ class BudgetedPlan:
 
     Attributes:
         rounds: 1 is OMS-DPM as published, more is its active form.
-        per_budget: candidates that a round measures for each budget.
+        per_budget: candidates that a round measures for each budget, or for every one of them in rising order.
         evolution, generations, predictor, kappa: see `BudgetedSearch`.
     """
 
     rounds: int = 1
-    per_budget: int = 10
+    per_budget: int | Sequence[int] = 10
     evolution: Evolution = field(default_factory=lambda: Evolution(population=40, children=40))
     generations: int = 100
     predictor: Predictor | OfProblem = field(default_factory=RankingPredictor)
@@ -40,21 +40,21 @@ class BudgetedPlan:
             ValueError: nothing is left for random schedules beside the rounds.
         """
         first = without_duplicates(space, initial)
-        chosen = self.rounds * self.per_budget * len(budgets)
-        if evaluations <= chosen:
-            raise ValueError(
-                f"search.budget = {evaluations} must be above the strategy's rounds · per_budget · budgets = {chosen}"
-            )
         strategy = BudgetedSearch(
             tuple(budgets),
-            collect=len(first) + evaluations - chosen,
             rounds=None,  # the budget ends them, and a larger one asks for more
-            per_budget=self.per_budget,
+            per_budget=self.per_budget if isinstance(self.per_budget, int) else tuple(self.per_budget),
             evolution=self.evolution,
             generations=self.generations,
             predictor=self.predictor,
             kappa=self.kappa,
         )
+        chosen = self.rounds * sum(strategy.counts)
+        if evaluations <= chosen:
+            raise ValueError(
+                f"search.budget = {evaluations} must be above the strategy's rounds · per_budget · budgets = {chosen}"
+            )
+        strategy = replace(strategy, collect=len(first) + evaluations - chosen)
         return SearchPlan(strategy, first, Budget(len(first) + evaluations))
 
 

@@ -109,6 +109,12 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
         run(tmp_path, bank={"disk_limit": 1e-9})
 
 
+def test_averages_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ema_bank, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"1.0 kB are free: fewer than 10 callbacks\.ema_bank\.rates, or .*=null"):
+        run(tmp_path)
+
+
 def test_weights_in_shards_are_refused() -> None:
     strategy = DeepSpeedCPUStrategy(stage=3, logging_batch_size_per_gpu=1)
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)

@@ -6,7 +6,8 @@ import torch
 from checkpoints.stand_in import MemoryTrajectory, random_trajectory
 from torch import Tensor
 
-from genlight.checkpoints.lora import LoraMixer, combine_factors, lora_pairs, mixer_of
+from genlight.checkpoints.bases import GeometricBins
+from genlight.checkpoints.lora import DenseStack, LoraMixer, combine_factors, lora_pairs, mixer_of
 from genlight.checkpoints.mixing import WeightMixer
 
 DOWN, UP = "unet.to_q.lora_A.default.weight", "unet.to_q.lora_B.default.weight"
@@ -93,6 +94,33 @@ def test_a_trajectory_is_mixed_in_place() -> None:
     assert set(mixer.truncation.values()) == {0.0}
     mixer.restore()
     assert all(bool((tensor == 2.0).all()) for tensor in live.values())
+
+
+def test_more_columns_than_a_layer_has_are_combined_as_whole_products() -> None:
+    """30 members of rank 3 drift in a layer of 40 × 36: as near as the full decomposition, in the basis and outside."""
+    start, drift = ([torch.randn(3, 36), torch.randn(40, 3)] for _ in range(2))
+    tensors = [
+        {DOWN: start[0] + i / 30 * drift[0] + 0.1 * torch.randn(3, 36), UP: start[1] + 0.1 * torch.randn(40, 3)}
+        for i in range(30)
+    ]
+    trajectory = MemoryTrajectory(tensors)
+    live = {name: torch.zeros(shape) for name, shape in trajectory.shapes.items()}
+    basis = GeometricBins(4)
+    mixer = LoraMixer(trajectory, live, basis=basis)
+    assert isinstance(mixer._stacks[DOWN], DenseStack)
+    inside = mixer.coordinates.to_members(np.array([0.5, -1.0, 0.25]))
+    outside = np.random.default_rng(0).dirichlet(np.ones(30))
+    assert not mixer.coordinates.holds(outside)
+    for weights in (inside, outside):
+        wanted = combine_factors([t[DOWN] for t in tensors], [t[UP] for t in tensors], weights)
+        mixer.mix_members(weights)
+        first = {name: value.clone() for name, value in live.items()}
+        whole = dense(*([t[name].double() for t in tensors] for name in (DOWN, UP)), weights.tolist())
+        error = float((live[UP].double() @ live[DOWN].double() - whole).norm() / whole.norm())
+        assert error <= wanted.error * 1.001 + 1e-6
+        assert mixer.truncation[DOWN] == pytest.approx(error, rel=1e-3, abs=1e-5)
+        mixer.mix_members(weights)
+        assert all(torch.equal(live[name], first[name]) for name in live)
 
 
 def test_other_trajectories_are_mixed_by_weights() -> None:

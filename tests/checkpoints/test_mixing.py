@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_the_loss(basis: str, memory: str) -> None:
 def test_weights_over_members_reach_beyond_the_basis(
     held: bool, groups: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WeightMixer, "_holds_members_on", lambda self, device: held)
+    monkeypatch.setattr(WeightMixer, "_most_members_on", lambda self, device: 1 << 28 if held else 0)
     trajectory = random_trajectory(9)
     live = live_weights(trajectory)
     mixer = WeightMixer(trajectory, live, basis=GeometricBins(3), groups=groups)

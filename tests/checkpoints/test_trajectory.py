@@ -12,7 +12,7 @@ from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
 
 from genlight import io
 from genlight.checkpoints import trajectory
-from genlight.checkpoints.trajectory import Average, Trajectory, read_averages, save_average
+from genlight.checkpoints.trajectory import Average, Trajectory, check_averages, read_averages, save_average
 from genlight.checkpoints.writer import BackgroundWriter, Snapshot, TrajectoryWriter
 from genlight.errors import UserError
 
@@ -315,7 +315,12 @@ def test_averages_come_back_and_others_are_refused(tmp_path: Path) -> None:
     assert torch.equal(found[0].tensors["b.weight"], weights(50)["b.weight"])
     with pytest.raises(io.CorruptFileError, match=r"rate-0.9.safetensors belongs to another trajectory"):
         read_averages(tmp_path, {**SHAPES, "a.bias": (5,)})
+    with pytest.raises(io.CorruptFileError, match=r"parameter 'c'; callbacks\.ema_bank\.parameters"):
+        check_averages(tmp_path, {**SHAPES, "c": (1,)})
     assert read_averages(tmp_path / "none", SHAPES) == []
+    (tmp_path / "rate-0.5.safetensors").write_bytes(b"short")
+    with pytest.raises(io.CorruptFileError, match=r"rate-0\.5\.safetensors is truncated"):
+        check_averages(tmp_path, SHAPES)
 
 
 def test_jobs_run_in_order_and_the_first_error_stops_them() -> None:

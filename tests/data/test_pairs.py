@@ -9,11 +9,12 @@ import torch
 from modules.tiny_tokens import tiny_teacher
 from torch import Tensor
 
+from genlight.data import pairs as data_pairs
 from genlight.data.digits import DigitsDataModule
 from genlight.data.pairs import PairsDataModule
 from genlight.data.sampling import BatchOrder
 from genlight.errors import UserError
-from genlight.modules.token_folder import save_token_teacher
+from genlight.modules.token_folder import TokenTeacher, save_token_teacher
 
 
 @pytest.fixture
@@ -120,6 +121,32 @@ def test_a_dry_run_makes_a_few_pairs_and_keeps_none(folder: str) -> None:
     again.dry_run = True
     again.setup("fit")
     assert again.left == () and torch.equal(again.pairs.tokens, whole.pairs.tokens)
+
+
+def test_a_teacher_leaves_the_device_when_its_pairs_are_made(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where memory does not suffice for them, the error says what helps."""
+    devices: list[str] = []
+
+    def to(teacher: TokenTeacher, device: Any) -> TokenTeacher:
+        devices.append(str(device))
+        return teacher
+
+    def make(*given: Any, device: torch.device, **options: Any) -> int:
+        given[1].to("cuda")
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    monkeypatch.setattr(TokenTeacher, "to", to)
+    monkeypatch.setattr(data_pairs, "make_pairs", make)
+    with pytest.raises(UserError, match=r"8 pairs of a shard: lower data\.shard_size"):
+        pairs(folder).setup("fit")
+    assert devices == ["cuda", "cpu"]
+
+
+def test_few_pairs_of_a_class_are_said(folder: str) -> None:
+    with pytest.warns(UserWarning, match="num_pairs = 30 are 3 for each of 10 classes"):
+        pairs(folder).setup("validate")
+    with pytest.raises(UserError, match="num_pairs = 9 must be at least 10"):
+        pairs(folder, num_pairs=9)
 
 
 def test_what_does_not_fit_is_named(folder: str) -> None:

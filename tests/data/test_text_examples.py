@@ -50,6 +50,28 @@ def test_answers_are_texts_numbers_or_letters(value, number) -> None:
     assert label_of(value, ("no", " yes", "maybe"), "here") == number
 
 
+def test_choices_that_have_names_of_their_own() -> None:
+    """ARC counts some of its questions from 1, and WinoGrande does all."""
+    entry = {"kind": "multiple_choice", "prompt": "{q}", "choices": "c.text", "answer": "k", "answer_labels": "c.label"}
+    rows = [{"q": "a", "c": {"text": list("xyz"), "label": list(names)}, "k": names[2]} for names in ("ABC", "123")]
+    assert [example.label for example in examples(entry, rows)] == [2, 2]
+    entry = {**entry, "choices": ["{a}", "{b}"], "answer_labels": [1, 2]}
+    assert examples(entry, [{"q": "_", "a": "x", "b": "y", "k": "2"}])[0].label == 1
+    for change, row, message in (
+        ({}, {"k": "3"}, "the answer '3' is none of the answer_labels 1, 2"),
+        ({"answer_labels": "k"}, {"k": "1"}, "answer_labels must be 2 different names of the choices, got '1'"),
+        ({"answer_labels": [1]}, {"k": 1}, "answer_labels must be 2 different names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            examples({**entry, **change}, [{"q": "_", "a": "x", "b": "y", **row}])
+
+
+def test_a_question_without_an_answer_has_the_one_that_says_so() -> None:
+    entry = {"kind": "generation", "prompt": "{q}", "answer": "answers.text", "unanswerable": "unanswerable"}
+    rows = [{"q": "a", "answers": {"text": []}}, {"q": "b", "answers": {"text": ["x", "y"]}}]
+    assert [example.references for example in examples(entry, rows)] == [("unanswerable",), ("x", "y")]
+
+
 def test_a_text_among_the_choices_is_no_number() -> None:
     assert label_of("1", ("3", "2", "1"), "here") == label_of(1, ("3", "2", "1"), "here") == 2
 
@@ -103,6 +125,8 @@ def test_empty_answers_and_short_lists_are_named() -> None:
         ({"kind": "generation"}, "choices must be null for kind=generation"),
         ({"kind": "multiple_choice", "choices": None}, "choices must be the name of a field with a list"),
         ({"extract": "x"}, "extract is for kind=generation alone"),
+        ({"unanswerable": "x"}, "unanswerable is for kind=generation"),
+        ({"kind": "generation", "choices": None, "answer_labels": "x"}, "answer_labels are for choices"),
         ({"kind": "generation", "choices": None, "extract": "("}, r"extract = '\(' is no regular expression"),
         ({"num_shots": -1}, "num_shots must not be negative"),
         ({"max_new_tokens": 0}, "max_new_tokens at least 1"),
@@ -162,7 +186,8 @@ def test_groups_stay_together_and_copies_stay_out_of_reports() -> None:
     assert sum(map(len, groups.values())) == 200
     assert all(len(splits[name]) == len(groups[name]) for name in ("select", "report"))
     assert all(len(splits[name]) == 3 * len(groups[name]) for name in ("train", "search"))
-    assert [x.key for x in splits["search"]] == sorted(x.key for x in splits["search"])
+    assert [(x.altered, x.key) for x in splits["search"]] == sorted((x.altered, x.key) for x in splits["search"])
+    assert not any(x.altered for x in splits["search"][: len(groups["search"])])
     written = [{**row, "copy": str(row["copy"])} for row in rows]  # as a .csv file has it
     assert split_examples(examples(entry, written), SHARES) == splits
 

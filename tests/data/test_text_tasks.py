@@ -200,6 +200,21 @@ def test_tokens_that_span_prompt_and_answer_belong_to_the_answer() -> None:
     assert (found.context, found.options) == ((0,), ((5, 3), (5, 4)))
 
 
+def test_a_chat_template_asks_in_a_turn_of_the_user() -> None:
+    rows = {"t": [{"q": f"q{n}=", "c": ["x", "yy"], "a": n % 2} for n in range(40)]}
+    data = Embedded(rows, {"t": {**CHOICE, "answer_prefix": " "}}, chat_template=True)
+    with pytest.raises(UserError, match=r"data\.chat_template=true, but the tokenizer brings no template along"):
+        data.val_dataloader()
+    data.tokenizer.chat_template = (
+        "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}{{ '[me]' if add_generation_prompt }}"
+    )
+    examples = data.examples("report")
+    for index, (_, _, options) in questions_of(data).items():
+        row, target = options[1]
+        assert data.tokenizer.decode([*row, target[-1]]) == f"[user]{examples[index].prompt}[me]yy"
+    assert data.fingerprint != Embedded(rows, {"t": {**CHOICE, "answer_prefix": " "}}).fingerprint
+
+
 @given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=2, max_size=4), st.text("ab ", min_size=1, max_size=6))
 def test_context_and_option_together_are_the_whole_text(options, prompt) -> None:
     tokenizer = character_tokenizer()

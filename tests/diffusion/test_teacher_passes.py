@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genlight.diffusion.flow_codes import flow_choice
 from genlight.diffusion.teacher_passes import Marginals, refine, stopped_early, teacher_involved
+from genlight.metrics.tokens import negative_log_likelihood
 from genlight.nets.autoregressive import AutoregressiveModel, SamplingSettings, decode
 from genlight.nets.dd_student import Student, student_of
 from genlight.nets.few_step import ends_of, few_steps
@@ -65,6 +66,22 @@ def test_the_teacher_decides_the_groups_it_is_given(kind: str) -> None:
             teacher_involved(student, teacher, SETTINGS, noise, labels, choose, first, last)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision_does_not_reach_the_teacher(kind: str) -> None:
+    """It would make other tokens; what the student's passes are in is not asked here."""
+    teacher, student, noise, labels, _ = case(kind)
+    noise, labels = torch.randn(200, *noise.shape[1:], generator=torch.Generator().manual_seed(7)), labels.repeat(25)
+    choose, groups = flow_choice(noise, teacher.codebook, teacher.group_sizes), len(teacher.group_sizes)
+    chain = decode(teacher, labels, SETTINGS, choose)
+    likelihood = negative_log_likelihood(teacher, chain, labels, SETTINGS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(decode(teacher, labels, SETTINGS, choose), chain)
+        assert torch.equal(refine(teacher, SETTINGS, noise, labels, chain.flip(0), groups).tokens, chain)
+        whole = teacher_involved(student, teacher, SETTINGS, noise, labels, choose, 1, groups + 1)
+        assert torch.equal(whole.tokens, chain)
+        assert torch.equal(negative_log_likelihood(teacher, chain, labels, SETTINGS), likelihood)
+
+
 def test_independent_tokens_have_the_frequencies_that_were_counted() -> None:
     """Each of 20,000 rows draws three places; the largest gap of 36 frequencies is below five standard deviations."""
     generator = torch.Generator().manual_seed(0)
@@ -72,26 +89,30 @@ def test_independent_tokens_have_the_frequencies_that_were_counted() -> None:
     tokens = torch.multinomial(torch.rand(6, generator=generator), 3 * 400, True, generator=generator).view(400, 3)
     labels = torch.arange(400) % 2
     tokens[labels == 1] = (tokens[labels == 1] + 2) % 6
-    by_class = Marginals.of(tokens, 6, labels)
+    by_class = Marginals(tokens, 6, labels)
+    shares, _ = by_class.frequencies(torch.tensor([1, 0, 1]))
     count = 20_000
     asked = torch.arange(count) % 2
     found = by_class.sample(codebook, torch.randn(count, 3, 3, generator=generator), asked, steps=64)
     for label in (0, 1):
         wanted = torch.stack([(tokens[labels == label] == code).double().mean(0) for code in range(6)], -1)
-        torch.testing.assert_close(by_class.probabilities[label].double(), wanted, atol=1e-6, rtol=0)
+        torch.testing.assert_close(shares[label].double(), wanted, atol=1e-6, rtol=0)
         rows = found.tokens[asked == label]
         share = torch.stack([(rows == code).double().mean(0) for code in range(6)], -1)
         # the flow's own error at 64 steps beside that of counting
         assert ((share - wanted).abs() < 5 * (wanted * (1 - wanted) / len(rows)).sqrt() + 0.005).all()
         assert torch.equal(by_class.likeliest(torch.tensor([label]))[0], wanted.argmax(-1))
-    together = Marginals.of(tokens, 6)
-    torch.testing.assert_close(together.probabilities[0], by_class.probabilities.mean(0))
+    together, index = Marginals(tokens, 6).frequencies(torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(together, shares.mean(0, keepdim=True))
+    assert index.tolist() == [0, 0, 0]
     # independent places: two of them agree as often as their frequencies say
     both = found.tokens[asked == 0]
-    expected = (by_class.probabilities[0, 0] * by_class.probabilities[0, 1]).sum()
+    expected = (shares[0, 0] * shares[0, 1]).sum()
     assert abs((both[:, 0] == both[:, 1]).double().mean() - expected) < 0.02
-    with pytest.raises(ValueError, match="class 1"):
-        Marginals.of(tokens, 6, labels * 2)
+    # of the classes of a batch alone, whatever others there are
+    assert torch.equal(by_class.frequencies(torch.tensor([1, 1]))[0], shares[1:])
+    with pytest.raises(ValueError, match="class 1 must have tokens"):
+        Marginals(tokens, 6, labels * 2).likeliest(torch.tensor([0, 1]))
 
 
 def test_a_teacher_that_stopped_keeps_its_first_groups() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 from docs.pages import PAGES, ROOT, programs_of
 from loops.test_oms import save_denoisers
@@ -19,7 +20,7 @@ from modules.test_distilled_decoding import module_of as student_of
 from modules.test_pretrained_searched import schedules_for
 from modules.test_scheduled_zoo import folder_of
 from modules.test_serving import by_turns
-from modules.tiny_token_teacher import saved_teacher
+from modules.tiny_token_teacher import saved_teacher, tiny_teacher
 from predictors.test_predictor_file import trained
 from quantization.tiny_pixart import converted
 
@@ -32,7 +33,6 @@ from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.token_folder import read_token_teacher
 from genlight.modules.zoo_module import ZooModule
 from genlight.nets import published
-from genlight.nets.dd_student import ScaleStudent
 from genlight.nets.llamagen import LlamaGenTransformer
 from genlight.nets.vq import VectorQuantizer
 from genlight.nets.vq_tokenizer import VQTokenizer
@@ -129,25 +129,31 @@ def test_distilled_students_and_teachers_of_texts(folder: Path, monkeypatch: pyt
     tokenizer = VQTokenizer(VectorQuantizer(12, 4), [8] * 5, 8, layers_per_block=1, norm_num_groups=4)
     transformer = LlamaGenTransformer(12, 16, 16, 2, 2, text_dim=6, text_length=5, multiple_of=8)
     given = {"transformer": transformer, "tokenizer": tokenizer, "captions": torch.randn(3, 5, 6)}
+    var = tiny_teacher("var")
+    networks = {"var_tokenizer": var.tokenizer, "var_transformer": var.model.transformer}
+    for name, (function, network) in zip(("vae_ch160v4096z32", "var_d16"), networks.items(), strict=True):
+        shapes = published.published_shapes(network).items()
+        safetensors.torch.save_file({key: torch.randn(shape) for key, shape in shapes}, f"{name}.safetensors")
+        monkeypatch.setattr(published, function, lambda *_, network=network: network)
     try:
         names = run("docs/methods/dd.md", **given)
     finally:
         sys.modules.pop("sample", None)  # the artifact's own file
     assert names["images"].shape == (4, 1, 8, 8)
     assert read_token_teacher("teacher").num_classes == 3
+    assert read_token_teacher("teachers/var_d16").settings.top_k == 900
 
 
-def test_released_students(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two lines of the shell, with a smaller network in a file of the same kind."""
-    sizes = {"num_codes": 11, "code_dim": 8, "scales": (1, 2, 3), "width": 24, "num_layers": 2, "num_heads": 3}
-    network = ScaleStudent(8, sizes)
+def test_released_students() -> None:
+    """The first line of the shell, with a smaller network in a file of the same kind, is what the second one reads."""
+    teacher = str(saved_teacher(Path("source"), "var"))
+    network = student_of(teacher).student
     weights = {key: torch.randn(shape) for key, shape in published.published_shapes(network).items()}
     torch.save({"trainer": {"ema_parameters": weights}}, "var-d16.pth")
-    monkeypatch.setattr(published, "var_student", lambda depth: network)
     page = (ROOT / "docs/methods/dd.md").read_text()
     lines = [shlex.split(line) for line in page.splitlines() if line.startswith("    python ") and "var-d16" in line]
-    (_, program, *words), (_, flag, code) = lines
+    (_, program, *words), command = lines
     runpy.run_path(str(ROOT / program))["main"](words)
-    assert flag == "-c"
-    exec(code, {})
-    assert torch.equal(network.backbone.head.bias, weights["head.bias"])
+    (key,) = (word.removeprefix("module.student_weights=") for word in command if "student_weights" in word)
+    read = student_of(teacher, trained=False, student_weights=key).student
+    assert torch.equal(read.backbone.head.bias, weights["head.bias"])

@@ -20,9 +20,10 @@ from experts.tiny_models import (
 )
 from torch import nn
 
+import genlight.experts.editor as editing
 from genlight.experts.baselines import best_experts
 from genlight.experts.editor import ExpertEditor
-from genlight.experts.layer import mapped_routing
+from genlight.experts.layer import ExpertLayer, mapped_routing
 from genlight.experts.maps import LayerMaps, selection_maps
 from genlight.experts.statistics import RoutingStatistics
 from genlight.search.protocols import ReadableExperts
@@ -353,6 +354,29 @@ def test_memory_holds_the_merged_experts_of_one_layer_unless_all_are_kept(
     assert set(counts) == {1}
     own = [layer._merged for layer in editor.layers.values() if layer._merged is not None]
     assert len(own) == held and merged() == 0
+
+
+def test_many_passes_merge_once_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = ExpertEditor(tiny_model("mixtral"))
+    editor.apply({name: random_maps(n) for n, name in enumerate(editor.layers)})
+    expected, merged = logits(editor.model), []
+    own = ExpertLayer.edited_weights
+
+    def merges(free: int | None = None) -> int:
+        merged.clear()
+        if free is not None:
+            monkeypatch.setattr(editing, "free_bytes", lambda _: free)
+        with editor.keeping_merged():
+            assert all(torch.equal(logits(editor.model), expected) for _ in range(3))
+        return len(merged)
+
+    monkeypatch.setattr(ExpertLayer, "edited_weights", lambda layer: merged.append(layer) or own(layer))
+    needed = 2 * 4 * (3 * 32 * 48) * 4  # layers, experts, numbers of one, bytes
+    assert sum(layer.merged_bytes for layer in editor.layers.values()) == needed
+    assert (merges(), merges(2 * needed), merges(2 * needed - 1)) == (2, 2, 6)
+    assert all(layer._merged is None and not layer.keep_merged for layer in editor.layers.values())
+    editor.prune(next(iter(editor.layers)), KEPT)
+    assert sum(layer.merged_bytes for layer in editor.layers.values()) == needed // 2
 
 
 @pytest.mark.parametrize("name", NAMES)

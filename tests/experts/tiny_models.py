@@ -47,7 +47,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2Config",
         {**_LATENT_ATTENTION, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     ),
-    "deepseek_v3": ("DeepseekV3Config", {**_LATENT_ATTENTION, "n_group": 2, "topk_group": 1}),
+    # the published config names its method, which transformers has no field for
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {**_LATENT_ATTENTION, "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1},
+    ),
     "gpt_oss": ("GptOssConfig", {"intermediate_size": 32, "head_dim": 8, "num_local_experts": 8}),
 }
 NAMES = tuple(CONFIGS)

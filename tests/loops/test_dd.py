@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from command_line import assert_accounted, report_of, the_error, untrained_features
 from modules.tiny_imagegpt import saved_imagegpt
-from modules.tiny_token_teacher import saved_teacher
+from modules.tiny_token_teacher import saved_teacher, tiny_teacher
 from PIL import Image
 
 from genlight.cli import main
+from genlight.nets.dd_student import student_of
+from genlight.nets.published import published_shapes
 
 MODEL = [
     "experiment=dd/digits",
@@ -154,11 +158,13 @@ def test_a_student_that_is_told_scales_is_measured_at_the_one_asked_for(
     told = ["module.guidance_range=[1,3]", f"module.teacher={root}/teacher-llamagen", f"run.root={root}"]
     assert main(["fit", *MODEL, *FIT, *told, "run.name=told"]) == 0
     few = ["method.refine=[16]", "method.skip=[8]", "method.latency_batches=[]", f"ckpt_path={root}/told/fit"]
-    measure = ["validate", *MODEL, *told, *few, "method.involved=[[1,6]]", "run.overwrite=true"]
+    few += ["method.involved=[[1,6]]", "method.skip_zeros=true"]
+    measure = ["validate", *MODEL, *told, *few, "run.overwrite=true"]
     assert main([*measure, "run.name=told-high", "module.guidance_scale=2.5"]) == 0
     rows, others = rows_of(root / "told-high" / "validate"), rows_of(root / "all" / "validate")
     refined = rows["student + 16 passes of the teacher"]
     assert refined["agreement"] == 1.0 and refined["nll"] == pytest.approx(rows["teacher"]["nll"])
+    assert rows["skip-8, zeros"]["calls"] == 8 and rows["skip-8, zeros"]["nll"] is None
     # the teacher of "all" has its own scale, 1.5
     assert rows["teacher"]["nll"] != others["teacher"]["nll"]
     config = json.loads((root / "told-high" / "validate" / "artifact" / "config.json").read_text())
@@ -193,11 +199,37 @@ def test_an_imagegpt_of_transformers_is_distilled_and_measured(root: Path) -> No
     assert report_of(root / "gpt-all" / "validate")["metrics"]["nll_student"] == rows["student, 1 step"]["nll"]
 
 
+def test_a_released_student_is_measured_and_exported_by_the_recipe_of_its_teacher(root: Path) -> None:
+    """A small VAR, and weights as they are published. Mixed precision leaves the teacher exact."""
+    for label in range(10):
+        (root / "classes" / str(label)).mkdir(parents=True)
+        Image.new("L", (8, 8), 25 * label).save(root / "classes" / str(label) / "0.png")
+    shapes = published_shapes(student_of(tiny_teacher("var").model))
+    weights = {key: torch.randn(shape) / 4 for key, shape in shapes.items()}
+    safetensors.torch.save_file(weights, root / "released.safetensors")
+    words = ["experiment=dd/var_d16", "metrics=none", "trainer.accelerator=cpu", "module.timesteps=[0,1]"]
+    words += ["module.split_timestep=1", f"module.teacher={root}/teacher-var", f"run.root={root}"]
+    words += [f"module.student_weights={root}/released.safetensors", f"data.images.root={root}/classes"]
+    words += [f"data.images.{key}" for key in ("image_size=8", "channels=1", "num_classes=10", "num_samples=8")]
+    words.append("data.images.held_out_fraction=0.5")
+    assert main(["validate", *words, "method=none", "run.name=released"]) == 0
+    assert (root / "released" / "validate" / "report.json").is_file()
+    words += ["data.num_pairs=20", "data.shard_size=20", "data.batch_size=10"]
+    assert main(["fit", *words, *FIT, "trainer.max_steps=1", "run.name=released-pairs"]) == 0
+    few = ["method.refine=[3]", "method.latency_batches=[]"]
+    assert main(["validate", *words, *few, "run.name=released-all"]) == 0
+    folder = root / "released-all" / "validate"
+    assert rows_of(folder)["student + 3 passes of the teacher"]["agreement"] == 1.0
+    saved = safetensors.torch.load_file(folder / "artifact" / "student.safetensors")
+    assert torch.equal(saved["student.backbone.head.weight"], weights["head.weight"])
+
+
 def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["method.involved=[[1,18]]"], "method: involved = [1, 18]"),
         (["method.skip=[16]"], "method: skip = [16] must be less than 16"),
         (["method.refine=[0]"], "method.refine = [0] must be 1 or more"),
+        (["data.num_pairs=9"], "data: num_pairs = 9 must be at least 10"),
         (["method.quantized=[w3]"], "method.quantized = ['w3']: w3 must be one of w8, w8a8, w4"),
         (["data.num_pairs=61"], "pairs"),
     ):

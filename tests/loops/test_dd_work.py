@@ -1,15 +1,18 @@
-"""Variants of Distilled Decoding where memory does not suffice for a batch."""
+"""Variants of Distilled Decoding: where memory does not suffice for a batch, in mixed precision, and stopped early."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from modules.tiny_token_teacher import tiny_teacher
 from torch import Tensor
 
+from genlight.diffusion.flow_codes import flow_choice
 from genlight.loops import dd_work
-from genlight.loops.dd_variants import Variant
+from genlight.loops.dd_variants import Choices, Variant, _teacher, _with_zeros
 from genlight.loops.dd_work import CurveWork
+from genlight.nets.autoregressive import decode
 from genlight.nets.few_step import Decoded
 
 
@@ -44,7 +47,7 @@ def test_a_variant_that_does_not_fit_is_measured_in_halves(monkeypatch: pytest.M
             return Decoded((10 * noise.sum(-1)).long() + label[:, None], noise)
 
         module = SimpleNamespace(
-            metrics=Seen(), device=torch.device("cpu"), teacher=SimpleNamespace(model=None), settings=None,
+            metrics=Seen(), device=torch.device("cpu"), active_teacher=SimpleNamespace(model=None), settings=None,
             images_of=lambda decoded: decoded.vectors[..., None],
         )  # fmt: skip
         work = CurveWork(None, module, SimpleNamespace(eval_batch_size=4), [], [], {})  # type: ignore[arg-type]
@@ -53,3 +56,34 @@ def test_a_variant_that_does_not_fit_is_measured_in_halves(monkeypatch: pytest.M
     whole, parts = found
     assert torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.images, whole.images)
     assert parts.metrics == whole.metrics and parts.nll == pytest.approx(whole.nll)
+
+
+def test_a_batch_that_does_not_fit_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have one, and so have all sizes of variants that need less."""
+
+    def decode(noise: Tensor, label: Tensor) -> Decoded:
+        if len(noise) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        return Decoded(label[:, None], noise)
+
+    monkeypatch.setattr(dd_work, "_TIMED", 0.01)
+    work = CurveWork(None, SimpleNamespace(device=torch.device("cpu")), None, [], [1, 3, 2], {})  # type: ignore[arg-type]
+    noise, label = torch.randn(2, 3, 2), torch.arange(2)
+    with pytest.warns(UserWarning, match="no time of student at batch 3"):
+        found = work._times(Variant("student", "student", 1, decode), noise, label)
+    assert found["ms_1"] and found["ms_2"] and found["ms_3"] is None
+
+
+def test_the_teacher_by_the_flow_is_what_made_the_pairs_in_any_precision() -> None:
+    """Stopped early it is that up to there, and zeros stand for the rest."""
+    teacher = tiny_teacher("llamagen")
+    module: Any = SimpleNamespace(teacher=teacher, active_teacher=teacher, settings=teacher.settings)
+    noise = torch.randn(8, *teacher.noise_shape, generator=torch.Generator().manual_seed(0))
+    label, codebook = torch.arange(8), teacher.model.codebook
+    pairs = decode(teacher.model, label, teacher.settings, flow_choice(noise, codebook, teacher.model.group_sizes))
+    choices = Choices((), (), (), 32, "2m")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_teacher(module, choices, 16)(noise, label).tokens, pairs)
+        stopped = _with_zeros(module, choices, 11)(noise, label)
+    assert torch.equal(stopped.tokens, pairs[:, :11]) and torch.equal(stopped.vectors[:, :11], codebook[pairs[:, :11]])
+    assert stopped.vectors.shape == noise.shape and not stopped.vectors[:, 11:].any()

@@ -16,6 +16,11 @@ from genlight import io
 from genlight.cli import main
 from genlight.data.text_examples import split_of
 from genlight.data.tokenizer import character_tokenizer
+from genlight.errors import UserError
+from genlight.experts.editor import ExpertEditor
+from genlight.experts.export import export
+from genlight.loops.expert_search import _warnings
+from genlight.search.spaces.expert_map_file import read_expert_maps
 
 BASELINES = {"frequency", "soft_activation", "ean", "reap", "naee", "m_smoe", "hc_smoe"}
 TASKS = (
@@ -97,7 +102,12 @@ def test_every_baseline_stands_beside_what_was_found(root: Path) -> None:
     assert max(metrics["search_best_prune"], metrics["search_best_merge"]) >= max(best.values()) - 1e-12
     searched = [rows["EEP prune"], rows["EEP merge"]]
     (chosen,) = [row for row in rows.values() if row["chosen"]]
+    # what the search began with is a candidate for the choice too
     assert chosen["select"] == max(row["select"] for row in searched)
+    assert chosen["select"] >= max(rows[name]["select"] for name in BASELINES)
+    assert rows["EEP prune"]["select"] >= max(rows[name]["select"] for name in selections)
+    notes = " ".join(report_of(folder)["notes"])
+    assert "search and select are val/choice_log_likelihood" in notes and "is by 19 questions: data.shares" in notes
     names = {path.name for path in (folder / "figures").glob("*.png")}
     assert {"kept_experts.png", "routing_load.png", "search.png", "pareto.png"} <= names
 
@@ -133,6 +143,27 @@ def test_plain_transformers_load_the_artifact(root: Path) -> None:
     found = report_of(root / "again" / "validate")["metrics"]
     assert found["val/letters/log_likelihood"] == pytest.approx(chosen["letters/log_likelihood"], rel=1e-5)
     assert found["val/written/accuracy"] == pytest.approx(chosen["written/accuracy"])
+
+
+def test_what_was_not_chosen_can_be_had_from_the_maps(root: Path, tmp_path: Path) -> None:
+    artifact = root / "run" / "validate" / "artifact"
+    saved, ids = read_expert_maps(artifact / "expert_maps.json"), torch.arange(3, 40)[None]
+    model, chosen = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (root / "model", artifact))
+    editor = ExpertEditor(model)
+    saved.apply(editor)
+    torch.testing.assert_close(model(ids).logits, chosen(ids).logits, rtol=1e-5, atol=1e-5)
+    saved.apply(editor, "EEP prune")
+    kept = io.read_json(artifact / "expert_maps.json")["kept_experts"]["EEP prune"]
+    assert {name: maps.expert_map.argmax(1).tolist() for name, maps in editor.maps.items()} == kept
+    export(editor, tmp_path / "pruned")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_local_experts == 3
+    with pytest.raises(ValueError, match="there is no candidate 'best'; there are EEP prune, EEP merge"):
+        saved.apply(editor, "best")
+    with pytest.raises(ValueError, match="has 3 experts a layer, the one that was searched 6"):
+        saved.apply(ExpertEditor(chosen))
+    (tmp_path / "other.json").write_text('{"kind": "expert_maps", "version": 9}')
+    with pytest.raises(UserError, match=r"no expert_maps of version 1: kind and version are \('expert_maps', 9\)"):
+        read_expert_maps(tmp_path / "other.json")
 
 
 def test_what_was_pruned_is_pruned_again(root: Path) -> None:
@@ -284,7 +315,7 @@ def test_merging_without_pruning(root: Path) -> None:
 def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
     longer = copied(root / "run" / "validate", "longer")
     assert validate(root, "longer", "resume=true", "search.budget=20", "method.objective=val/accuracy") != 0
-    assert "method.objective: was 'val/log_likelihood', now 'val/accuracy'" in the_error(capsys.readouterr().err)
+    assert "method.objective: was None, now 'val/accuracy'" in the_error(capsys.readouterr().err)
     assert validate(root, "longer", "resume=true", "search.budget=20") == 0
     assert added(root / "run" / "validate", longer) == {"experts3": 4}
 
@@ -306,6 +337,8 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.num_experts_per_tok=4"], "num_experts_per_tok = 4"),
         (["method.tasks=[sums]"], "method.tasks"),
         (["method.objective=val/bleu"], "method.objective"),
+        (["method.mode=min"], "method.mode = min needs a method.objective"),
+        (["method.tasks=null", "method.objective=val/choice_log_likelihood"], "says nothing of written"),
         (["method.baselines=[best]"], "method.baselines"),
         (["method.groups=4"], "groups = 4"),
         (["search.strategy.random=10"], "search.strategy.random"),
@@ -328,3 +361,12 @@ def test_what_is_wrong_is_said_in_one_line(
     words = [word.replace("MODEL", f"{root}/model") for word in words]
     assert main([*given, "run.name=wrong", "run.overwrite=true", *words]) != 0
     assert expected in the_error(capsys.readouterr().err)
+
+
+def test_tasks_that_a_mean_of_nats_forgets_are_named() -> None:
+    logged = {"val/a/log_likelihood": -15.6, "val/b/log_likelihood": -0.31}
+    (warning,) = _warnings("val/log_likelihood", ["a", "b"], 600, logged)
+    assert "15.6 nats of a and 0.31 of b" in warning
+    assert not _warnings("val/log_likelihood", ["a", "b"], 600, {**logged, "val/b/log_likelihood": -3.0})
+    assert not _warnings("val/choice_log_likelihood", ["a", "b"], 600, logged)
+    assert not _warnings("val/log_likelihood", ["a"], 600, logged)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,13 @@ from diffusers import DiffusionPipeline
 from genlight import io
 from genlight.checkpoints.trajectory import Trajectory
 from genlight.cli import main
+from genlight.errors import UserError
+from genlight.loops.checkpoint_gradient import GradientDescent
+from genlight.loops.checkpoint_remarks import remarks_before
+from genlight.loops.checkpoint_search import CheckpointSearch
+from genlight.loops.search import SearchSettings
+from genlight.metrics.features import FeatureExtractor
+from genlight.metrics.generative import GenerativeMetrics
 from genlight.trainer.checkpoint_io import load_checkpoint
 
 MODEL = [
@@ -99,12 +107,14 @@ def test_every_average_stands_in_the_table(root: Path) -> None:
         "line",
         "neon",
         "tracked ema",
+        "post-hoc ema",
     }
     assert kinds <= rows.keys()
     assert all({"search", "select", "fd_digits"} <= row.keys() for row in rows.values())
     metrics = report_of(folder)["metrics"]
     assert metrics["fd_digits_lcsc"] == rows["LCSC"]["fd_digits"]
     assert metrics["fd_digits_last"] == rows["last"]["fd_digits"]
+    assert any("effective rank" in note for note in report_of(folder)["notes"])
     names = {path.name for path in (folder / "figures").glob("*.png")}
     assert {"coefficients.png", "comparison.png", "search-lcsc.png", "search-random-search.png"} <= names
 
@@ -122,13 +132,18 @@ def test_gradient_descent_lowers_the_search_score(root: Path) -> None:
     assert report_of(root / "descended" / "validate")["metrics"]["fd_digits_lcsc"] == best["fd_digits"]
 
 
-def test_the_artifact_is_the_winner(root: Path) -> None:
+def test_the_artifact_is_the_winner(root: Path, capsys: pytest.CaptureFixture) -> None:
     """Loaded by plain diffusers; measured again it has the distance of the table; its weights sum to one."""
     folder = root / "found" / "validate"
     artifact = folder / "artifact"
     content = io.read_json(artifact / "coefficients.json")
     assert content["kind"] == "checkpoint_coefficients" and len(content["steps"]) == len(content["weights"][0])
-    assert sum(content["weights"][0]) == pytest.approx(1.0, abs=1e-9)
+    held = next(row for row in report_of(folder)["table"] if row["weights"] == content["name"])
+    assert held["select"] == min(row["select"] for row in report_of(folder)["table"])
+    told = any("the search found nothing better" in note for note in report_of(folder)["notes"])
+    assert told == (held["kind"] != "LCSC")
+    if content["weights"] is not None:
+        assert sum(content["weights"][0]) == pytest.approx(1.0, abs=1e-9)
     pipeline = DiffusionPipeline.from_pretrained(artifact)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(batch_size=2, num_inference_steps=1, output_type="np").images.shape == (2, 8, 8, 1)
@@ -141,7 +156,12 @@ def test_the_artifact_is_the_winner(root: Path) -> None:
     ]
     assert main(["validate", *words, f"run.root={root}", "run.name=again"]) == 0
     found = report_of(root / "again" / "validate")["metrics"]["val/fd_digits"]
-    assert found == pytest.approx(rows_of(folder)["LCSC"]["fd_digits"], rel=1e-4)
+    assert found == pytest.approx(held["fd_digits"], rel=1e-4)
+    assert report_of(folder)["metrics"]["fd_digits_artifact"] == held["fd_digits"]
+    assert content["sampler"]["class"] == "CMStochasticIterativeScheduler" and content["seeds"]["search"] == 0
+    assert "of the sampler, here it is" not in capsys.readouterr().err
+    assert main(["validate", *words, f"run.root={root}", "run.name=twice", "module.num_inference_steps=2"]) == 0
+    assert "warning: " in (told := capsys.readouterr().err) and "num_inference_steps = 1 of the sampler" in told
 
 
 def test_the_last_checkpoint_is_the_plain_weights(root: Path) -> None:
@@ -212,6 +232,8 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
     [
         (["method.trajectory=nowhere"], "train with callbacks=collector"),
         (["ckpt_path=null"], "give ckpt_path"),
+        (["method.trajectory=[ROOT/trained/fit/checkpoints/*.ckpt]"], "1 checkpoints; a combination needs three"),
+        (["method.trajectory=[ROOT/trained/fit/artifact/nothing-*]"], "there is nothing at"),
         (["method.objective=val/fid"], "choose one of val/fd_digits"),
         (["method.until=5"], "from step"),
         (["method.groups=[]"], "groups"),
@@ -232,6 +254,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
 def test_what_is_wrong_is_said_in_one_line(
     root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
 ) -> None:
+    words = [word.replace("ROOT", str(root)) for word in words]
     assert validate(root, "wrong", *words, "run.overwrite=true") != 0
     assert expected in the_error(capsys.readouterr().err)
 
@@ -252,6 +275,51 @@ def test_a_damaged_checkpoint_is_named(root: Path, capsys: pytest.CaptureFixture
     files[1].write_bytes(files[1].read_bytes()[:-7])
     assert validate(root, "damaged", f"method.trajectory={folder}") != 0
     assert files[1].name in capsys.readouterr().err
+    method = CheckpointSearch(SearchSettings(strategy=None), "val/fd_digits", str(folder), skip_damaged=True)
+    space = method.space(None, Stand(Trajectory.open(root / "trained" / "fit" / "trajectory")))
+    assert len(space.trajectory.members) == len(files) - 1 and files[1].name in space.trajectory.damaged[0]
+
+
+class Stand(torch.nn.Module):
+    """A module with the weights that a trajectory holds, and one more."""
+
+    def __init__(self, trajectory: Trajectory, sampler: int = 1) -> None:
+        super().__init__()
+        self.weights = {name: trajectory.read(-1, name).clone().requires_grad_() for name in trajectory.names}
+        self.num_inference_steps, self.vae, self.metrics = sampler, None, None
+
+    def configure_model(self) -> None: ...
+
+    def live_weights(self) -> dict[str, torch.Tensor]:
+        return {**self.weights, "other": torch.zeros(1, requires_grad=True)}
+
+    denoised = live_weights
+
+
+def test_a_person_is_told_what_is_left_out(root: Path) -> None:
+    trajectory = Trajectory.open(root / "trained" / "fit" / "trajectory")
+    module = Stand(trajectory)
+    module.metrics = GenerativeMetrics(Features(), ["fd"])
+    settings = SearchSettings(strategy=None, fidelity=40)
+    method = CheckpointSearch(settings, "val/fid", str(trajectory.folder))
+    work: Any = SimpleNamespace(method=method, module=module, space=method.space(None, module))
+    lacking, few = remarks_before(work)
+    assert f"lack 1 of {len(trajectory.names) + 1} parameters (other" in lacking
+    assert "search.fidelity=40 samples are fewer than the 2048 features of val/fid" in few
+
+
+def test_gradients_do_not_go_through_a_decoder_nor_through_rounding(root: Path) -> None:
+    module = Stand(Trajectory.open(root / "trained" / "fit" / "trajectory"))
+    metrics = GenerativeMetrics(Features(), ["fd"])
+    with pytest.raises(UserError, match="rounded to 256 levels"):
+        GradientDescent().check(module, metrics, "val/fid")
+    module.vae = object()
+    with pytest.raises(UserError, match="decoder of a VAE"):
+        GradientDescent().check(module, metrics, "val/fid")
+
+
+class Features(FeatureExtractor):
+    name, is_inception, num_features = "inception", True, 2048
 
 
 def test_another_network_is_refused(root: Path, capsys: pytest.CaptureFixture) -> None:

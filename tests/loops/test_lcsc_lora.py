@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"module.pretrained={root}/model", "module.lora_rank=2", "module.num_inference_steps=2",
         "callbacks.collector.parameters=lora", "callbacks.collector.every_n_steps=1",
         "callbacks.collector.window=[0,1]",
-        "callbacks.ema_bank.parameters=lora", f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}",
+        f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}",
         "trainer.precision=32-true", "trainer.accelerator=cpu", f"run.root={root}", "run.name=lora",
         f"paths.cache={root}",
     ]  # fmt: skip

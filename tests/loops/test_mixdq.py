@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,8 +92,9 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_rival_stands_in_the_table(root: Path) -> None:
     rows = rows_of(root / "run" / "validate")
-    ways = ["mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed, one metric",
-            "mixed by sum of dB", "mixed by group budgets", *(f"random bits {i}" for i in range(3))]  # fmt: skip
+    ways = ["mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed by threshold", "uniform bits",
+            "mixed, one metric", "mixed, one sum of dB for all layers", "mixed by group budgets",
+            *(f"random bits {i}" for i in range(3))]  # fmt: skip
     names = ["full precision", "naive", "no constant tokens", "no split", "MixDQ", *(f"MixDQ {way}" for way in ways)]
     assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))] == names
     for name in names[5:]:
@@ -110,7 +112,7 @@ def test_errors_of_layers_add_up(root: Path) -> None:
     """What the program predicts of all layers together from each alone, on other noise of another few prompts."""
     folder = root / "run" / "validate"
     facts = io.read_json(folder / "artifact" / "quantization.json")
-    measured = rows_of(folder)["MixDQ mixed, one metric"]["sqnr"]
+    measured = rows_of(folder)["MixDQ mixed"]["sqnr"]
     assert facts["allocation"]["predicted_sqnr"] == pytest.approx(measured, abs=2)
     front = facts["allocation"]["front"]
     assert all(one["predicted_sqnr"] <= other["predicted_sqnr"] for one, other in pairwise(front))
@@ -122,7 +124,8 @@ def test_each_tensor_is_measured_alone(root: Path) -> None:
     layers = {line["layer"] for line in lines}
     pairs = [(line["bits"], line["activation_bits"]) for line in lines]
     assert len(lines) == 4 * len(layers) and set(pairs) == {(4, 16), (8, 16), (16, 6), (16, 8)}
-    assert {line["layer"] for line in lines if line["ssim"] is None} == set()
+    # images are sampled where they judge
+    assert all((line["ssim"] is not None) == bool(re.search(r"attn2|\.ff\.", line["layer"])) for line in lines)
 
 
 def test_the_artifact_keeps_tokens_and_splits(root: Path) -> None:

@@ -85,7 +85,8 @@ def test_time_is_measured_and_schedules_are_chosen(root: Path) -> None:
     for budget in BUDGETS:
         rows = [row for row in report["table"] if row["budget"] == budget]
         assert sum(bool(row["chosen"]) for row in rows) == 1
-        assert all(row["cost"] <= budget * max(costs.costs.values()) * (1 + 1e-9) for row in rows)
+        assert all(row["cost"] <= budget * max(costs.costs.values()) * (1 + 1e-9) + costs.batch for row in rows)
+        assert all(row["measured ms"] > 0 and row["predicted ms"] > 0 for row in rows)
         assert f"variation_at_{budget:g}" in report["metrics"]
     # which rules fit into which budget is up to the machine
     assert {"single", "random"} <= {row["rule"] for row in report["table"]}

@@ -1,5 +1,6 @@
 """The calibration pass and the samplings of quantization where memory does not suffice for a batch."""
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from genlight.loops.quantization_statistics import calibrated_statistics
+from genlight.loops import quantization_statistics
+from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
 from genlight.loops.quantization_work import QuantizationWork
 from genlight.quantization.context import SamplingContext
+from genlight.quantization.observers import InputObserver
 from genlight.quantization.statistics import InputStatistics, StatisticsSettings
 
 SETTINGS = StatisticsSettings(branches=2, steps=2, hessian=torch.float64, sample_rows=6)
@@ -96,6 +99,53 @@ def test_a_calibration_in_halves_observes_the_same(tmp_path: Path) -> None:
             assert not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     with pytest.raises(torch.OutOfMemoryError):
         calibrated(1, tmp_path / "none")
+
+
+def test_layers_whose_second_moments_do_not_fit_together_are_observed_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the statistics of one pass; what is there of a part is gone on from, and nothing is left beside the file."""
+    expected = calibrated(8, tmp_path / "whole.safetensors")
+    monkeypatch.setattr(quantization_statistics, "_room", lambda device: 4 * 4 * 8)
+    path, passes = tmp_path / "parts.safetensors", list[list[str]]()
+    real = quantization_statistics.save_statistics
+
+    def save(file: Path, found: dict[str, InputStatistics], **options: Any) -> None:
+        passes.append(list(found))
+        real(file, found, **options)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantization_statistics, "save_statistics", save)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(8, path)
+    assert not path.exists()
+    found = calibrated(8, path)
+    assert passes[:2] == [["first"], ["second"]] and passes[-1] == ["first", "second"] == list(found)
+    assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == ["parts.safetensors", "whole.safetensors"]
+    for name, one in expected.items():
+        for a, b in zip(vars(found[name]).values(), vars(one).values(), strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_what_was_observed_is_let_go_before_it_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And second moments, which take more than the network, stay in the memory of the host."""
+    made: list[weakref.ref[InputObserver]] = []
+
+    class Watched(InputObserver):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(weakref.ref(self))
+
+    def read(path: Path, network: Network, fingerprint: str, batches: int) -> dict[str, InputStatistics]:
+        assert len(made) == 1 and made[0]() is None
+        return read_statistics(path, network.to("meta"), fingerprint, batches)
+
+    monkeypatch.setattr(quantization_statistics, "InputObserver", Watched)
+    monkeypatch.setattr(quantization_statistics, "read_statistics", read)
+    for entry in calibrated(8, tmp_path / "whole").values():
+        assert entry.hessian is not None and entry.sample is not None
+        assert entry.hessian.device.type == "cpu" and entry.absmax.is_meta and entry.sample.is_meta
 
 
 def test_a_reference_in_halves_holds_the_same_images_and_no_call_that_failed() -> None:

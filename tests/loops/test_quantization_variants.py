@@ -2,22 +2,33 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from loops.test_quantization_libraries import KEEP
 from loops.test_viditq_pipeline import parts_of
+from PIL import Image
 from torch import Tensor, nn
 
 from genlight.errors import UserError
-from genlight.io import CorruptFileError
+from genlight.io import CorruptFileError, read_json
 from genlight.loops.cost import first_validation
+from genlight.loops.evaluation import noise_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
-from genlight.loops.quantization_speed import StepTimes, milliseconds, step_times
-from genlight.loops.quantization_variants import FILE, VariantRows
+from genlight.loops.quantization_report import variants_of
+from genlight.loops.quantization_samples import check_samples, sample_names, write_samples
+from genlight.loops.quantization_speed import Speeds, StepTimes, compiled_times, milliseconds, step_times
+from genlight.loops.quantization_variants import FILE, Variant, VariantRows
 from genlight.loops.quantization_work import QuantizationWork, checked_work
+from genlight.quantization.observers import InputObserver
+from genlight.quantization.recipe import overall_range
+from genlight.quantization.statistics import StatisticsSettings
+from genlight.quantization.trajectory import Reference, replay
 from genlight.search.archive import seal, unseal
 
 SETTINGS: dict[str, Any] = {"keep": KEEP, "samples": 2, "rounding": "nearest", "dequantized": False}
@@ -81,19 +92,68 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, line: str, error:
         VariantRows(work, [])
 
 
+def test_clip_and_branch_are_those_of_the_method_and_of_no_rival() -> None:
+    """Also where all round to nearest."""
+    method = QuantizationCalibration(rounding="nearest", clip="mse", rank=2)
+    *rivals, own = variants_of(method, {})
+    assert (own.clip, own.rank, own.form("", method.form).weight) == ("mse", 2, method.form.weight)
+    assert {(v.clip, v.rank, v.form("", method.form).weight.clip) for v in rivals} == {("none", 0, "none")}
+    # the same without the parts for inputs of two kinds: what those are worth
+    kept = QuantizationCalibration(rounding="nearest", clip="mse", split_shortcuts=True, constant_tokens="warn")
+    assert {variant.clip for variant in variants_of(kept, {})} == {"mse"}
+
+
+def test_static_ranges_are_those_of_balanced_inputs(tmp_path: Path) -> None:
+    trainer, module, data = parts_of("sd", tmp_path, samples=2)
+    module.num_inference_steps = 2
+    settings = {**SETTINGS, "balance": "scale", "activation_mode": "static", "rivals": False}
+    work = checked_work(QuantizationCalibration(trajectory=1, **settings), trainer, module, data)
+    first_validation(trainer, module, data)
+    layers = work.layers(Variant.mixed(work.method, "static"))
+    balances = {name: layer.balance for name, layer in layers.items()}
+    observer = InputObserver(work.network, list(layers), StatisticsSettings(), balances=balances)
+    with observer:
+        for call in work.reference("search", work.method.samples).calls:
+            work.inside(partial(replay, work.network, call))
+    for name, layer in layers.items():
+        assert layer.activation_range is not None and layer.input_scale is not None
+        assert torch.allclose(layer.activation_range, overall_range(observer.statistics[name]))
+
+
+def test_samples_of_both_networks_are_written_under_the_names_of_their_prompts(tmp_path: Path) -> None:
+    trainer, module, data = parts_of("sd", tmp_path, samples=3)
+    module.num_inference_steps = 2
+    work = checked_work(QuantizationCalibration(trajectory=2, **SETTINGS), trainer, module, data)
+    first_validation(trainer, module, data)
+    check_samples(work)
+    write_samples(work, work.layers(Variant("dynamic", "none", "nearest")))
+    noise, conditions = noise_of(data, "report", 3)
+    prompts = module.prompts_of(conditions["label"])
+    pictures = []
+    for place in ("full_precision", "quantized"):
+        folder = tmp_path / "samples" / place
+        found = read_json(folder / "prompts.json")
+        assert list(found.values()) == prompts and set(found) == {path.name for path in folder.glob("*.png")}
+        with Image.open(folder / f"{prompts[0]}-0.png") as picture:
+            pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)
+    expected = work.images(Reference(noise, conditions["label"], [], torch.empty(0)))[0].clamp(-1, 1)
+    assert torch.allclose(pictures[0], expected, atol=1 / 127) and not torch.equal(*pictures)
+    assert sample_names(["a/b", "a b", "c"]) == ["a b-0", "a b-1", "c-0"]
+
+
 class Slow(nn.Module):
-    """A layer that takes 100 ms more."""
+    """A layer that takes so many seconds more."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, seconds: float = 0.1) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.seconds = layer, seconds
 
-    def forward(self, inputs: Tensor) -> Any:
-        time.sleep(0.1)
-        return self.layer(inputs)
+    def forward(self, *given: Tensor, **options: Any) -> Any:
+        time.sleep(self.seconds)
+        return self.layer(*given, **options)
 
 
-def test_both_networks_take_turns(tmp_path: Path) -> None:
+def test_both_networks_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, module, data = parts_of("sd", tmp_path, samples=2)
     module.num_inference_steps = 2
     work = checked_work(QuantizationCalibration(trajectory=2, **SETTINGS), trainer, module, data)
@@ -103,13 +163,25 @@ def test_both_networks_take_turns(tmp_path: Path) -> None:
     assert all(quantized - full > 50 for full, quantized in zip(slower.full, slower.quantized, strict=True))
     assert work.network.get_submodule(name) is plain
 
+    monkeypatch.setattr("torch.compile", lambda network, backend=None: Slow(network, 0.1 if backend else 0.0))
+    found = compiled_times(work, {name: plain}, rounds=1)
+    assert isinstance(found, StepTimes) and found.compiled and found.quantized[0] - found.full[0] > 50
+    monkeypatch.setattr("torch.compile", lambda network, backend=None: Slow(network, -1))
+    assert compiled_times(work, {name: plain}) == "sleep length must be non-negative"
+    assert step_times(work, {name: plain}, rounds=1).full
+
 
 def test_faster_is_what_is_faster_in_every_round() -> None:
     assert milliseconds([3.0, 1.0, 2.5, 2.0]) == {"ms": 2.25, "ms_low": 1.0, "ms_high": 3.0}
     assert StepTimes([4, 6, 5], [2, 2, 2]).verdict("W8A8", "cpu, 1 threads") == (
-        "W8A8 takes 2 ms against 5 ms a step of one sample: 2.5 times as fast (2 to 3) as full precision on this "
-        "machine (cpu, 1 threads)"
+        "W8A8 takes 2 ms against 5 ms a step of one sample, both without torch.compile: 2.5 times as fast (2 to 3) as "
+        "full precision on this machine (cpu, 1 threads)"
     )
     for full, ratios in (([1.8, 4, 6], "2 times as fast (0.9 to 3)"), ([1, 1, 1], "0.5 times as fast (0.5 to 0.5)")):
         verdict = StepTimes(full, [2, 2, 2]).verdict("W8A8", "GPU")
         assert verdict.startswith("simulated: not faster on this machine (GPU): ") and verdict.endswith(ratios)
+    plain, compiled = StepTimes([4, 4], [2, 2]), StepTimes([1, 1], [2, 2], compiled=True)
+    assert Speeds(plain, "GPU", compiled).verdict("W8A8") == compiled.verdict("W8A8", "GPU")
+    assert "2 ms against 1 ms a step of one sample, both with torch.compile" in compiled.verdict("W8A8", "GPU")
+    failed = Speeds(plain, "GPU", "no compiler").verdict("W8A8")
+    assert failed == f"{plain.verdict('W8A8', 'GPU')}; torch.compile failed: no compiler"

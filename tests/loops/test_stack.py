@@ -129,7 +129,7 @@ def test_a_stage_is_measured_as_in_its_own_run(root: Path) -> None:
     rows = {row["stage"]: row for row in report_of(root / "m" / "validate")["table"]}
     for stage in ("lcsc", "w8a8"):
         own = report_of(artifact(root, stage).parent)
-        value = own["metrics"]["fd_digits_lcsc" if stage == "lcsc" else "val/fd_digits"]
+        value = own["metrics"]["fd_digits_artifact" if stage == "lcsc" else "val/fd_digits"]
         assert rows[stage]["fd_digits"] == pytest.approx(value, rel=1e-6)
 
 

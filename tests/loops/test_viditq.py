@@ -101,7 +101,7 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
         "static-dynamic",
     ]
     mixed = [row for name, row in rows.items() if "mixed" in name]
-    assert len(mixed) == 4 and all(row["bits"] <= 5 for row in mixed)
+    assert len(mixed) == 5 and all(row["bits"] <= 5 for row in mixed)
     assert rows["ViDiT-Q"]["bits"] == 4 and rows["full precision"]["bits"] == 16
     assert all(row["sqnr"] > 5 and row["psnr"] > 10 and "fd_digits" in row for n, row in rows.items() if n[0] != "f")
     metrics = report_of(folder)["metrics"]
@@ -243,7 +243,7 @@ def test_layers_judged_by_another_metric_keep_their_share(root: Path) -> None:
     bits = {name: entry["weight_bits"] for name, entry in content["layers"].items()}
     assert len(bits) == LAYERS and set(bits.values()) <= {3, 4, 8}
     lines = [json.loads(line) for line in (folder / "search/sensitivity/history.jsonl").read_text().splitlines()[1:]]
-    ssim = {(line["layer"], line["bits"]): 1 - line["ssim"] for line in lines}
+    ssim = {(line["layer"], line["bits"]): 1 - line["ssim"] for line in lines if line["ssim"] is not None}
     attention = [name for name in bits if "attn" in name]
     # all are of one size: no exchange of bits between two of them lowers the sum
     for one in attention:
@@ -254,7 +254,8 @@ def test_layers_judged_by_another_metric_keep_their_share(root: Path) -> None:
 
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert validate(root, "dry", "dry_run=true") == 0
-    assert "layers in few bits" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("layers in few bits", "calibration.safetensors", "artifact/dequantized"))
     assert not (root / "dry").exists()
 
 

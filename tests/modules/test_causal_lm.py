@@ -16,6 +16,8 @@ from genlight.data.text_examples import Example
 from genlight.data.text_tasks import TextTaskDataModule
 from genlight.data.tokenizer import character_tokenizer
 from genlight.errors import UserError
+from genlight.experts.layer import ExpertLayer
+from genlight.experts.maps import LayerMaps
 from genlight.modules.causal_lm import CausalLMModule
 from genlight.modules.lr_schedules import warmup_cosine
 from genlight.modules.pretrained_lm import load_language_model
@@ -145,6 +147,8 @@ def test_what_is_logged_are_means_of_single_examples(tmp_path) -> None:
             text = data.tokenizer.decode(written[: written.index(end)] if end in written else written).split("z")[0]
             right.setdefault("written/accuracy", []).append(text.strip() == example.references[0])
             continue
+        among = values[example.label] - float(torch.tensor(values).logsumexp(0))
+        right.setdefault(f"{example.task}/choice_log_likelihood", []).append(among)
         normalised = [value / len(text) for value, text in zip(values, example.options, strict=True)]
         right.setdefault(f"{example.task}/accuracy", []).append(values.index(max(values)) == example.label)
         best = normalised.index(max(normalised)) == example.label
@@ -156,6 +160,8 @@ def test_what_is_logged_are_means_of_single_examples(tmp_path) -> None:
     for name in ("accuracy", "log_likelihood"):
         mean = sum(means[f"val/{task}/{name}"] for task in TASKS) / 3
         assert found[f"val/{name}"] == pytest.approx(mean, abs=1e-4)
+    among = [means[f"val/{task}/choice_log_likelihood"] for task in ("choice", "letter")]
+    assert found["val/choice_log_likelihood"] == pytest.approx(sum(among) / 2, abs=1e-4)
     assert found["val/choice/accuracy"] != found["val/choice/accuracy_normalised"]
     again = validated(module, tmp_path, eval_batch_size=2)
     assert again.keys() == found.keys()
@@ -200,6 +206,17 @@ def test_answers_do_not_depend_on_what_is_beside_them() -> None:
     assert together[0] == answers(prompts[:1])[0] and together[2] == answers(prompts[2:])[0]
     assert together[1] == answers([prompts[1]])[0][:3]
     assert len(set(together)) == 3
+
+
+def test_experts_are_merged_once_for_all_tokens_of_an_answer(monkeypatch) -> None:
+    module, merged = module_of(), []
+    editor, own = module.expert_editor(), ExpertLayer.edited_weights
+    maps = torch.rand(2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    editor.apply(dict.fromkeys(editor.layers, LayerMaps(*maps)))
+    monkeypatch.setattr(ExpertLayer, "edited_weights", lambda layer: merged.append(layer) or own(layer))
+    ids, mask = left_padded([module.tokenizer("abc").input_ids], 0)
+    given = {"input_ids": ids, "attention_mask": mask, "stop": [[]], "max_new_tokens": [5]}
+    assert len(module.eval().generate_answers(given)[0]) > 1 and len(merged) == len(editor.layers) == 2
 
 
 def test_questions_that_do_not_fit_are_asked_in_halves() -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from genlight.callbacks.exact_resume import ExactResume
 from genlight.callbacks.step_seed import StepSeed
@@ -24,7 +25,7 @@ from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, VPSche
 from genlight.errors import UserError
 from genlight.modules.consistency import TARGET, ConsistencyModule
 from genlight.modules.diffusion import DiffusionModule
-from genlight.modules.target_network import repeatable
+from genlight.modules.target_network import TargetNetwork, repeatable
 from genlight.modules.teacher import FrozenTeacher, ensure_teacher, time_embeddings, translate_times
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO
 
@@ -193,12 +194,35 @@ def test_target_follows_by_its_decay_and_lies_outside_of_the_weights(tiny, tmp_p
     assert copy.deepcopy(module).target is module.target
 
 
-def test_target_moves_once_per_optimizer_step(tiny, tmp_path):
+class Accumulating(SingleDeviceStrategy):
+    """Is given every batch for an optimizer step, as DeepSpeed is."""
+
+    handles_gradient_accumulation = True
+
+
+@pytest.mark.parametrize("strategy", ["auto", Accumulating("cpu")], ids=["trainer", "strategy"])
+def test_target_moves_once_per_optimizer_step(tiny, tmp_path, strategy):
     module = _student(tiny, ConsistencyTraining(18, None, 0.75))
     calls = []
     module.target.follow = lambda student, decay: calls.append(decay)
-    _fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
+    _fit(module, tmp_path, steps=2, accumulate_grad_batches=2, strategy=strategy)
     assert calls == [0.75, 0.75]
+
+
+def test_target_of_a_student_in_16_bits_is_averaged_in_float32():
+    """A thousandth of the way at each of 2,000 steps: in bfloat16 every one of them would be rounded away."""
+    student, target = torch.nn.Linear(3, 2).bfloat16(), TargetNetwork()
+    before = {name: value.clone() for name, value in target.of(student).state_dict().items()}
+    with torch.no_grad():
+        student.weight += 1.0
+    for _ in range(1000):
+        target.follow(student, 0.999)
+    resumed = TargetNetwork(target.state())
+    for _ in range(1000):
+        resumed.follow(student, 0.999)
+    expected = before["weight"].float() + (student.weight.float() - before["weight"].float()) * (1 - 0.999**2000)
+    torch.testing.assert_close(resumed.state()["weight"], expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(resumed.network.weight, resumed.state()["weight"].bfloat16())
 
 
 def test_teacher_is_neither_trained_nor_averaged_nor_saved(tiny, teacher_folder, tmp_path):

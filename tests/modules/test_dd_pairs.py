@@ -130,6 +130,18 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
     assert io.read_json(tmp_path / "index.json") == pairs_record(teacher, SETTINGS)
 
 
+def test_how_exact_the_flow_is_stands_beside_the_pairs(teacher: TokenTeacher, tmp_path: Path) -> None:
+    """One step takes the likeliest code whatever the noise."""
+    settings = dataclasses.replace(SETTINGS, num_pairs=600, shard_size=600, guidance_range=(1.0, 3.0))
+    make_pairs(tmp_path / "fine", teacher, settings)
+    checked = 6 * teacher.noise_shape[0]
+    found = io.read_json(tmp_path / "fine" / "accuracy.json")
+    assert found == {"checked": checked, "flipped": found["flipped"], "steps": 64, "method": "heun"}
+    assert found["flipped"] <= 1
+    with pytest.warns(UserWarning, match=rf"of {checked} tokens are others by 64 steps of Heun's method"):
+        make_pairs(tmp_path / "rough", teacher, dataclasses.replace(settings, steps=1))
+
+
 def test_logits_that_are_not_finite_stop_the_making(tmp_path: Path) -> None:
     teacher = tiny_teacher()
     with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -19,6 +20,7 @@ from genlight.errors import UserError
 from genlight.io import read_json
 from genlight.modules.distilled_decoding import DistilledDecodingModule
 from genlight.nets.autoregressive import decode
+from genlight.nets.published import published_sources
 
 KINDS = ("llamagen", "var", "var-shared")
 
@@ -162,6 +164,35 @@ def test_a_copy_shares_the_teacher(folders: dict[str, str]) -> None:
     assert copy.deepcopy(module).teacher.model.transformer is module.teacher.model.transformer
 
 
+def test_training_moves_the_tokenizer_and_not_the_teachers_network(folders: dict[str, str]) -> None:
+    """To a device without memory, which is one here."""
+    module = module_of(folders["var"]).to("meta")
+    teacher = module.teacher
+    assert teacher.model.codebook.is_meta and not teacher.model.transformer.head.weight.is_meta
+    assert module.active_teacher.model.transformer.head.weight.is_meta
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_other_numbers_than_those_that_made_the_pairs_are_refused(precision: str, folders: dict[str, str]) -> None:
+    module = module_of(folders["llamagen"])
+    module.trainer = SimpleNamespace(precision=precision)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=rf"trainer\.precision = {precision}"):
+        module.setup("fit")
+
+
+def test_a_released_student_begins_with_its_weights(folders: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    sources = published_sources(module_of(folders["var"]).student)
+    weights = {source.key: torch.randn(source.shape) for source in sources.values()}
+    safetensors.torch.save_file(weights, path)
+    module = DistilledDecodingModule(folders["var"], student_weights=str(path))
+    found = module.student.state_dict()
+    for name, source in sources.items():
+        assert torch.equal(found[name], weights[source.key])
+    with pytest.raises(UserError, match="does not fit RasterStudent"):
+        DistilledDecodingModule(folders["llamagen"], student_weights=str(path)).configure_model()
+
+
 ALONE = """
 import sys
 sys.modules["genlight"] = sys.modules["diffusers"] = sys.modules["safetensors"] = None
@@ -299,7 +330,7 @@ def test_guidance_that_does_not_fit_is_named(folders: dict[str, str]) -> None:
     images = DigitsDataModule(
         image_size=8, channels=1, num_classes=10, batch_size=4, eval_batch_size=8, num_samples=8, seed=0
     )
-    data = PairsDataModule(images, folder, num_pairs=8, batch_size=4, seed=0, guidance_range=[1, 3])
+    data = PairsDataModule(images, folder, num_pairs=10, batch_size=4, seed=0, guidance_range=[1, 3])
     module_of(folder, guidance_range=(1, 3)).check_data(data)
     for guidance_range, shown in ((None, "null"), ((1, 4), r"\[1.0, 4.0\]")):
         message = rf"data\.guidance_range = \[1.0, 3.0\], but module\.guidance_range = {shown}"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -10,6 +11,7 @@ import torch
 from diffusion.tiny_pipelines import VP, flux
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from modules.test_pipeline import tiny_pipe, vae
 from torch.utils.data import DataLoader
 
@@ -70,6 +72,14 @@ def fit(module, folder, steps=2, callbacks=()):
     )
     trainer.fit(module, datamodule=Batches())
     return trainer
+
+
+def test_shards_are_refused_where_a_target_is_kept():
+    for options, refused in (({}, True), ({"target_decay": 0.0}, False), ({"lora_rank": 2}, False)):
+        module = LatentConsistencyModule("nowhere", optimizer=ADAMW, **options)
+        module._trainer = SimpleNamespace(strategy=FSDPStrategy())
+        with pytest.raises(UserError, match=r"module\.target_decay above 0") if refused else nullcontext():
+            module.on_fit_start()
 
 
 def test_scalings_and_timesteps_are_those_of_diffusers_scheduler():

@@ -1,9 +1,10 @@
-"""Weights that gpt-oss stores in four bits are read as numbers, which can be pruned, merged and saved."""
+"""Weights that gpt-oss stores in four bits and DeepSeek-V3 in eight are read as numbers, to be pruned and merged."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from experts.tiny_models import KEPT, logits, tiny_model
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from genlight.experts.editor import ExpertEditor
 from genlight.experts.export import export
 from genlight.experts.maps import selection_maps
-from genlight.modules.pretrained_lm import load_language_model
+from genlight.modules.pretrained_lm import _unpacked, load_language_model
 
 # the sixteen numbers of the format E2M1, by code
 NUMBERS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -55,3 +56,45 @@ def test_codes_are_unpacked_and_saved_as_numbers(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")
     assert torch.equal(logits(again), expected)
     assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+
+
+def in_eight_bits(folder: Path) -> None:
+    """Put codes and a scale for each block of 8 × 8 in the place of the weights of a folder's experts."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".experts." in name]:
+        rows, columns = tensors[name].shape
+        blocks = tensors[name].reshape(rows // 8, 8, columns // 8, 8)
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+        tensors |= {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8], "ignored_layers": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_eight_bits_are_unpacked_whatever_the_device_and_saved_as_numbers(tmp_path: Path) -> None:
+    whole = tiny_model("deepseek_v3")
+    whole.save_pretrained(tmp_path / "model")
+    in_eight_bits(tmp_path / "model")
+    options = _unpacked(json.loads((tmp_path / "model" / "config.json").read_text()))["quantization_config"]
+    assert options.dequantize and options.modules_to_not_convert == ["lm_head"]
+    model: Any = load_language_model(str(tmp_path / "model"), "float32")
+    found, stored = (m.model.layers[1].mlp.experts.gate_up_proj.detach() for m in (model, whole))
+    assert found.dtype == torch.float32 and not torch.equal(found, stored)
+    torch.testing.assert_close(found, stored, rtol=0.07, atol=0.01)
+    editor = ExpertEditor(model)
+    editor.apply(dict.fromkeys(editor.layers, selection_maps(KEPT, 8)))
+    expected = logits(model)
+    export(editor, tmp_path / "pruned")
+    assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")
+    assert torch.equal(logits(again), expected)
+
+
+def test_experts_with_scales_are_refused() -> None:
+    model = tiny_model("deepseek_v3")
+    model.model.layers[1].mlp.experts.gate_up_proj_scale_inv = torch.nn.Parameter(torch.ones(8, 6, 4))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: its experts hold gate_up_proj_scale_inv too, .* unpacked"):
+        ExpertEditor(model)

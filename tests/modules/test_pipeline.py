@@ -411,7 +411,7 @@ def test_a_pipeline_that_cannot_be_offloaded_is_named() -> None:
 def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"module.dtype = 'half' must be auto, float32, float16, bfloat16"):
         PipelineModule("x", dtype="half")
-    for key in ("num_inference_steps", "height", "width", "num_frames", "batch_size"):
+    for key in ("num_inference_steps", "height", "width", "num_frames", "batch_size", "resident"):
         with pytest.raises(ValueError, match=rf"module.{key} = 0 must be at least 1"):
             PipelineModule("x", **{key: 0})
 

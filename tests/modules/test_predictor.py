@@ -194,3 +194,9 @@ def test_data_and_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
             check()  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match="made for module=predictor"):
         data.image_shape  # noqa: B018
+
+
+def test_scores_are_not_rounded_to_16_bits(tmp_path: Path) -> None:
+    made = lp.Trainer(accelerator="cpu", precision="bf16-true", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=r"trainer.precision = bf16-true rounds the scores"):
+        made.validate(module(ToyTable()), datamodule=ToyTable(), verbose=False)

@@ -314,6 +314,24 @@ def test_no_more_than_so_many_members_are_on_the_device_and_the_least_recent_goe
     assert denoiser.device.type == "cpu" and {member.place for member in members.values()} == {"cpu"}
 
 
+def test_members_that_wait_are_where_they_were_and_are_cast_there() -> None:
+    members = {name: Tracked(float(index)) for index, name in enumerate("abc")}
+    members["b"].place = "meta"
+    denoiser = ScheduledDenoiser(members, "b", resident=2)
+    denoiser.set_schedule([0, 2], ["a", "c"])
+    assert said(denoiser, 0) == 0 and denoiser.moves == 1 and members["b"].place == members["a"].place == "meta"
+    assert said(denoiser, 2) == 2 and denoiser.moves == 2 and members["b"].place == "cpu"
+    for member in members.values():
+        member.place = "meta"
+    ScheduledDenoiser(members, "c", resident=1)
+    assert [member.place for member in members.values()] == ["cpu", "cpu", "meta"]
+    layers = {name: nn.Linear(2, 2) for name in "ab"}
+    asked: list[int] = []
+    cast = ScheduledDenoiser(layers, "a", resident=1).to(torch.bfloat16)
+    cast._apply(lambda tensor: asked.append(tensor.numel()) or tensor)  # type: ignore[func-returns-value]
+    assert {part.dtype for part in cast.parameters()} == {torch.bfloat16} and sorted(asked) == [0, 2, 4]
+
+
 def test_members_of_another_precision_are_given_and_give_theirs() -> None:
     members = {"half": Constant(1.5, 1, torch.bfloat16), "full": Constant(2.5, 9)}
     denoiser = ScheduledDenoiser(members)

@@ -44,7 +44,8 @@ from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_report import save_artifact
 from genlight.loops.quantization_settings import KEPT as KEPT_LAYERS
 from genlight.loops.quantization_settings import GroupSettings, formats_by_layer
-from genlight.loops.quantization_work import Variant, checked_work
+from genlight.loops.quantization_variants import Variant
+from genlight.loops.quantization_work import checked_work
 from genlight.modules.latent_consistency import LatentConsistencyModule
 from genlight.modules.model_schedule_file import apply_to_pipeline, load_model_schedule, write_model_schedule
 from genlight.modules.pipeline import PipelineModule

@@ -26,6 +26,7 @@ from genlight.modules.model_schedule_file import (
     MODEL_SCHEDULE,
     PLAIN_USE,
     apply_to_pipeline,
+    attach_model_schedule,
     boundary_ratio,
     load_model_schedule,
     write_model_schedule,
@@ -241,6 +242,33 @@ def test_a_file_makes_a_pipeline_sample_as_the_schedule(name: str, tmp_path: Pat
     denoiser = apply_to_pipeline(fresh.pipe, file, networks, resident=1)
     assert torch.equal(fresh(fresh.pipe.scheduler, file.nfe), expected)
     assert denoiser.calls == {"big": 2 * 1, "own": 2 * 1} and denoiser.moves > 0
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+def test_members_that_wait_are_not_put_on_the_device(
+    resident: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, real = list[Any](), diffusers.UNet2DConditionModel.to
+
+    def note(network: Any, *arguments: Any, **options: Any) -> Any:
+        moved.extend([network] if isinstance(arguments[0], torch.device) else [])
+        return real(network, *arguments, **options)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "to", note)
+    module = module_with("sd", tmp_path, resident=resident)
+    assert module.scheduled is not None and module.scheduled.resident == resident
+    assert any(network is module.members["big"] for network in moved) == (resident is None)
+    path, _ = written(PIPELINES["sd"](), "sd", MIXED, tmp_path)
+    scheduled = attach_model_schedule(PIPELINES["sd"]().pipe, path, resident=resident)
+    assert any(network is scheduled.members["big"] for network in moved) == (resident is None)
+
+
+def test_offloaded_members_are_called_one_at_a_time(tmp_path: Path) -> None:
+    """diffusers moves the whole of what takes turns before each call."""
+    module = module_with("sd", tmp_path, offload=True)
+    assert module.resident == 1 and module.scheduled is not None
+    module.scheduled.to("meta")
+    assert {name: network.device.type for name, network in module.members.items()} == {"own": "meta", "big": "cpu"}
 
 
 def test_other_weights_are_an_error_that_names_the_member(tmp_path: Path) -> None:

@@ -134,6 +134,18 @@ def test_every_pair_is_drawn_equally_often_whether_listed_or_in_a_ring(n: int, l
     assert float((counts - expected).abs().max()) < 5 * deviation
 
 
+@pytest.mark.parametrize("known", [0, 1, 2, 3, 15, 16, 100, 512])
+def test_few_known_targets_give_all_pairs_that_they_have(known: int) -> None:
+    torch.manual_seed(0)
+    targets = torch.full((3, 512), math.nan)
+    targets[:2, torch.randperm(512)[:known]] = torch.arange(float(known))
+    targets[2] = torch.arange(512.0)  # a target that is known of all beside the others
+    pairs = sample_pairs(targets, 2048)
+    for row, count in enumerate((known, known, 512)):
+        found = pair_set(pairs, row)
+        assert len(found) == len(set(found)) == min(2048, count * (count - 1) // 2)
+
+
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=8), st.floats(0.05, 2))
 def test_the_sampled_loss_on_all_pairs_is_the_loss_on_all_pairs(scores: list[float], margin: float) -> None:
     s = torch.tensor(scores, dtype=torch.float64)

@@ -8,8 +8,10 @@ import pytest
 
 from genlight.quantization.allocation import (
     allocate,
+    allocate_by_threshold,
     allocate_greedily,
     allocate_randomly,
+    allocate_uniformly,
     group_budgets,
     pareto_allocations,
     solve_allocation,
@@ -54,6 +56,37 @@ def test_the_greedy_way_raises_the_worst_first() -> None:
     costs = {"bits": np.array([[1.0, 2.0]] * 3)}
     assert allocate_greedily(losses, costs, {"bits": 4}) == (0, 1, 0)
     assert allocate_greedily(losses, costs, {"bits": 5}) == (0, 1, 1)
+
+
+def test_the_greedy_way_weighs_a_fall_by_its_cost_and_passes_over_a_worse_choice() -> None:
+    losses = np.array([[5.0, 6.0, 0.0], [3.0, 3.5, 0.0], [3.0, 3.5, 0.0]])
+    costs = {"bits": np.array([[1, 6, 11], [1, 2, 3], [1, 2, 3]])}
+    assert allocate_greedily(losses, costs, {"bits": 13}) == (0, 2, 2)
+    assert allocate_greedily(losses, costs, {"bits": 17}) == (2, 2, 2)
+
+
+def test_a_threshold_is_the_least_that_fits() -> None:
+    errors = np.array([[4.0, 2.0, 1.0], [3.0, 3.0, 0.0]])
+    costs = {"bits": np.array([[1, 2, 3]] * 2)}
+    found = {limit: allocate_by_threshold(errors, costs, {"bits": limit}) for limit in range(2, 7)}
+    assert found == {2: (0, 0), 3: (1, 0), 4: (1, 0), 5: (1, 2), 6: (2, 2)}
+
+
+def test_a_uniform_choice_is_the_last_that_fits() -> None:
+    costs = {"bits": np.array([[2, 4, 8]] * 3), "bytes": np.array([[1, 2, 2], [1, 1, 1], [1, 1, 9]])}
+    assert allocate_uniformly(costs, {"bits": 23}) == (1, 1, 1)
+    assert allocate_uniformly(costs, {"bits": 24}) == (2, 2, 2)
+    assert allocate_uniformly(costs, {"bits": 24, "bytes": 3}) == (0, 0, 0)
+
+
+def test_a_solver_that_stopped_is_told_apart_from_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = {"one": np.array([[0, 1]] * 3), "other": np.array([[1, 0]] * 3)}
+    with pytest.raises(ValueError, match="no choice of bits keeps all of one, other together"):
+        allocate(np.ones((3, 2)), together, {"one": 1, "other": 1})
+    decibels, weights = network(40)
+    monkeypatch.setattr("genlight.quantization.allocation._MOST_WORK", 0.0)
+    with pytest.raises(ValueError, match=r"stopped \(UNKNOWN\) before it found bits that keep bits"):
+        allocate(-decibels, {"bits": weights[:, None] * np.array([2, 4, 8])}, {"bits": 4.0 * weights.sum()})
 
 
 @pytest.mark.parametrize("losses", [np.array([[np.nan, 1.0]]), np.ones(3), np.ones((0, 2))], ids=str)

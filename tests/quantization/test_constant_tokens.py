@@ -74,6 +74,17 @@ def test_another_token_is_noticed_in_its_row_alone() -> None:
         found(given[0, 0])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_text_is_known(bias: bool) -> None:
+    """Zeros, which pipelines write for no negative prompt, are no foreign token: they give the bias, or 0."""
+    given = text()
+    given[1] = 0
+    plain, found = layer(bias), made(LayerFormat(WeightFormat(4), STATIC), "raise", layer(bias))
+    output = found(given)
+    assert torch.equal(output[1], torch.zeros(7, 16) if plain.bias is None else plain.bias.expand(7, -1))
+    assert torch.equal(output[[0, 2]], found(text())[[0, 2]])
+
+
 def test_rounding_of_half_precision_is_no_other_token() -> None:
     found = made(LayerFormat(WeightFormat(8), STATIC)).to(torch.bfloat16)
     with warnings.catch_warnings():

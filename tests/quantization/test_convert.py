@@ -1,13 +1,23 @@
 """Conversion of whole models by patterns: the layers it must find, and what it leaves of their output."""
 
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import diffusers
 import pytest
 import torch
+from diffusers.quantizers.quantization_config import QuantoConfig
 from quantization.tiny_pixart import KEPT, PIXART, W4A8, call, converted, pixart
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 
+from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_settings import KEPT as DEFAULT
+from genlight.loops.quantization_settings import GroupSettings, formats_by_layer
 from genlight.quantization.convert import (
+    GROUPED,
     LayerGroup,
     formats_of_layers,
     layers_left_out,
@@ -52,6 +62,37 @@ def test_known_models_have_the_layers_they_should() -> None:
     assert sum(form is not None for form in formats_of_layers(unet, content).values()) == 420
 
 
+# of published models, by the classes' own defaults where nothing is said: blocks of each kind, and what is quantized
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "FLUX.1": ("FluxTransformer2DModel", {}, 19 * 12 + 38 * 5),
+    # the last block makes no text
+    "SD3 medium": ("SD3Transformer2DModel", {"num_layers": 24}, 23 * 12 + 9),
+    "CogVideoX-2b": ("CogVideoXTransformer3DModel", {}, 30 * 6),
+    "Latte-1": (
+        "LatteTransformer3DModel",
+        {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+         "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 64, "patch_size": 2,
+         "norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "video_length": 16},
+        28 * 10 + 28 * 6,
+    ),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}, 60 * 12),
+    # both refiners have two blocks
+    "Z-Image": ("ZImageTransformer2DModel", {}, 34 * 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_transformers_have_the_layers_that_were_counted(name: str) -> None:
+    """Attention and feed-forward layers of every block, and nothing else."""
+    kind, settings, number = PUBLISHED[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**settings)
+    forms = formats_of_layers(model, [LayerGroup(DEFAULT), LayerGroup(".*", W4A8)])
+    chosen = [layer for layer, form in forms.items() if form is not None]
+    blocks = [layer for layer in chosen if re.match(r"(\w+_)?(transformer_)?blocks|layers|\w+_refiner", layer)]
+    assert len(chosen) == number == len(blocks)
+
+
 def test_patterns_that_do_not_fit_are_refused() -> None:
     model = nn.ModuleDict({"buffer": nn.Linear(4, 4), "ff": nn.Linear(4, 4)})
     assert formats_of_layers(model, [LayerGroup("^ff", W4A8), LayerGroup(".*")]) == {"buffer": None, "ff": W4A8}
@@ -89,6 +130,36 @@ def test_layers_that_are_left_out_have_a_reason() -> None:
         "6": ("Embedding", "no quantized form"),
         "8": ("ParametrizedLinear", otherwise),
     }
+
+
+def test_convolutions_in_groups_of_channels_are_left_out_where_they_cannot_be_balanced() -> None:
+    model = nn.ModuleDict({"stem": nn.Conv2d(4, 8, 1), "depth": nn.Conv2d(8, 8, 3, groups=8), "ff": nn.Linear(8, 8)})
+    nearest, gptq = WeightFormat(4), WeightFormat(4, rounding="gptq")
+    chosen = {}
+    for key, weight, whole in (("plain", nearest, False), ("balanced", nearest, True), ("gptq", gptq, False)):
+        form = LayerFormat(weight, ActivationFormat(8))
+        forms, groups = formats_by_layer(model, form, "^stem", [GroupSettings()], whole=whole)
+        chosen[key] = list(forms)
+        assert forms.keys() == groups.keys()
+    assert chosen == {"plain": ["depth", "ff"], "balanced": ["ff"], "gptq": ["ff"]}
+    reasons = layers_left_out(model, ["ff"], "^stem")
+    assert reasons == {"stem": ("Conv2d", "a pattern keeps it"), "depth": ("Conv2d", GROUPED)}
+    ways = {"balance": "none", "rounding": "nearest", "rivals": False}
+    assert not QuantizationCalibration(**ways).balances
+    for change in ({"rank": 1}, {"balance": "rotation"}, {"rivals": True}):
+        assert QuantizationCalibration(**{**ways, **change}).balances
+
+
+def test_what_another_library_quantized_is_refused() -> None:
+    """torchao keeps the class of a layer and changes its weight; others leave a mark where diffusers loaded them."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)), requires_grad=False)
+    with pytest.raises(ValueError, match="quantized or split already: the weight of '1' is a TwoTensor"):
+        quantizable_layers(model)
+    marked: Any = nn.Sequential(nn.Linear(4, 4))
+    marked.hf_quantizer = SimpleNamespace(quantization_config=QuantoConfig())
+    with pytest.raises(ValueError, match="quantized already: by quanto"):
+        quantizable_layers(marked)
 
 
 def sqnr(found: Tensor, expected: Tensor) -> float:

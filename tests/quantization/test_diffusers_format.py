@@ -16,24 +16,30 @@ from genlight.quantization.diffusers_format import ViDiTQConfig, marked_quantize
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.saving import plans_of
 
+GROUPED = LayerFormat(WeightFormat(2, False, "group", 24), ActivationFormat(6, False))
+SHIFTED = LayerFormat(WeightFormat(4, False), ActivationFormat(8, False))
+
 
 @pytest.fixture(autouse=True)
 def known() -> None:
     register()
 
 
-@pytest.mark.parametrize("form", [W4A8, LayerFormat(WeightFormat(2, False, "group", 24), ActivationFormat(6, False))])
+@pytest.mark.parametrize("form", [W4A8, GROUPED, SHIFTED])
 def test_a_network_comes_back_bit_for_bit(form: LayerFormat, tmp_path: Path) -> None:
     model = converted(form)
     with marked_quantized(model, {"seed": 3}):
         model.save_pretrained(tmp_path)
     other = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(call(other), call(model)) and plans_of(other) == plans_of(model)
-    assert other.config.quantization_config.settings == {"seed": 3}
+    assert other.config.quantization_config.settings == {"seed": 3, "dtype": "float32"}
     # and what was loaded can be saved as it is
     other.save_pretrained(tmp_path / "again")
     again = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "again")
     assert torch.equal(call(again), call(model))
+    assert not any(tensor.is_meta for tensor in again.buffers())
+    if not form.activation.symmetric and form.weight.group_size is None:
+        assert all(layer.weight_sums is not None for layer in quantized_layers(again).values())
 
 
 def test_nothing_is_left_of_the_mark(tmp_path: Path) -> None:
@@ -44,6 +50,26 @@ def test_nothing_is_left_of_the_mark(tmp_path: Path) -> None:
     assert dict(model.config) == before and not hasattr(model, "hf_quantizer")
     with pytest.raises(ValueError, match="no quantized layer"), marked_quantized(pixart(), {}):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_sixteen_bits_comes_back_in_its_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    """With nothing asked for; a folder of before the type was recorded still loads."""
+    load = diffusers.PixArtTransformer2DModel.from_pretrained
+    pixart().save_pretrained(tmp_path / "plain")
+    model = converted(model=load(tmp_path / "plain", torch_dtype=dtype))
+    with marked_quantized(model, {}):
+        model.save_pretrained(tmp_path / "own")
+    other = load(tmp_path / "own")
+    assert {part.dtype for part in other.parameters()} == {dtype} and torch.equal(call(other), call(model))
+    # and what is loaded in another type is saved as that
+    load(tmp_path / "own", torch_dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    assert load(tmp_path / "wide").dtype == torch.float32
+    config = tmp_path / "own" / "config.json"
+    content = json.loads(config.read_text())
+    del content["quantization_config"]["settings"]["dtype"]
+    config.write_text(json.dumps(content))
+    assert load(tmp_path / "own").dtype == torch.float32
 
 
 def test_other_types_are_for_the_other_layers(tmp_path: Path) -> None:
@@ -66,6 +92,7 @@ def test_other_types_are_for_the_other_layers(tmp_path: Path) -> None:
     [
         (lambda c: c.update(version=2), "version 2"),
         (lambda c: c.update(extra=1), "extra"),
+        (lambda c: c["settings"].update(dtype="half"), "'half' is no type"),
         (lambda c: c["tensors"].popitem(), "same layers"),
         (lambda c: next(iter(c["layers"].values()))["form"]["weight"].update(bits=40), "bits"),
         (lambda c: next(iter(c["tensors"].values())).pop("weight_scale"), "weight is missing"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from genlight.quantization.balance import Balance
+from genlight.quantization.context import SamplingContext, sampling_context
 from genlight.quantization.convert import quantize_layer
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.hadamard import random_rotation
@@ -135,6 +136,25 @@ def test_state_is_loaded_into_a_layer_of_the_same_form() -> None:
     assert not torch.allclose(other(values), layer(values))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(values), layer(values))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_the_same_in_every_call_is_kept_and_follows_the_weights(bits: int) -> None:
+    form = LayerFormat(WeightFormat(bits, False), ActivationFormat(8, False, "static", "tensor"))
+    ranges = torch.tensor([[[-3.0, 4.0], [-1.0, 5.0]]])
+    layer = quantize_layer(linear(), form, activation_range=ranges)
+    torch.manual_seed(8)
+    other = quantize_layer(nn.Linear(24, 10), form, activation_range=2 * ranges)
+    other.load_state_dict(layer.state_dict())
+    other.to(torch.bfloat16)
+    weight, names = other.quantized_weight, ("weight_sums", "static_scale", "static_zero_point")
+    assert weight is not None and torch.equal(weight.row_sums(), weight.unpacked().long().sum(1).int())
+    assert all(getattr(other, name) is not None and name not in layer.state_dict() for name in names)
+    with sampling_context(SamplingContext(step=1, num_steps=2)):
+        kept = other(randn(5, 24).bfloat16())
+        for name in names:
+            setattr(other, name, None)
+        assert torch.equal(other(randn(5, 24).bfloat16()), kept)
 
 
 def test_odd_inputs() -> None:

@@ -1,11 +1,24 @@
 """Inputs of two kinds: found in the full network of SDXL, which has no weights here, and in small ones."""
 
+from typing import Any
+
+import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from genlight.quantization.balance import Balance, balance_input
 from genlight.quantization.convert import quantizable_layers
-from genlight.quantization.special_inputs import concatenated_inputs, constant_positions, part_ranges, text_layers
+from genlight.quantization.hadamard import random_rotation
+from genlight.quantization.special_inputs import (
+    balanced_ranges,
+    concatenated_inputs,
+    constant_positions,
+    part_ranges,
+    special_inputs,
+    text_layers,
+)
+from genlight.quantization.trajectory import recorded_calls
 
 SDXL = {
     "sample_size": 128,
@@ -76,6 +89,31 @@ def test_a_token_is_constant_where_it_is_the_same_and_large() -> None:
     assert constant_positions(other) == ()
 
 
+def test_rounding_of_half_precision_makes_no_other_token() -> None:
+    """Numbers of bfloat16 that are some units off, as from one batch to another."""
+    found = texts().to(torch.bfloat16)
+    found[3, 0] = (found[3, 0].float() * (1 + 2.0**-7)).to(torch.bfloat16)
+    assert not torch.equal(found[3, 0], found[0, 0]) and constant_positions(found) == (0,)
+
+
+def test_that_no_token_is_kept_is_said() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, sample: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+            return (sample + self.layer(encoder_hidden_states).mean(),)
+
+    network, text = Reader(), texts()
+    with recorded_calls(network) as calls:
+        network(torch.zeros(8, 1, 2, 2), torch.zeros(8), text)
+    assert special_inputs(network, calls, split=False, ratio=4.0).positions == (0,)
+    with pytest.warns(UserWarning, match="constant_ratio = 400 times"):
+        found = special_inputs(network, calls, split=False, ratio=400.0)
+    assert found.positions == () and found.text == ()
+
+
 def test_too_few_prompts_prove_nothing() -> None:
     for few in (texts(7), texts(1).expand(9, 5, 16)):
         try:
@@ -92,3 +130,28 @@ def test_ranges_are_of_each_part_over_all_calls() -> None:
     parts = [lambda x: x[:, :2], lambda x: x[:, 2:]]
     found = part_ranges(model, {"0": parts}, lambda: [model(call) for call in calls])
     assert torch.equal(found["0"], torch.tensor([[-2.0, 2.0], [3.0, 40.0]]))
+
+
+def test_ranges_of_balanced_inputs_leave_constant_tokens_out() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = nn.Conv2d(4, 1, 1), nn.Linear(16, 1)
+
+        def forward(self, sample: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.image(sample) + self.text(encoder_hidden_states).mean(),)
+
+    torch.manual_seed(0)
+    network, image, text = Reader(), torch.randn(8, 4, 3, 3), texts()
+    with recorded_calls(network) as calls:
+        network(image[:4], text[:4])
+        network(image[4:], text[4:])
+    rotation = random_rotation(16, "full", 0)
+    balances = {"image": Balance(torch.tensor([1.0, 2.0, 0.1, 4.0])), "text": Balance(None, rotation)}
+    found = balanced_ranges(network, balances, calls, text=["text"], positions=[0])
+    expected = {
+        "image": balance_input(image, balances["image"], 1),
+        "text": balance_input(text[:, 1:], balances["text"]),
+    }
+    for name, values in expected.items():
+        assert torch.equal(found[name], torch.stack([values.min(), values.max()])[None, None])

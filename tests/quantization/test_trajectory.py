@@ -91,6 +91,7 @@ def test_a_replay_asks_the_same_and_noise_is_that_of_the_prediction() -> None:
     expected /= sum(float(call.output.double().square().sum()) for call in calls)
     assert noise_to_signal(network, calls) == pytest.approx(expected, rel=1e-4)
     assert decibels(expected) == pytest.approx(-10 * math.log10(expected))
+    assert decibels(math.nan) == decibels(math.inf) == -200
     with pytest.raises(ValueError, match="no calls"):
         noise_to_signal(network, [])
 

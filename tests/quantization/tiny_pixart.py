@@ -36,15 +36,18 @@ def pixart() -> diffusers.PixArtTransformer2DModel:
 
 def call(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    image, text = (torch.randn(*shape, generator=generator) for shape in ((2, 1, 8, 8), (2, 3, 32)))
+    dtype = next(model.parameters()).dtype
+    image, text = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 1, 8, 8), (2, 3, 32)))
     conditions = {"resolution": None, "aspect_ratio": None}
     with torch.no_grad():
         return model(image, text, timestep=torch.tensor([7, 7]), added_cond_kwargs=conditions).sample
 
 
-def converted(form: LayerFormat = W4A8, balanced: bool = True) -> diffusers.PixArtTransformer2DModel:
+def converted(
+    form: LayerFormat = W4A8, balanced: bool = True, model: diffusers.PixArtTransformer2DModel | None = None
+) -> diffusers.PixArtTransformer2DModel:
     """As a calibration does it: who shares an input, statistics in one pass, balance by group, rounding."""
-    model = pixart()
+    model = model or pixart()
     groups = [LayerGroup(KEPT), LayerGroup(".*", form)]
     forms = {name: found for name, found in formats_of_layers(model, groups).items() if found is not None}
     observer = InputObserver(model, list(forms), StatisticsSettings(hessian=torch.float32))

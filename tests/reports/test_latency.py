@@ -16,6 +16,7 @@ from genlight.reports.latency import (
     Latency,
     MemberCost,
     MemberCosts,
+    measure_in_turn,
     measure_latency,
     profile_members,
     read_costs,
@@ -84,6 +85,29 @@ def test_calls_that_still_compile_do_not_count(clock):
     assert measure_latency(clock.work(lambda: next(values)), "cpu", warmup=2, repeats=4).median_ms == 1000.0
     with pytest.raises(ValueError, match="repeats = 0"):
         measure_latency(lambda: None, "cpu", repeats=0)
+
+
+def test_calls_take_turns_and_getting_ready_is_not_timed(clock):
+    """The machine becomes half as fast in the third of four rounds: both medians know it."""
+    rounds = {"a": iter([9.0, 1.0, 2.0, 2.0]), "b": iter([9.0, 3.0, 6.0, 6.0])}
+    seen = []
+
+    def piece(name):
+        def ready():
+            clock.now += 100.0
+            seen.append(name)
+            return clock.work(lambda: next(rounds[name]))
+
+        return ready
+
+    assert measure_in_turn({name: piece(name) for name in "ab"}, "cpu") == {"a": 2000.0, "b": 6000.0}
+    assert "".join(seen) == "abababab"
+
+
+def test_what_lies_around_the_networks_is_a_part_of_the_cost():
+    record = replace(costs(a=1.0, b=2.5), evaluation_ms=0.25, batch_ms=4.0)
+    assert record.costs == {"a": 1.25, "b": 2.75} and record.batch == 4.0
+    assert replace(record, unit="macs").batch == 0.0 and replace(record, unit="macs").costs["b"] == 1.0
 
 
 def test_a_real_clock_is_read():
@@ -169,7 +193,7 @@ def test_changed_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="was changed"):
         read_costs(path)
     for change, message in (
-        ({"version": 2}, "version = 2"),
+        ({"version": 1}, "version = 1"),
         ({"kind": "other"}, "kind"),
         ({"extra": 1}, "extra"),
         ({"members": {}}, "members: at least one"),

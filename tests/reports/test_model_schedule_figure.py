@@ -42,6 +42,15 @@ def test_methods_are_points_and_baselines_their_lower_envelope(tmp_path):
     assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
+def test_where_more_is_better_the_envelope_rises_on_a_linear_axis(tmp_path):
+    rule = [(1.0, 20.0), (2.0, 19.0), (2.0, 24.0), (4.0, -1.0)]
+    figure = pareto_figure({"search": [(1.0, 21.0)]}, tmp_path / "p.png", baselines={"rule": rule}, mode="max")
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["rule"].get_ydata()) == [20.0, 24.0, 24.0]
+    assert axes.get_xscale() == "log" and axes.get_yscale() == "linear"
+
+
 def test_pictures_of_nothing_are_refused(tmp_path):
     for methods in ({}, {"search": [(1.0, float("nan"))]}):
         with pytest.raises(ValueError, match="finite"):

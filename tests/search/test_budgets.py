@@ -134,6 +134,12 @@ def test_a_search_in_pieces_writes_the_same_archive(tmp_path: Path, name: str) -
     assert whole == pieces
 
 
+def test_a_round_may_measure_other_numbers_for_each_budget(tmp_path: Path) -> None:
+    records = run_search(tmp_path, budgeted(collect=30, per_budget=(6, 3, 1), generations=3), SPACE, error, 40).records
+    sources = [record.source for record in records[30:]]
+    assert sources == [f"{BUDGETED} {budget:g}" for budget, count in zip(BUDGETS, (6, 3, 1)) for _ in range(count)]
+
+
 class Spy(RankingPredictor):
     """Counts its fits, and the candidates of each prediction."""
 
@@ -231,6 +237,7 @@ def test_other_fidelities_are_left_out(tmp_path: Path) -> None:
         ({"collect": 0}, "strategy.collect"),
         ({"rounds": 0}, "strategy.rounds"),
         ({"per_budget": 0}, "strategy.per_budget"),
+        ({"per_budget": (3, 2)}, "strategy.per_budget"),
         ({"generations": 0}, "strategy.generations"),
         ({"kappa": -1.0}, "strategy.kappa"),
     ],

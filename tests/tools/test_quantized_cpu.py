@@ -1,5 +1,6 @@
 """Memory and speed as the proofs measure them: of things whose size and duration are known."""
 
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,24 @@ def test_layers_have_the_shapes_they_are_named_by_and_the_bits_they_are_given(pr
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]
     assert shapes[1] == (5120, 640) and shapes[-1] == (640, 1280, 1, 1)
     assert len(shapes) == len(program["LINEARS"]) + len(program["CONVOLUTIONS"])
-    made = program["quantized"]("unet", layers["0: linear 77 x 2048 x 1280"], 4)
+    made = program["quantized"]("W4A8 MixDQ", layers["0: linear 77 x 2048 x 1280"])
     assert made.weight_codes.numel() == 2048 * 1280 // 2 and made.form.activation.mode == "static"
     with torch.inference_mode():
         assert made(torch.randn(3, 2048)).shape == (3, 1280)
+    made = program["quantized"]("W8A8 ViDiT-Q", layers["0: linear 77 x 2048 x 1280"])
+    assert (
+        made.weight_zero_point is not None and made.input_scale is not None and math.prod(made.rotation_factors) == 2048
+    )
+
+
+def test_bars_name_their_form(program: dict[str, Any]) -> None:
+    forms = {"W8A8 ViDiT-Q": 1.2, "W4A8 ViDiT-Q": 1.1, "W8A8 plain": 1.5, "torchao int8": 1.0}
+    memory = {form: {"resident": 0.1, "live": 0.2} for form in program["FORMS"]["transformer"]}
+    bars = {
+        bar.id: (bar.what.partition(", processor")[0], bar.holds)
+        for bar in program["bars_of"]("transformer", {"transformer": forms}, memory)
+    }
+    assert bars["speed-transformer"] == ("transformer, float32 / W8A8 plain", True)
+    assert bars["speed-transformer-viditq"] == ("transformer, float32 / W8A8 ViDiT-Q", False)
+    assert bars["torchao-transformer"] == ("transformer, torchao's dynamic int8 / W8A8 plain", True)
+    assert "W4A8 ViDiT-Q" in bars["memory-transformer-w4"][0]

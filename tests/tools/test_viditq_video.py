@@ -50,6 +50,24 @@ def test_the_motion_of_a_moving_digit_is_found(program: dict[str, object]) -> No
     assert float(motion.unexplained.mean()) < 0.1 * float(videos.diff(dim=1).abs().mean() / 2)
 
 
+def test_shares_of_what_is_less_than_the_seeds_differ_are_left_out(program: dict[str, object]) -> None:
+    groups = program["GROUPS"]
+
+    def result(**lost: float) -> dict[str, dict[str, float]]:
+        """Each group adds as much to a loss as its place among them."""
+        full = dict.fromkeys(program["LOSSES"], 1.0)  # type: ignore[call-overload]
+        rows = {
+            f"W4A8 {name}": {key: 1.0 + place * lost.get(key, 0.0) for key in full}
+            for place, name in enumerate(groups, start=1)  # type: ignore[arg-type, var-annotated]
+        }
+        return {"full precision": full, **rows}
+
+    table = program["table_of"]([result(motion=1.0, frames=1.0), result(motion=1.2, frames=-0.9)], [4])  # type: ignore[operator]
+    shares = [row for row in table if row["rounded"].endswith("share")]
+    assert [row["motion"] for row in shares] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert {row[key] for row in shares for key in ("frames", "class")} == {None}
+
+
 def test_each_layer_that_mixes_or_feeds_forward_is_in_one_group(program: dict[str, object]) -> None:
     network = program["new_network"]()  # type: ignore[operator]
     groups: dict[str, str] = program["GROUPS"]  # type: ignore[assignment]

@@ -8,7 +8,8 @@ Two networks with random weights, one of tokens in raster order, one of scales. 
 
 Printed is one line of JSON: milliseconds an image of each, medians over the rounds, and the ratios plain / pairs
 (`pairs_speed`) and tokens / pairs. Then the memory above its inputs of `nearest_codes` for `--snap-tokens` vectors
-(`snap_bytes`), beside that of a table of all differences (`table_bytes`), and of `transport` for a quarter of them.
+(`snap_bytes`), beside that of a chunk of distances (`chunk_bytes`), of a table of all differences (`table_bytes`), and
+of `transport` for a quarter of them.
 
     python tools/benchmarks/dd_pairs.py
     python tools/benchmarks/dd_pairs.py --device cuda --images 1024 --codes 4096 --code-dim 32 --width 512
@@ -23,6 +24,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,15 +112,17 @@ def speed(model: AutoregressiveModel, images: int, single: int, rounds: int, dev
 
 
 def memory(run: Callable[[], Any], device: str) -> int:
-    """Bytes that `run` needs above what was held before; on a CPU what the process grows beyond its largest size."""
+    """Bytes that `run` needs above what is held before; on a CPU the process's largest size less that, which is more
+    where it has been larger before.
+    """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def snap(tokens: int, codes: int, code_dim: int, device: str) -> dict[str, Any]:
@@ -127,7 +132,9 @@ def snap(tokens: int, codes: int, code_dim: int, device: str) -> dict[str, Any]:
     some = tokens // 4
     result = {
         "snap_tokens": tokens,
+        "snap_codes": codes,
         "snap_bytes": memory(lambda: nearest_codes(vectors, codebook), device),
+        "chunk_bytes": 4 * tokens * signature(nearest_codes).parameters["chunk_size"].default,
         "table_bytes": 4 * tokens * codes * code_dim,
     }
     log_probs = torch.zeros(some, codes, device=device)

@@ -17,7 +17,7 @@ from typing import Any
 from _commands import ROOT, report
 from _experts_speed import EXPERTS, KEPT, Config
 from _findings import Findings
-from eep import FULL, MERGING, PRUNED, RANDOM, SEARCHED, TASK, chosen, searched, weight_bytes
+from eep import FULL, MERGED, MERGING, PRUNED, RANDOM, SEARCHED, TASK, chosen, searched, weight_bytes
 
 SEEDS = (0, 1)
 TRAINED: Config = {
@@ -114,6 +114,9 @@ def quality_values(results: Sequence[Mapping[str, Any]], kept: int) -> dict[str,
     def error(row: Mapping[str, Any]) -> float:
         return 1.0 - float(row[f"{TASK}/accuracy"])
 
+    def nats(row: Mapping[str, Any]) -> float:
+        return -float(row[f"{TASK}/choice_log_likelihood"])
+
     for result in mine:
         rows, metrics, times = result["rows"], result["metrics"], result["times"]
         others = {kind: row for kind, row in rows.items() if kind not in SEARCHED}
@@ -123,14 +126,15 @@ def quality_values(results: Sequence[Mapping[str, Any]], kept: int) -> dict[str,
         add("err", error(rows[PRUNED]) / max(min(map(error, others.values())), 1e-9))
         add("accuracy-random", rows[PRUNED][f"{TASK}/accuracy"] - rows[RANDOM]["accuracy"])
         add("accuracy-full", rows[FULL][f"{TASK}/accuracy"] - rows[PRUNED][f"{TASK}/accuracy"])
-        nll = [-float(row[f"{TASK}/log_likelihood"]) for row in (chosen(result), rows[PRUNED])]
-        add("merge", nll[0] / nll[1])
+        add("chosen", nats(chosen(result)) / nats(rows[PRUNED]))
+        if MERGED in rows:
+            add("merge", nats(rows[MERGED]) / nats(rows[PRUNED]))
         if best[1] is not None:
             add("elitist", max(v for v in best if v is not None) - max(row["search"] for row in others.values()))
             add("merge-search", best[1] / best[0])
         add("dedupe", len(result["keys"]) - len(set(result["keys"])))
         add("apply", times["apply"] / times["evaluate"])
-    reduce = {"elitist": min, "err": fmean, "accuracy-random": min, "merge": fmean, "dedupe": sum}
+    reduce = {"elitist": min, "err": fmean, "accuracy-random": min, "merge": fmean, "chosen": fmean, "dedupe": sum}
     return {name: float(reduce.get(name, max)(values)) for name, values in found.items()}  # type: ignore[operator]
 
 

@@ -2,9 +2,9 @@
 
 For each seed `fit experiment=dele/nasbench201` pretrains 14 experts on cheap scores of the pool, and `validate`
 compares every predictor after 24, 46, 93 and 233 true accuracies, on 4,770 cells held out, and searches all 9,445
-cells. Besides: LSTM experts, the accuracy after 12 epochs as another cheap score, ImageNet16-120, TransNAS-Bench-101
-micro and NAS-Bench-301 (these three without bars), the zero-cost indicators themselves, and experts at once against
-one by one.
+cells. Besides: the same on ImageNet16-120, LSTM experts, one of these alone, the accuracy after 12 epochs as another
+cheap score, TransNAS-Bench-101 micro and NAS-Bench-301 (these two without bars), the zero-cost indicators themselves,
+and experts at once against one by one.
 
     make proof NAME=dele
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -25,13 +26,17 @@ from typing import Any
 
 from _commands import genlight, record, report, run
 
+from genlight.reports.intervals import mean_interval
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
 LABELS = (24, 46, 93, 233)
 FEW = (24, 46)
 SCORES = "grad_norm,snip,grasp,flops_m,fisher,jacov,plain,synflow,nwot,params_m,hw_edgegpu_latency,zen,epe_nas,l2_norm"
-ALL = "[dele,static_gate,vanilla,expert_gp,expert_ridge,scores_gp,scores_ridge,scores_forest,tokens_gp]"
-MAIN, EARLY, LSTM = "CIFAR-10", "with 12 epochs", "LSTM experts"
+ALL = "[dele,static_gate,vanilla,expert_gp,expert_ridge,scores_gp,scores_ridge,scores_forest,both_gp,tokens_gp]"
+MAIN, IMAGENET, EARLY, LSTM = "CIFAR-10", "ImageNet16-120", "with 12 epochs", "LSTM experts"
+ALONE = "LSTM, snip alone"
+# indicators of genlight that have a bar
+PROXIES = ("synflow", "nwot", "snip", "l2_norm")
 # searches of each seed, and evaluations after which their regret is shown
 SEARCHES, BUDGET, SHOWN = 2, 50, (20, 25, 30, 40, 50)
 
@@ -53,11 +58,13 @@ class Study:
 
 CELLS = "experiment=dele/nasbench201"
 SHORT = ("method.searches=[]", "method.labels=[24,93]")
+RECURRENT = (CELLS, "module.network.encoder=lstm", "module.network.width=32", "module.network.embedding=16")
 STUDIES = {
     # the longest first
     LSTM: Study(
-        (CELLS, "module.network.encoder=lstm", "module.network.width=32", "module.network.embedding=16"),
+        RECURRENT,
         ("method.searches=[]", "method.predictors=[dele,vanilla,expert_gp]"),
+        seeds=2,
     ),
     MAIN: Study((CELLS,), (f"method.search_seeds={SEARCHES}",), seeds=3),
     EARLY: Study(
@@ -65,7 +72,16 @@ STUDIES = {
         ("method.searches=[]", "method.predictors=[dele,expert_gp]"),
         seeds=3,
     ),
-    "ImageNet16-120": Study((CELLS, "data.dataset=imagenet16_120"), SHORT),
+    IMAGENET: Study(
+        (CELLS, "data.dataset=imagenet16_120"),
+        ("method.predictors=[dele,vanilla,expert_gp]", f"method.search_seeds={SEARCHES}"),
+        seeds=3,
+    ),
+    ALONE: Study(
+        (*RECURRENT, "data.low_fidelity=[snip]"),
+        ("method.searches=[]", "method.predictors=[dele]", "method.labels=[24,46]"),
+        seeds=2,
+    ),
     "TransNAS-Bench-101, class_scene": Study(("experiment=dele/transnasbench101",), SHORT),
     "NAS-Bench-301": Study(("experiment=dele/nasbench301",), SHORT),
 }
@@ -112,9 +128,9 @@ class Means:
         """How far one predictor's tau lies above another's, the least over numbers of labels."""
         return min(self.of(name, number, first) - self.of(name, number, second) for number in labels)
 
-    def regret(self, search: str, evaluations: int) -> float:
+    def regret(self, search: str, evaluations: int, name: str = MAIN) -> float:
         """After so many evaluations, over seeds of experts and searches."""
-        found = [seed for r in self.results for seed in r["regrets"].get(search, ())]
+        found = [seed for r in self.results if r["study"] == name for seed in r["regrets"].get(search, ())]
         return statistics.fmean(seed[min(evaluations, len(seed)) - 1] for seed in found)
 
 
@@ -130,9 +146,16 @@ def bars_of(means: Means, proxies: dict[str, Any], speed: dict[str, float]) -> l
     top = [means.of(MAIN, n, "expert_gp", "p_at_1") / max(means.of(MAIN, n, "dele", "p_at_1"), 1e-9) for n in FEW]
     raw = min(means.lead(MAIN, LABELS, "expert_gp", other) for other in ("scores_forest", "scores_gp"))
     regret = {name: means.regret(name, 30) for name in ("random", "expert_gp", "dele")}
+    other = {n: means.lead(IMAGENET, (n,), "dele", "vanilla") for n in LABELS}
+    elsewhere = {name: means.regret(name, 30, IMAGENET) for name in ("random", "expert_gp", "dele")}
+    alone = max(means.of(LSTM, n, "vanilla") - means.of(ALONE, n, "dele") for n in FEW)
     found = [bar_at_least(f"a-n{n}", f"tau of DELE - labels alone, {n} labels", lead[n], least[n]) for n in LABELS]
     found += [
+        bar_at_least(f"a-n{n}-imagenet", f"the same on ImageNet16-120, {n} labels", other[n], least[n]) for n in LABELS
+    ]
+    found += [
         bar_at_least("a-lstm", "the same with LSTM experts, least over labels", lstm, 0.02),
+        bar_at_least("a-single", "tau of labels alone - an LSTM expert of snip, most of 24, 46 labels", alone, 0.0),
         bar_at_least("a-static", "tau of the dynamic gate - of the static one, least over labels", static, -0.01),
         bar_at_least("a-gp", "tau of a GP on experts - DELE, 24 and 46 labels, least", process, 0.03),
         bar_at_least("a-gp-top", "found of the best 1 %, GP on experts / DELE, 24 and 46 labels, least", min(top), 2.0),
@@ -143,7 +166,24 @@ def bars_of(means: Means, proxies: dict[str, Any], speed: dict[str, float]) -> l
             "b-regret", "regret at 30, GP on experts / random", regret["expert_gp"] / max(regret["random"], 1e-9), 0.5
         ),
         bar_at_most("b-regret-dele", "regret at 30, GP on experts - DELE", regret["expert_gp"] - regret["dele"], 0.0),
-        bar_at_least("batched", "14 experts one by one / at once, time", speed["one_by_one"] / speed["at_once"], 4.0),
+        bar_at_most(
+            "b-regret-imagenet",
+            "regret at 30 on ImageNet16-120, GP on experts / random",
+            elsewhere["expert_gp"] / max(elsewhere["random"], 1e-9),
+            0.5,
+        ),
+        bar_at_most(
+            "b-regret-dele-imagenet",
+            "regret at 30 on ImageNet16-120, GP on experts - DELE",
+            elsewhere["expert_gp"] - elsewhere["dele"],
+            0.0,
+        ),
+        bar_at_least(
+            "batched",
+            "pretraining 14 experts one by one / at once, processor time",
+            speed["one_by_one"] / speed["at_once"],
+            4.0,
+        ),
         bar_at_least("batched-pairs", "that with both sides of pairs encoded", speed["pairs"] / speed["at_once"], 4.0),
     ]
     for name, of in proxies["bars"].items():
@@ -160,68 +200,75 @@ def bars_of(means: Means, proxies: dict[str, Any], speed: dict[str, float]) -> l
 
 
 def table_of(means: Means) -> list[dict[str, Any]]:
-    """Means over seeds of every predictor, then the regrets."""
+    """Means over seeds of every predictor, tau with the ends of its 95 % interval, then the regrets."""
     keys = dict.fromkeys((r["study"], row["labels"], row["predictor"]) for r in means.results for row in r["rows"])
     quantities = ("kendall_tau", "spearman", "p_at_1", "p_at_5")
     order = list(STUDIES)
     rows = []
     for name, labels, predictor in sorted(keys, key=lambda key: (order.index(key[0]), key[1])):
-        if labels == 0 and name != MAIN:
+        if labels == 0 and name not in (MAIN, IMAGENET):
             continue
         values = {quantity: means.values(name, labels, predictor, quantity) for quantity in quantities}
         shown = {quantity: round(statistics.fmean(of), 4) if of else None for quantity, of in values.items()}
-        seeds = len(values["kendall_tau"])
-        rows.append({"study": name, "labels": labels, "predictor": predictor, **shown, "regret": None, "seeds": seeds})
-    for search in ("random", "dele", "expert_gp"):
-        seeds = sum(len(r["regrets"].get(search, ())) for r in means.results)
-        for evaluations in SHOWN:
-            row = {"study": "regret of searches, CIFAR-10", "labels": evaluations, "predictor": search}
-            regret = round(means.regret(search, evaluations), 3)
-            rows.append({**row, **dict.fromkeys(quantities), "regret": regret, "seeds": seeds})
+        taus = values["kendall_tau"]
+        _, low, high = mean_interval(taus) if taus else (math.nan,) * 3
+        ends = {end: round(of, 4) if math.isfinite(of) else None for end, of in (("low", low), ("high", high))}
+        row = {"study": name, "labels": labels, "predictor": predictor, **shown, **ends}
+        rows.append({**row, "regret": None, "seeds": len(taus)})
+    for name in (MAIN, IMAGENET):
+        for search in ("random", "dele", "expert_gp"):
+            seeds = sum(len(r["regrets"].get(search, ())) for r in means.results if r["study"] == name)
+            for evaluations in SHOWN:
+                row = {"study": f"regret of searches, {name}", "labels": evaluations, "predictor": search}
+                regret = round(means.regret(search, evaluations, name), 3)
+                rows.append({**row, **dict.fromkeys((*quantities, "low", "high")), "regret": regret, "seeds": seeds})
     return rows
 
 
 def _batched() -> None:
-    """Seconds of a step that pretrains 14 experts on 512 cells, Adam's part included: at once, one by one, and that
-    with both sides of pairs encoded."""
+    """Processor seconds of 18 steps that pretrain 14 experts on a pool of 4,675 cells: at once, one by one, and one by
+    one with both sides of pairs encoded."""
     import torch
 
+    from genlight.predictors.expert_training import ExpertTraining, pretrain
     from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
     from genlight.predictors.losses import sample_pairs
+    from genlight.predictors.pool import Pool
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings, vocabulary, experts, size = ExpertSettings(), (5,) * 6, 14, 512
-    tokens, scores = torch.randint(5, (size, 6)), torch.randn(size, experts)
-    together = ExpertEnsemble(settings, vocabulary, experts)
-    alone = [ExpertEnsemble(settings, vocabulary, 1) for _ in range(experts)]
-    optimizers = {network: torch.optim.Adam(network.parameters()) for network in (together, *alone)}
+    settings, training, vocabulary, experts = ExpertSettings(), ExpertTraining(pretrain_steps=18), (5,) * 6, 14
+    tokens, scores = torch.randint(5, (4675, 6)), torch.randn(4675, experts)
 
-    def step(network: ExpertEnsemble, loss: torch.Tensor) -> None:
-        optimizers[network].zero_grad()
-        torch.autograd.backward(loss)
-        optimizers[network].step()
+    def pool(columns: range) -> Pool:
+        return Pool(tokens, vocabulary, scores[:, columns], tuple(str(column) for column in columns))
 
     def at_once() -> None:
-        step(together, together.expert_losses(tokens, scores).sum())
+        pretrain(settings, training, pool(range(experts)), 0)
 
     def one_by_one() -> None:
-        for number, expert in enumerate(alone):
-            step(expert, expert.expert_losses(tokens, scores[:, number, None]).sum())
+        for number in range(experts):
+            pretrain(settings, training, pool(range(number, number + 1)), 0)
 
     def pairs() -> None:
-        for number, expert in enumerate(alone):
-            drawn = sample_pairs(scores[:, number][None], settings.pairs_per_candidate * size)
-            first, second = (expert.expert_scores(tokens[side[0]])[0] for side in (drawn.first, drawn.second))
-            step(expert, torch.relu(settings.margin - drawn.signs[0] * (first - second)).mean())
+        for number in range(experts):
+            expert = ExpertEnsemble(settings, vocabulary, 1)
+            optimizer = torch.optim.Adam(expert.parameters(), lr=training.lr)
+            for _ in range(training.pretrain_steps):
+                rows = torch.randperm(len(tokens))[: training.batch_size]
+                drawn = sample_pairs(scores[rows, number][None], settings.pairs_per_candidate * len(rows))
+                first, second = (expert.expert_scores(tokens[rows][side[0]])[0] for side in (drawn.first, drawn.second))
+                optimizer.zero_grad()
+                torch.autograd.backward(torch.relu(settings.margin - drawn.signs[0] * (first - second)).mean())
+                optimizer.step()
 
     seconds: dict[str, list[float]] = {"at_once": [], "one_by_one": [], "pairs": []}
-    for _ in range(12):  # in turn, so that a busy machine slows all of them
+    for _ in range(7):  # in turn, so that a busy machine slows all of them
         for work in (at_once, one_by_one, pairs):
-            begun = time.perf_counter()
+            begun = time.thread_time()
             work()
-            seconds[work.__name__].append(time.perf_counter() - begun)
-    print(json.dumps({name: statistics.median(values[2:]) for name, values in seconds.items()}))
+            seconds[work.__name__].append(time.thread_time() - begun)
+    print(json.dumps({name: statistics.median(values[1:]) for name, values in seconds.items()}))
 
 
 def main() -> None:
@@ -240,7 +287,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = arguments.folder or Path(name)
         wanted = [(each, seed) for each, this in STUDIES.items() for seed in arguments.seeds[: this.seeds]]
-        cells = ("--cells", str(arguments.cells))
+        cells = ("--cells", str(arguments.cells), "--names", *PROXIES)
         measured = pool.submit(run, "tools/benchmarks/zero_cost.py", *cells)  # the longest of all
         waiting = [pool.submit(study, folder, *each, tuple(arguments.words)) for each in wanted]
         results = [each.result() for each in waiting]

@@ -72,8 +72,9 @@ def bars_of(values: Mapping[str, float]) -> list[Bar]:
             (bar_at_most, "err", "error of the pruned model / of the best baseline, mean", 0.90),
             (bar_at_least, "accuracy-random", "accuracy of the pruned model above random choices, least", 0.10),
             (bar_at_most, "accuracy-full", "accuracy of all experts above the pruned model's, most", 0.05),
-            (bar_at_most, "merge", "negative log-likelihood: chosen / best that only prunes, mean", 1.0),
-            (bar_at_most, "merge-search", "the same of the best merged on the search draw, most", 1.0),
+            (bar_at_most, "merge", "negative log-likelihood: best merged / best pruned, mean", 1.0),
+            (bar_at_most, "merge-search", "the same on the search draw, most", 1.0),
+            (bar_at_most, "chosen", "the same of what is chosen among them / best pruned, mean", 1.0),
             (bar_at_most, "dedupe", "candidates that were measured twice", 0.0),
             (bar_at_most, "apply", "applying a candidate / measuring it, time, most", 0.03),
         ):

@@ -51,7 +51,7 @@ LEAST = {"search": 60.0, "mixing": 50.0, "two": 75.0, "random": 75.0}
 NEEDS = {"student": "teacher", "search": "student", "two": "student", "random": "search"}
 FIDELITY, REPORTED, SCREENED, PROMOTED = 5000, 10000, 1000, 20
 TRACKED = ("tracked ema",)
-USUAL = ("tracked ema", "power ema", "lawa", "swa", "single", "ema", "last")
+USUAL = ("tracked ema", "post-hoc ema", "power ema", "lawa", "swa", "single", "ema", "last", "line", "neon")
 
 # small enough for a CPU, to try the program itself
 TINY_NETWORK = (
@@ -271,7 +271,7 @@ def bars_of(found: dict[str, dict[str, Any]]) -> list[Bar]:
         ratio = best / score(done["search"], *TRACKED)
         bars.append(bar_at_most("cifar", what + "best tracked EMA", ratio, 0.93))
         ratio = best / score(done["search"], *USUAL)
-        bars.append(bar_at_most("cifar-all", what + "best of all averages", ratio, 0.93))
+        bars.append(bar_at_most("cifar-all", what + "best of all other weights", ratio, 0.93))
         calls = done["search"]["calls"]
         share = calls["apply"]["median"] / calls["measure"]["median"]
         bars.append(bar_at_most("apply", "applying a combination / evaluating it, time", share, 0.1))
@@ -280,7 +280,7 @@ def bars_of(found: dict[str, dict[str, Any]]) -> list[Bar]:
             bars.append(bar_at_most("random", what + "random combinations, equal evaluations", ratio, 0.95))
         if "two" in done:
             ratio = best / score(done["two"], *USUAL)
-            bars.append(bar_at_most("two", what + "best of all averages at two steps", ratio, 1.0))
+            bars.append(bar_at_most("two", what + "best of all other weights at two steps", ratio, 1.0))
     if "student" in done:
         share = done["student"]["collect"] / done["student"]["trained"]
         bars.append(bar_at_most("collect", "collecting / training, time of the thread that trains", share, 0.02))

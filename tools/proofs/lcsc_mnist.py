@@ -30,7 +30,7 @@ CONSTANT = ("module.lr_scheduler=null",)
 TEACHER_STEPS, STUDENT_STEPS = 2500, 1000
 FEW, MORE = 6, 9
 TRACKED = ("tracked ema",)
-USUAL = ("tracked ema", "power ema", "lawa", "swa", "single", "ema", "last")
+USUAL = ("tracked ema", "post-hoc ema", "power ema", "lawa", "swa", "single", "ema", "last", "line", "neon")
 
 
 def steps(count: int) -> tuple[str, ...]:
@@ -117,7 +117,10 @@ def main() -> None:
             "mnist", what + "best tracked EMA", max(score(s, "LCSC") / score(s, *TRACKED) for s in students), 1.0
         ),
         bar_at_most(
-            "mnist-all", what + "best of all averages", max(score(s, "LCSC") / score(s, *USUAL) for s in students), 1.0
+            "mnist-all",
+            what + "best of all other weights",
+            max(score(s, "LCSC") / score(s, *USUAL) for s in students),
+            1.0,
         ),
     ]
     for few, more in [models] if models else []:

@@ -114,7 +114,7 @@ class Bench:
 
     def many(self, reference: Any, bits: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Fréchet distance of many images, with layers in some bits, and its deviation over parts of `SAMPLES`."""
-        from genlight.loops.quantization_work import Variant
+        from genlight.loops.quantization_variants import Variant
 
         images = reference.images
         if bits is not None:
@@ -124,7 +124,7 @@ class Bench:
 
     def measure(self, bits: Mapping[str, Any], *, kept: bool = True, split: bool = True) -> dict[str, Any]:
         """All numbers with layers in some bits; those that are not named stay as they are."""
-        from genlight.loops.quantization_work import Variant
+        from genlight.loops.quantization_variants import Variant
         from genlight.metrics.paired import image_scores
 
         variant = replace(Variant.mixed(self.work.method, "", bits), constant_tokens=kept, split=split)

@@ -44,7 +44,7 @@ def searched(folder: Path, seed: int) -> dict[str, Any]:
     """One search over all budgets; seconds are of all of it."""
     words = [f"run.root={folder}", f"run.name=search-{seed}", f"seed={seed}", f"search.seed={seed}", "search.budget=70"]
     words += [f"method.budgets=[{','.join(f'{b:g}' for b in BUDGETS)}]", f"method.rules=[{','.join(RULES)}]"]
-    words += ["method.singles=27", "method.per_rule=2", "method.select=400", "method.batch_size=50"]
+    words += ["method.singles=40", "method.per_rule=2", "method.select=400", "method.batch_size=50"]
     words += ["search.finalists=3", "search.strategy.rounds=2", "search.strategy.per_budget=5", "metrics.metrics=[fd]"]
     words += ["data.num_samples=800", "metrics.extractor.dtype=float32", "search.shared=false"]
     seconds = genlight("validate", "experiment=oms/mnist", *words)
@@ -80,6 +80,8 @@ def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "budget": budget,
                 "chosen": f"{chosen['rule']}, {chosen['nfe']} evaluations",
                 "predicted ms": chosen["cost"],
+                # by members that were measured again by turns with the schedules
+                "predicted again ms": chosen["predicted ms"],
                 "measured ms": chosen["measured ms"],
                 METRIC: chosen[METRIC],
                 "best single": f"{single['schedule']}",
@@ -96,11 +98,15 @@ def bars_of(table: list[dict[str, Any]]) -> list[Bar]:
     """Medians over budgets and seeds; a single model that is never as good counts as infinitely slow."""
     ratios = [row["measured ms"] / (row["ms of a single model as good"] or math.inf) for row in table]
     quality = [row[METRIC] / row[f"its {METRIC}"] for row in table]
-    apart = [abs(row["measured ms"] / row["predicted ms"] - 1) for row in table]
+    apart, turns = (
+        max(abs(row["measured ms"] / row[f"predicted {word}ms"] - 1) for row in table) for word in ("", "again ")
+    )
+    again = "by members measured again by turns with what is chosen"
     return [
         bar_at_most("time", "measured ms of what is chosen / of a single model as good, median", median(ratios), 1.0),
         bar_at_most("quality", "Fréchet distance of what is chosen / best single model, median", median(quality), 1.0),
-        bar_at_most("latency", "measured / predicted ms of what is chosen, off 1 at most", max(apart), 0.25),
+        bar_at_most("latency", "measured / predicted ms of what is chosen, off 1 at most", apart, 0.25),
+        bar_at_most("latency-turns", f"the same, {again}, off 1 at most", turns, 0.1),
     ]
 
 

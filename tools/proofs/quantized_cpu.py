@@ -3,8 +3,11 @@
 Speed: sides take turns in one process of one thread, several rounds; a ratio is the median over the rounds of the ratio
 within a round. What counts is the processor's time, which other work on the machine changes less than the clock's.
 
-- "transformer": a forward pass of one block of PixArt's width, 1152, on 4,096 tokens, attention products and all;
-- "unet": linear layers and convolutions with the shapes of SDXL at 1024 pixels, in MixDQ's format: static ranges.
+- "transformer": a forward pass of one block of PixArt's width, 1152, on 4,096 tokens, attention products and all.
+  "plain" is what torchao's int8 is too: symmetric weights, a scale for each token; "ViDiT-Q" is what `method=viditq`
+  makes: weights with zero points, inputs scaled by channel and rotated in blocks before they are rounded;
+- "unet": linear layers and convolutions with the shapes of SDXL at 1024 pixels, in MixDQ's form: static ranges with
+  zero points.
 
 Beside float32 stands torchao's int8, dynamic as well, in the same layers; it convolves nothing on a CPU. It is no
 dependency: put it on PYTHONPATH to have it compared.
@@ -51,7 +54,9 @@ LINEARS = (
 )
 # height and width, channels in and out, kernel: each level, after a shortcut, and the shortcut's own
 CONVOLUTIONS = ((128, 320, 320, 3), (64, 640, 640, 3), (32, 1280, 1280, 3), (32, 2560, 1280, 3), (64, 1280, 640, 1))
-FLOAT, W8, W4, TORCHAO = "float32", "W8A8", "W4A8", "torchao int8"
+FLOAT, PLAIN, TORCHAO = "float32", "W8A8 plain", "torchao int8"
+# of the method, by kind, with weights of 8 and of 4 bits
+FORMS = {"transformer": ("W8A8 ViDiT-Q", "W4A8 ViDiT-Q"), "unet": ("W8A8 MixDQ", "W4A8 MixDQ")}
 NOT_MEASURED = "not measured"
 
 
@@ -62,15 +67,20 @@ def bars_of(kind: str, speed: Shares, memory: Shares) -> list[Bar]:
     """Bars of a kind: of the speed of each part of it, and of the memory of each form."""
     bars = []
     for name, found in speed.items():
-        what = f"{name}, float32 / W8A8, processor time of one thread"
-        bars.append(bar_at_least(f"speed-{name}", what, found[W8], 1.3))
-        words = f"{name}, torchao's dynamic int8 / W8A8, processor time of one thread"
+        # beside torchao stands what computes the same, where there is such a form
+        own = FORMS[kind][0]
+        form = PLAIN if PLAIN in found else own
+        for key in dict.fromkeys((form, own)):
+            what = f"{name}, float32 / {key}, processor time of one thread"
+            ending = "" if key == form else "-viditq"
+            bars.append(bar_at_least(f"speed-{name}{ending}", what, found[key], 1.3))
+        words = f"{name}, torchao's dynamic int8 / {form}, processor time of one thread"
         if TORCHAO in found:
-            bars.append(bar_at_least(f"torchao-{name}", words, found[W8] / found[TORCHAO], 1.0))
+            bars.append(bar_at_least(f"torchao-{name}", words, found[form] / found[TORCHAO], 1.0))
         elif name != "convolution":
             bars.append(Bar(f"torchao-{name}", f"{words}: torchao is not installed", NOT_MEASURED, "≥ 1", False))
-    for form, limit in ((W8, 0.27), (W4, 0.15)):
-        what = f"{kind}: memory of weights, {form[:2]} / float32, resident and of live tensors, the larger"
+    for form, limit in zip(FORMS[kind], (0.27, 0.15), strict=True):
+        what = f"{kind}: memory of weights, {form} / float32, resident and of live tensors, the larger"
         bars.append(bar_at_most(f"memory-{kind}-{form[:2].lower()}", what, max(memory[form].values()), limit))
     return bars
 
@@ -131,17 +141,24 @@ def layers_of(kind: str, blocks: int = 1) -> dict[str, Any]:
     return layers
 
 
-def quantized(kind: str, layer: Any, bits: int) -> Any:
-    """A layer in the format of the kind: a scale for each token, or ranges that were measured before."""
+def quantized(form: str, layer: Any) -> Any:
+    """A layer in a form, see above; speed does not depend on the values of scales and ranges."""
     import torch
 
+    from genlight.quantization.balance import Balance
     from genlight.quantization.convert import quantize_layer
     from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+    from genlight.quantization.hadamard import random_rotation
 
-    if kind == "transformer":
+    bits, way = int(form[1]), form.split()[1]
+    if way == "plain":
         return quantize_layer(layer, LayerFormat(WeightFormat(bits)))
-    form = LayerFormat(WeightFormat(bits), ActivationFormat(8, False, "static", "tensor"))
-    return quantize_layer(layer, form, activation_range=torch.tensor([[[-4.0, 4.5]]]))
+    if way == "ViDiT-Q":
+        width = layer.in_features
+        balance = Balance(torch.rand(width) + 0.5, random_rotation(width, "block", 0))
+        return quantize_layer(layer, LayerFormat(WeightFormat(bits, symmetric=False)), balance=balance)
+    static = LayerFormat(WeightFormat(bits), ActivationFormat(8, False, "static", "tensor"))
+    return quantize_layer(layer, static, activation_range=torch.tensor([[[-4.0, 4.5]]]))
 
 
 def by_torchao(model: Any, names: Collection[str]) -> Any:
@@ -164,9 +181,9 @@ def transformer_sides() -> dict[str, dict[str, Callable[[], Any]]]:
     layers = chosen(plain)
     inputs = torch.randn(1, 4, 128, 128), torch.randn(1, TEXT_TOKENS, WIDTH), torch.tensor([500])
     sides = {FLOAT: plain}
-    for form, bits in ((W8, 8), (W4, 4)):
+    for form in (PLAIN, *FORMS["transformer"]):
         sides[form] = copy.deepcopy(plain)
-        replace_layers(sides[form], {name: quantized("transformer", layer, bits) for name, layer in layers.items()})
+        replace_layers(sides[form], {name: quantized(form, layer) for name, layer in layers.items()})
     if find_spec("torchao"):
         sides[TORCHAO] = by_torchao(plain, layers)
 
@@ -192,10 +209,11 @@ def unet_sides() -> dict[str, dict[str, Callable[[], Any]]]:
         for layer, values in zip(layers, inputs, strict=True):
             layer(values)
 
+    form = FORMS["unet"][0]
     found = {
         name: {
             FLOAT: partial(each, layers, inputs),
-            W8: partial(each, [quantized("unet", layer, 8) for layer in layers], inputs),
+            form: partial(each, [quantized(form, layer) for layer in layers], inputs),
         }
         for name, layers, inputs in (("linear", linears, rows), ("convolution", convolutions, images))
     }
@@ -223,16 +241,16 @@ def memory_shares(kind: str) -> dict[str, dict[str, float]]:
     """What quantized layers take, over what float32 takes, by form: of resident memory and of live tensors."""
     # what the first use of anything allocates is not that of weights
     for layer in layers_of(kind).values():
-        quantized(kind, layer, 4)
+        quantized(FORMS[kind][1], layer)
     found = {}
-    for form, bits in ((FLOAT, 32), (W8, 8), (W4, 4)):
+    for form in (FLOAT, *FORMS[kind]):
         before = held()
         layers = layers_of(kind, BLOCKS)
-        for name in list(layers) if bits < 32 else ():
-            layers[name] = quantized(kind, layers.pop(name), bits)
+        for name in list(layers) if form != FLOAT else ():
+            layers[name] = quantized(form, layers.pop(name))
         found[form] = {key: value - before[key] for key, value in held().items()}
         del layers
-    return {form: {key: found[form][key] / found[FLOAT][key] for key in found[form]} for form in (W8, W4)}
+    return {form: {key: found[form][key] / found[FLOAT][key] for key in found[form]} for form in FORMS[kind]}
 
 
 def held() -> dict[str, int]:

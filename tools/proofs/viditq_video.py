@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from _commands import record
@@ -270,7 +270,10 @@ def layers_of(network: Any, pattern: str, bits: int) -> tuple[dict[str, Any], di
 
 
 def table_of(results: Sequence[dict[str, dict[str, float]]], bits: Iterable[int]) -> list[dict[str, Any]]:
-    """Means over seeds, then for each number of bits how each group shares in what the three add to each loss."""
+    """Means over seeds, then for each number of bits how each group shares in what the three add to each loss.
+
+    A share is None where that sum is less than its standard deviation over the seeds: it would be a share of noise.
+    """
     mean = {
         name: {key: fmean(result[name][key] for result in results) for key in row} for name, row in results[0].items()
     }
@@ -279,9 +282,15 @@ def table_of(results: Sequence[dict[str, dict[str, float]]], bits: Iterable[int]
         added = {
             name: {key: max(0.0, mean[f"W{few}A8 {name}"][key] - mean[FULL][key]) for key in LOSSES} for name in GROUPS
         }
-        total = {key: sum(row[key] for row in added.values()) or 1.0 for key in LOSSES}
+        total = {key: sum(row[key] for row in added.values()) for key in LOSSES}
+        sums = {
+            key: [sum(result[f"W{few}A8 {name}"][key] - result[FULL][key] for name in GROUPS) for result in results]
+            for key in LOSSES
+        }
+        seen = {key: fmean(each) > (stdev(each) if len(each) > 1 else 0.0) for key, each in sums.items()}
         for name, row in added.items():
-            rows.append({"rounded": f"W{few}A8 {name}: share", **{key: row[key] / total[key] for key in LOSSES}})
+            shares = {key: row[key] / total[key] if seen[key] else None for key in LOSSES}
+            rows.append({"rounded": f"W{few}A8 {name}: share", **shares})
     return rows
 
 

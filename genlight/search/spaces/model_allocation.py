@@ -56,6 +56,11 @@ def evaluation_weights(table: SolverTable, noise_schedule: NoiseSchedule) -> tup
     return (weights if table.basis == "noise" else weights * np.exp(-half_log_snrs)), half_log_snrs
 
 
+def weighed_basis(noise_schedule: NoiseSchedule) -> PredictionSpace:
+    """The form of a table whose weights are looked at: noise, or data where pure noise makes those infinite."""
+    return "data" if noise_schedule.alpha(noise_schedule.t_max) == 0 else "noise"
+
+
 def analytic_allocation(
     zoo: BudgetedZoo,
     errors: Mapping[str, Curve],
@@ -134,8 +139,8 @@ def _some_layouts(zoo: BudgetedZoo, most: int, count: int) -> list[Layout]:
 def _weights_of(layout: Layout, member: str, noise_schedule: NoiseSchedule, slots: int) -> tuple[Array, Array]:
     """Weights and λ of the evaluations, which depend on no member."""
     schedule = solver_schedule(layout.with_members([member] * layout.nfe), noise_schedule, slots)
-    basis: PredictionSpace = "data" if noise_schedule.alpha(noise_schedule.t_max) == 0 else "noise"
-    return evaluation_weights(compile_schedule(schedule, noise_schedule, basis=basis), noise_schedule)
+    table = compile_schedule(schedule, noise_schedule, basis=weighed_basis(noise_schedule))
+    return evaluation_weights(table, noise_schedule)
 
 
 def _solve(

@@ -20,7 +20,6 @@ from genlight.diffusion.model_schedule import Kind, ModelSchedule
 from genlight.diffusion.noise_schedules import NoiseSchedule
 
 STITCHES, THREE_SEGMENTS, RANDOM = 40, 80, 10
-SINGLE_EVALUATIONS = tuple(range(2, 21))
 
 # rules are compared at the budget: schedules that use less of it come after those that do
 _USED = 0.8
@@ -140,14 +139,35 @@ def within(zoo: BudgetedZoo, cost: float) -> bool:
     return zoo.budget is None or cost <= zoo.budget * (1 + _SLACK)
 
 
-def single_models(zoo: BudgetedZoo, evaluations: Iterable[int] = SINGLE_EVALUATIONS) -> list[RuleSchedule]:
+def single_models(zoo: BudgetedZoo) -> list[RuleSchedule]:
     """Every member alone, at every kind, order and number of evaluations within the budget."""
     found = []
-    for layout in layouts(zoo, evaluations):
+    for layout in layouts(zoo, range(1, zoo.max_evaluations + 1)):
         for name in zoo.costs:
             if rule := _rule(zoo, "single", name, layout, [name] * len(layout.sizes)):
                 found.append(rule)
     return found
+
+
+def chosen_singles(zoo: BudgetedZoo, limits: Iterable[float], count: int) -> list[RuleSchedule]:
+    """At most `count` single models: those that no budget can do without, and others spread evenly.
+
+    Args:
+        limits: budgets. For each of them, and each member, kind and order, the one with most evaluations is measured.
+    """
+    every = single_models(zoo)
+    largest: dict[tuple[float, str, Kind, int], RuleSchedule] = {}
+    for limit in limits:
+        for each in every:  # by number of evaluations
+            if each.cost <= limit * (1 + _SLACK):
+                schedule = each.schedule
+                order = max(schedule.orders or map(len, schedule.steps))
+                largest[limit, schedule.members[0], schedule.kind, order] = each
+    needed = set(largest.values())
+    first = [each for each in every if each in needed]
+    rest = [each for each in every if each not in needed]
+    kept = {*evenly(first, count), *evenly(rest, max(0, count - len(first)))}
+    return [each for each in every if each in kept]
 
 
 def small_first(zoo: BudgetedZoo, count: int = STITCHES) -> list[RuleSchedule]:

@@ -33,7 +33,7 @@ from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
 from genlight.diffusion.solver.sample import sample
 from genlight.search.protocols import ScheduledMembers, SettableSampler, Vector, require_capability
-from genlight.search.spaces.model_allocation import Curve
+from genlight.search.spaces.model_allocation import Curve, evaluation_weights, weighed_basis
 from genlight.search.spaces.model_indicators import ModelIndicators
 from genlight.search.spaces.model_schedule_edits import (
     EDITS,
@@ -55,6 +55,8 @@ _TRIES = 20
 _KEPT = 4096
 # columns that tell an evaluation's order and place: (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
 _PLACES = 6
+# what is counted of the squared error that an evaluation adds, at least: half-steps add none
+_LEAST_ERROR = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,8 @@ class ModelScheduleSpace:
         null_probability: share of positions that a random draw leaves empty, before it is brought to its cost.
         concentration: of the Dirichlet distribution over members, one draw for each random candidate; below 1, most
             evaluations of a candidate are by few members.
-        curves: mean squared error of each member's ε̂ at λ, by name, for `indicators`; None: they do without.
+        curves: mean squared error of each member's ε̂ at λ, by name, for `encode` and `indicators`; None: they do
+            without.
 
     Raises ValueError that names the field, and for a budget below the cheapest schedule.
     """
@@ -216,13 +219,18 @@ class ModelScheduleSpace:
     def encode(self, candidate: ModelSchedule) -> Tensor:
         """Float32 [evaluations, features]: the member and its cost; order and place; λ here and at the step's ends.
 
-        Further the place in the schedule, its evaluations, steps and cost, and its kind where there are several.
+        Further the place in the schedule, its evaluations, steps and cost, its kind where there are several, and, where
+        `curves` are known, half the logarithm of the squared error that it adds to the result (`model_allocation`).
         """
         members = self._ids(candidate.members)
         structure = self._structure(candidate)
-        rows = np.empty((len(members), structure.shape[1] + len(self.names) + 2), dtype=np.float32)
-        rows[:, : structure.shape[1]] = structure
-        rows[:, structure.shape[1] : -1] = self._member_features[members]
+        own = 1 if self.curves else 0
+        width = structure.shape[1] - own * len(self.names)
+        rows = np.empty((len(members), width + len(self.names) + 2 + own), dtype=np.float32)
+        rows[:, :width] = structure[:, :width]
+        rows[:, width : width + len(self.names) + 1] = self._member_features[members]
+        if own:
+            rows[:, -2] = structure[np.arange(len(members)), width + np.array(members)]
         rows[:, -1] = math.log(total_cost(members, self._limits) / max(self._limits.costs))
         return torch.from_numpy(rows)
 
@@ -340,14 +348,29 @@ class ModelScheduleSpace:
         return np.concatenate([np.eye(len(costs)), (costs / costs.max())[:, None]], axis=1).astype(np.float32)
 
     def _structure(self, candidate: ModelSchedule) -> Features:
-        """The features that do not depend on the members; kept, since children share them with their parents."""
+        """What does not depend on the members: features, then, where `curves` are known, the logarithm of the error of
+        each member; kept, since children share it with their parents.
+        """
         shape = _shape(candidate)
         found = self._structures.get(shape)
         if found is None:
             if len(self._structures) > _KEPT:
                 self._structures.clear()
-            found = self._structures[shape] = self._structure_of(candidate, shape[1])
+            found = self._structure_of(candidate, shape[1])
+            if self.curves:
+                found = np.concatenate([found, self._log_errors(candidate)], axis=1)
+            self._structures[shape] = found
         return found
+
+    def _log_errors(self, candidate: ModelSchedule) -> Features:
+        """Half the logarithm of the squared error that each member would add at each evaluation, [E, members]."""
+        solver = solver_schedule(candidate, self.noise_schedule, self.slots)
+        table = compile_schedule(solver, self.noise_schedule, basis=weighed_basis(self.noise_schedule))
+        weights, half_log_snrs = evaluation_weights(table, self.noise_schedule)
+        curves = self.curves or {}
+        errors = np.stack([weights**2 * np.asarray(curves[name](half_log_snrs)) for name in self.names], axis=1)
+        logarithms: Features = (0.5 * np.log(np.maximum(errors, _LEAST_ERROR))).astype(np.float32)
+        return logarithms
 
     def _structure_of(self, candidate: ModelSchedule, orders: tuple[int, ...]) -> Features:
         high = half_log_snr_range(self.noise_schedule)[1]

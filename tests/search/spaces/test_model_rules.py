@@ -11,6 +11,7 @@ from genlight.diffusion.noise_schedules import VPSchedule
 from genlight.diffusion.solver.compile import compile_schedule
 from genlight.search.spaces.model_allocation import analytic_allocation, evaluation_weights
 from genlight.search.spaces.model_rules import (
+    chosen_singles,
     large_first,
     layouts,
     random_schedules,
@@ -79,13 +80,30 @@ def test_numbers_of_the_comparison(budget):
 
 def test_singles_are_every_member_at_every_number_of_evaluations_and_order():
     made = single_models(Zoo(budget=None))
-    assert len(made) == 5 * (19 * 3 - 1)  # order 3 needs three evaluations
+    assert len(made) == 5 * (36 * 3 - 3)  # an order needs as many evaluations
     assert len(made) == len({rule.schedule for rule in made})
     for rule in made:
-        assert len(set(rule.schedule.members)) == 1 and 2 <= rule.schedule.nfe <= 20
+        assert len(set(rule.schedule.members)) == 1 and 1 <= rule.schedule.nfe <= 36
     cheap = single_models(Zoo(budget=2.0))
     large = [rule for rule in cheap if rule.schedule.members[0] == "w192"]
-    assert [rule.schedule.nfe for rule in large] == [2, 2] and [rule.cost for rule in large] == [2.0, 2.0]
+    assert [rule.schedule.nfe for rule in large] == [1, 2, 2] and [rule.cost for rule in large] == [1.0, 2.0, 2.0]
+
+
+def test_the_most_evaluations_that_fit_are_among_the_singles_of_every_budget_member_and_order():
+    limits = (1.0, 2.0, 4.0, 8.0)
+    zoo = Zoo(budget=limits[-1], kinds=("singlestep", "multistep"))
+    every = single_models(zoo)
+    chosen = chosen_singles(zoo, limits, 120)
+    assert len(chosen) == len({each.schedule for each in chosen}) == 120 and set(chosen) <= set(every)
+    for limit, member, kind, order in itertools.product(limits, zoo.costs, zoo.kinds, (1, 2, 3)):
+
+        def fits(rule, limit=limit, member=member, name=f"{kind} order {order},"):
+            return rule.cost <= limit * (1 + 1e-9) and rule.schedule.members[0] == member and name in rule.name
+
+        most = max((rule.schedule.nfe for rule in every if fits(rule)), default=None)
+        assert most == max((rule.schedule.nfe for rule in chosen if fits(rule)), default=None)
+    assert chosen_singles(zoo, limits, len(every)) == every
+    assert len(chosen_singles(zoo, limits, 5)) == 5
 
 
 def test_segments_stand_in_the_order_of_the_name():

@@ -1,6 +1,7 @@
 """The space of model schedules: every candidate is legal and within the budget, keys tell samples apart."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from genlight.diffusion.error_curves import ErrorCurve
 from genlight.diffusion.model_schedule import ModelSchedule, solver_schedule
 from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, VPSchedule
 from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.solver.compile import compile_schedule
 from genlight.diffusion.solver.levels import half_log_snrs_of
 from genlight.errors import UserError
 from genlight.search.codec import CandidateCodec
+from genlight.search.spaces.model_allocation import evaluation_weights
 from genlight.search.spaces.model_schedule import ModelScheduleSampler, ModelScheduleSpace
 from genlight.search.spaces.model_schedule_edits import Draft, Limits, lighten
 
@@ -158,6 +162,22 @@ def test_features_hold_the_times_of_the_solver(name: str) -> None:
         assert seen.setdefault(features.numpy().tobytes(), str(key)) == str(key)
         # in any space of the same members and size
         assert torch.equal(features, space.with_budget(None).encode(candidate))
+
+
+def test_known_errors_of_members_are_a_feature() -> None:
+    """Half the logarithm of w² MSE of the member that answers, in the place before the last."""
+    curves = {name: ErrorCurve((-4.0, 4.0), (0.5 / (1 + place), 0.1)) for place, name in enumerate(COSTS)}
+    for name in ("paper", "all"):
+        plain, rng = SPACES[name], np.random.default_rng(6)
+        space = replace(plain, curves=curves)
+        for candidate in [space.sample(rng) for _ in range(20)]:
+            table = compile_schedule(solver_schedule(candidate, VP, space.slots), VP, basis="noise")
+            weights, places = evaluation_weights(table, VP)
+            errors = [w**2 * float(curves[m]([x])[0]) for w, x, m in zip(weights, places, candidate.members)]
+            found, known = space.encode(candidate), plain.encode(candidate)
+            wanted = 0.5 * torch.tensor(errors).clamp(min=1e-6).log()
+            torch.testing.assert_close(found[:, -2], wanted.float(), rtol=1e-5, atol=1e-5)
+            assert torch.equal(torch.cat([found[:, :-2], found[:, -1:]], dim=1), known)
 
 
 class Target:

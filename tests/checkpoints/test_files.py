@@ -1,0 +1,73 @@
+"""Checkpoints that other programs saved: by their steps, under the module's names, refused where they differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints.stand_in import live_weights, random_trajectory
+from safetensors.torch import save_file
+
+from genlight import io
+from genlight.checkpoints.files import FileTrajectory, paths_of, steps_of
+from genlight.checkpoints.mixing import WeightMixer
+from genlight.errors import UserError
+
+MEMBERS = random_trajectory(3, seed=4)
+LIVE = {f"network.{name}": value for name, value in live_weights(MEMBERS).items()}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Folders as training scripts leave them: of 30 and 100 steps in two files each, of 9 in one."""
+    for step, tensors in zip((9, 30, 100), MEMBERS.tensors, strict=True):
+        folder = tmp_path / f"checkpoint-{step}" / "unet"
+        folder.mkdir(parents=True)
+        held = {**tensors, "norm.running_mean": torch.zeros(2)}
+        for number in range(1 + (step > 9)):
+            part = {name: held[name] for name in sorted(held)[number :: 1 + (step > 9)]}
+            save_file(part, folder / f"model-0000{number}.safetensors")
+    return tmp_path
+
+
+def opened(folder: Path, **options) -> FileTrajectory:
+    return FileTrajectory.open([f"{folder}/checkpoint-*/unet"], LIVE, ["network.norm.running_mean"], **options)
+
+
+def test_they_mix_as_the_trajectory_they_are(folders: Path) -> None:
+    found = opened(folders)
+    assert [member.last_step for member in found.members] == [9, 30, 100]
+    assert set(found.names) == set(LIVE) and found.fingerprint != opened_without(folders, 9).fingerprint
+    live = {name: value.clone() for name, value in LIVE.items()}
+    WeightMixer(found, live).mix(torch.tensor([0.5, -1.0]).numpy())
+    for name, value in live.items():
+        each = [tensors[name.removeprefix("network.")] for tensors in MEMBERS.tensors]
+        torch.testing.assert_close(value, 0.5 * each[0] - each[1] + 1.5 * each[2], rtol=1e-5, atol=1e-5)
+
+
+def opened_without(folder: Path, step: int) -> FileTrajectory:
+    return FileTrajectory.open(
+        [str(path) for path in folder.glob("*/unet") if f"-{step}/" not in str(path)],
+        LIVE,
+        ["network.norm.running_mean"],
+    )
+
+
+def test_what_cannot_be_combined_is_named(folders: Path) -> None:
+    with pytest.raises(UserError, match="nothing at nowhere"):
+        paths_of(["nowhere"])
+    with pytest.raises(UserError, match="do not tell the optimizer step"):
+        steps_of([Path("run/one.safetensors"), Path("run/two.safetensors")])
+    with pytest.raises(UserError, match="no weights of the module"):
+        FileTrajectory.open([f"{folders}/checkpoint-*/unet"], {"other.weight": torch.zeros(2)})
+    empty = folders / "checkpoint-200" / "unet"
+    empty.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"checkpoint-200/unet holds no safetensors file"):
+        opened(folders)
+    save_file({**MEMBERS.tensors[0], "down.bias": torch.zeros(3)}, empty / "model.safetensors")
+    with pytest.raises(UserError, match=r"checkpoint-200/unet is of another network .* 'network.down.bias'"):
+        opened(folders)
+    (empty / "model.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(io.CorruptFileError, match="is truncated or no safetensors file"):
+        opened(folders)
+    found = opened(folders, skip_damaged=True)
+    assert len(found.members) == 3 and "checkpoint-200" in found.damaged[0]

@@ -1,0 +1,110 @@
+"""Parts of OMS-DPM without a command: a costs file checked, overhead, curves on disk, what a report doubts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from genlight.diffusion.error_curves import ErrorCurve
+from genlight.errors import UserError
+from genlight.io import CorruptFileError
+from genlight.loops import model_curves, model_report
+from genlight.loops.model_costs import _overhead, wanted_key
+from genlight.loops.model_curves import read_curves, write_curves
+from genlight.loops.model_search import ModelSearch
+from genlight.loops.model_work import ModelWork
+from genlight.reports.latency import Latency, MemberCost, MemberCosts, write_costs
+
+MODULE = SimpleNamespace(
+    members={"a": None, "b": None}, sample_shape=(1, 8, 8), scheduled=SimpleNamespace(dtype=torch.float32)
+)
+
+
+def costs(rows: int, *names: str, unit: Any = "ms") -> MemberCosts:
+    members = {name: MemberCost(10, 10, 40, Latency(5.0, 0.0, 20, 1)) for name in names}
+    return MemberCosts(unit, members, 0.0, wanted_key(MODULE, rows, "cpu"))
+
+
+def work(**settings: Any) -> ModelWork:
+    method: Any = SimpleNamespace(**{"unit": "ms", "batch_size": None, "mode": "min", **settings})
+    evaluations: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=SimpleNamespace(root_device="cpu")))
+    return ModelWork(method, evaluations, MODULE, SimpleNamespace(eval_batch_size=20))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (costs(10, "a", "b"), "batch_size = 10, but this run has 20"),
+        (costs(20, "a", "b", unit="macs"), "is in macs, but method.unit = ms"),
+        (costs(20, "a"), "has costs of a, but the members are a, b"),
+        (costs(20, "a", "b", "c"), "has costs of a, b, c, but"),
+    ],
+)
+def test_costs_of_something_else_are_refused(tmp_path: Path, given: MemberCosts, expected: str) -> None:
+    write_costs(tmp_path / "latency.json", given)
+    with pytest.raises(UserError, match=expected) as error:
+        work()._given(str(tmp_path / "latency.json"))
+    assert "\n" not in str(error.value)
+
+
+def test_costs_of_these_members_on_this_machine_are_taken(tmp_path: Path) -> None:
+    given = costs(20, "b", "a")
+    write_costs(tmp_path / "latency.json", given)
+    assert work()._given(str(tmp_path / "latency.json")) == given
+
+
+def test_the_time_of_a_batch_is_a_line_over_its_evaluations() -> None:
+    """Three milliseconds for a batch, two for an evaluation of which the network takes one and a half."""
+    found = _overhead(costs(20, "a"), {"a": 1.5, ("around", 1): 5.0, ("around", 4): 11.0}, "a")
+    assert found.evaluation_ms == pytest.approx(0.5) and found.batch_ms == pytest.approx(3.0)
+    # a network that took longer by itself takes nothing off
+    found = _overhead(costs(20, "a"), {"a": 2.5, ("around", 1): 5.0, ("around", 4): 11.0}, "a")
+    assert found.evaluation_ms == 0.0 and found.batch_ms == pytest.approx(2.5)
+
+
+def test_curves_read_back_to_the_last_digit(tmp_path: Path) -> None:
+    path, curve = tmp_path / "curves.json", ErrorCurve((-1 / 3, 0.1), (0.7, 1e-17))
+    write_curves(path, {"a": curve}, {"b": "RuntimeError: broken"})
+    assert read_curves(path) == ({"a": curve}, {"b": "RuntimeError: broken"})
+    path.write_text(path.read_text().replace("0.7", "0.8"))
+    with pytest.raises(CorruptFileError):
+        read_curves(path)
+
+
+def test_images_are_encoded_batch_by_batch_to_their_mean() -> None:
+    sizes = []
+
+    def encode(images: torch.Tensor, *, mean: bool) -> torch.Tensor:
+        assert mean
+        sizes.append(len(images))
+        return images[:, :, :2, :2]
+
+    batches = [{"image": torch.rand(4, 1, 8, 8), "label": torch.arange(4)} for _ in range(9)]
+    module: Any = SimpleNamespace(device="cpu", vae=SimpleNamespace(encode=encode))
+    data: Any = SimpleNamespace(reference_loader=lambda split: iter(batches))
+    x, labels = model_curves._images(module, data, 10)
+    assert sizes == [4, 4, 4] and x.shape == (10, 1, 2, 2) and labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
+
+
+@pytest.mark.parametrize(("mode", "more"), [("min", True), ("max", False)])
+def test_an_objective_that_goes_the_other_way_is_refused(mode: str, more: bool) -> None:
+    method: Any = SimpleNamespace(objective="val/clip_score", mode=mode)
+    for metrics in (None, SimpleNamespace(higher_is_better={"clip_score": None, "other": more})):
+        ModelSearch._check_mode(method, metrics)
+    with pytest.raises(UserError, match=f"set method.mode={'max' if more else 'min'}"):
+        ModelSearch._check_mode(method, SimpleNamespace(higher_is_better={"clip_score": more}))
+
+
+def test_a_predictor_that_is_little_guide_is_doubted() -> None:
+    def doubts(before: int, tau: float | None, source: str = "budgeted 1") -> list[str]:
+        records = [SimpleNamespace(source=name) for name in ["random"] * before + [source]]
+        order = None if tau is None else model_report._Order([], [], tau)
+        of: Any = SimpleNamespace(result=SimpleNamespace(records=records))
+        return model_report._predictor_doubts(of, order)
+
+    assert doubts(50, 0.5) == doubts(50, None) == doubts(3, 0.1, "child") == []
+    assert "began with 49 schedules" in doubts(49, 0.9)[0] and "τ = 0.40" in doubts(60, 0.4)[0]

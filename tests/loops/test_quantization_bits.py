@@ -1,0 +1,166 @@
+"""Bits chosen from what layers do alone, of a network that is made up: what is predicted, who may have what."""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from genlight.loops.quantization_bits import allocated_bits, ways_of
+from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_sensitivity import Sensitivity, measured_layer, probes_of
+from genlight.loops.quantization_settings import GroupSettings, MixedBits, check_groups
+from genlight.loops.quantization_variants import VariantRows
+from genlight.quantization.convert import quantize_layer
+from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
+from genlight.quantization.recipe import CalibratedNetwork
+from genlight.quantization.trajectory import decibels
+from genlight.run_folder import config_differences
+from genlight.runner import FREE_KEYS
+from genlight.search.archive import seal
+
+CONTENT, QUALITY = GroupSettings("c", "ssim"), GroupSettings("q")
+GROUPS = {"c1": CONTENT, "c2": CONTENT, "c3": CONTENT, "q1": QUALITY, "q2": QUALITY}
+MIXED = MixedBits((2, 4, 8), (4, 8, 16), average_bits=4.5, average_activation_bits=8.0, ratios=(0.8, 1.0))
+
+
+def work_of(groups: Mapping[str, GroupSettings]) -> Any:
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(8, 4 + 4 * index) for index, name in enumerate(groups)}
+    return SimpleNamespace(
+        method=QuantizationCalibration("MixDQ", split_shortcuts=True, rounding="nearest"),
+        forms=dict.fromkeys(groups, LayerFormat()),
+        groups=groups,
+        metrics={name: group.metric for name, group in groups.items()},
+        calibrated=SimpleNamespace(layers=layers),
+        inputs={name: 10 + index for index, name in enumerate(groups)},
+        macs={name: layer.weight.numel() for name, layer in layers.items()},
+        image_error=lambda variant, samples: 0.1,
+    )
+
+
+def entry_of(work: Any, name: str, bits: int, activation: int | None) -> Sensitivity:
+    """Content is hurt most where predictions are least."""
+    place, levels = list(work.forms).index(name), 4.0 ** -min(bits, activation or 16)
+    ssim = 1 - 0.3 * levels * 30 ** (place - 2) if work.metrics[name] == "ssim" else None
+    noise, size = 10 * levels * 8.0**-place, work.calibrated.layers[name].weight.numel()
+    return Sensitivity(name, bits, activation, noise, None, ssim, None, noise / 2, 0.01 * levels, size * bits // 8)
+
+
+def plans_of(
+    mixed: MixedBits, groups: Mapping[str, GroupSettings] = GROUPS
+) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Sensitivity]]:
+    work = work_of(groups)
+    found = [entry_of(work, *probe) for probe in probes_of(mixed, groups)]
+    return *allocated_bits(work, mixed, found), {(e.layer, e.bits, e.activation_bits): e for e in found}
+
+
+@pytest.mark.parametrize("objective", ["noise_power", "sum_db"])
+def test_the_prediction_is_that_of_the_artifact(objective: Any) -> None:
+    plans, facts, found = plans_of(replace(MIXED, objective=objective))
+
+    def predicted(way: str) -> float:
+        return decibels(sum(found[n, w, 16].noise + found[n, 16, a].noise for n, (w, a) in plans[way].items()))
+
+    assert facts["predicted_sqnr"] == pytest.approx(predicted("mixed"))
+    assert predicted("mixed") < predicted("mixed, one metric") - 0.1
+    assert facts["optimality_gap"] == 0
+    for name, front in (("average_bits", facts["front"]), ("megabytes", facts["memory_front"])):
+        assert len(front) == 9 and all(one[name] < other[name] for one, other in pairwise(front))
+        assert all(one["predicted_sqnr"] <= other["predicted_sqnr"] for one, other in pairwise(front))
+    assert facts["front"][-1]["average_bits"] == 8
+    assert plans["uniform bits"] == dict.fromkeys(GROUPS, (4, 8))
+
+
+def test_a_group_chooses_among_its_own_bits() -> None:
+    groups = {"c1": CONTENT, "c2": GroupSettings("c2", "ssim", activation_bits=8),
+              "q1": GroupSettings("q", weight_bits=[4, 8]), "q2": GroupSettings("q", weight_bits=4)}  # fmt: skip
+    probes = probes_of(MIXED, groups)
+    assert {(n, w) for n, w, a in probes if a == 16 and w == 2} == {("c1", 2), ("c2", 2)}
+    assert [probe for probe in probes if probe[0] == "c2" and probe[1] == 16] == [("c2", 16, 8)]
+    plans, _, _ = plans_of(MIXED, groups)
+    assert list(plans) == list(ways_of(MIXED))
+    for plan in plans.values():
+        assert plan["c2"][1] == 8 and plan["q1"][0] in (4, 8) and plan["q2"][0] == 4
+    only = MixedBits((2, 4, 8), average_bits=4.5)
+    assert {plan["q2"] for plan in plans_of(only, groups)[0].values()} == {(4, None)}
+
+
+@pytest.mark.parametrize(
+    ("group", "mixed", "expected"),
+    [
+        ({"weight_bits": [3, 8]}, MIXED, r"weight_bits = \[3, 8\] of a group must be among mixed.choices = \[2, 4, 8\]"),
+        ({"activation_bits": 6}, MIXED, r"activation_bits = \[6\] of a group must be among mixed.activation_choices"),
+        ({"activation_bits": [8]}, MixedBits(), "needs mixed.activation_choices: give one number"),
+        ({"weight_bits": [4, 8]}, None, "needs mixed bits: give one number"),
+        ({"weight_bits": []}, MIXED, "at least one number"),
+    ],
+)
+def test_bits_of_a_group_that_cannot_be_are_refused(group: Any, mixed: MixedBits | None, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_groups([GroupSettings(**group)], mixed)
+
+
+def probing(metric: Any, noise: float, images: torch.Tensor | None) -> Any:
+    """The work of measuring one layer, whose images are asked for only where there are some."""
+    plain = nn.Linear(8, 4)
+    statistics: Any = SimpleNamespace(sample=torch.randn(5, 8))
+    form = LayerFormat(WeightFormat(4), ActivationFormat(16))
+
+    def sampled(reference: Any) -> torch.Tensor:
+        assert images is not None, "nobody asked for images"
+        return images
+
+    return SimpleNamespace(
+        method=QuantizationCalibration(),
+        metrics={"layer": metric},
+        calibrated=CalibratedNetwork({"layer": plain}, (("layer",),), {"layer": statistics}),
+        layers_of=lambda variant, names: {"layer": quantize_layer(plain, form)},
+        reference=lambda draw, count: SimpleNamespace(images=torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)),
+        replaced=lambda layers: nullcontext(),
+        noise=lambda reference: noise,
+        images=sampled,
+    )
+
+
+def test_images_are_sampled_where_they_judge() -> None:
+    assert measured_layer(probing("sqnr", 0.1, None), MIXED, "layer", 4, 16).ssim is None
+    images = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    assert measured_layer(probing("ssim", 0.1, images), MIXED, "layer", 4, 16).ssim == 1
+    every = replace(MIXED, every_metric=True)
+    assert measured_layer(probing("sqnr", 0.1, images), every, "layer", 4, 16).ssim == 1
+
+
+@pytest.mark.parametrize("noise", [math.nan, math.inf])
+def test_what_overflows_is_the_worst_and_can_be_kept(noise: float) -> None:
+    work = probing("ssim", noise, torch.full((1, 1, 8, 8), math.nan))
+    with pytest.warns(UserWarning, match="layer with 4 bits a weight and 16 an input: predictions are not finite"):
+        entry = measured_layer(work, MIXED, "layer", 4, 16)
+    assert entry.noise == 100 and entry.psnr is not None and entry.psnr < 10 and entry.loss("ssim") > 0.5
+    assert json.loads(seal(asdict(entry)))["noise"] == 100
+
+
+def test_another_budget_measures_nothing_again(tmp_path: Any) -> None:
+    """Limits may change on resuming, and a row belongs to its bits, however they were chosen."""
+    then = {"method": {"mixed": {"average_bits": 4.0, "megabytes": None, "ratios": [], "samples": 8}}}
+    now = {"method": {"mixed": {"average_bits": None, "megabytes": 2.0, "ratios": [1.0], "samples": 8}}}
+    assert not config_differences(then, now, FREE_KEYS)
+    assert config_differences(then, {"method": {"mixed": {**then["method"]["mixed"], "samples": 4}}}, FREE_KEYS)
+    keys = set()
+    for mixed in (MIXED, replace(MIXED, average_bits=5.0), None):
+        method = QuantizationCalibration(mixed=mixed)
+        trainer = SimpleNamespace(precision="32", is_global_zero=True)
+        evaluations = SimpleNamespace(trainer=trainer, agreed=lambda rows: rows)
+        data = SimpleNamespace(num_samples=2)
+        work: Any = SimpleNamespace(
+            folder=tmp_path, fingerprint={}, method=method, datamodule=data, evaluations=evaluations
+        )
+        keys.add(repr(VariantRows(work, [])._settings))
+    assert len(keys) == 1

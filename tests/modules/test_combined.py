@@ -1,0 +1,19 @@
+"""The sampler of combined weights, as the file beside them states it."""
+
+from genlight.diffusion.consistency import ConsistencyTraining
+from genlight.diffusion.noise_schedules import EDMSchedule
+from genlight.io import atomic_write_json
+from genlight.modules.combined import COEFFICIENTS, other_sampler, sampler_of
+from genlight.modules.consistency import ConsistencyModule
+
+
+def test_another_number_of_steps_is_told(tiny, tmp_path):
+    def module(steps):
+        return ConsistencyModule(tiny.unet(), EDMSchedule(), ConsistencyTraining(), num_inference_steps=steps)
+
+    assert other_sampler(tmp_path, module(1)) is None
+    atomic_write_json(tmp_path / COEFFICIENTS, {"sampler": sampler_of(module(1))})
+    assert other_sampler(tmp_path, module(1)) is None
+    assert "num_inference_steps = 1 of the sampler, here it is 2" in other_sampler(tmp_path, module(2))
+    assert "class = CMStochasticIterativeScheduler" in other_sampler(tmp_path, tiny.module("edm"))
+    assert sampler_of(module(1))["config"]["sigma_max"] == 80.0 and sampler_of(object()) is None
