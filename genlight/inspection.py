@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -110,7 +110,10 @@ def _group(layer: str, method: QuantizationCalibration, grouped: bool) -> str:
     if index is None:
         return "no: in none of method.groups"
     group, mixed = method.groups[index], method.mixed
-    weights, inputs = ([group.weight_bits or method.weight_bits], None) if mixed is None else mixed.choices_in(group)
+    weights: Sequence[Any] = [group.weight_bits or method.weight_bits]
+    inputs: Sequence[Any] | None = None
+    if mixed is not None:
+        weights, inputs = mixed.choices_in(group)
     inputs = inputs or [group.activation_bits or method.activation_bits]
     bits = [letter + "/".join(map(str, choices)) for letter, choices in (("W", weights), ("A", inputs))]
     return f"yes: group {index} ({group.metric}), {' '.join(bits)}"

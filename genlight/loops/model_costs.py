@@ -17,7 +17,8 @@ from genlight.diffusion.model_schedule import ModelSchedule
 from genlight.errors import UserError
 from genlight.modules.pretrained import first_line
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
-from genlight.reports.latency import CostKey, MemberCosts, Unit, cost_key, measure_in_turn, profile_members
+from genlight.reports.latency import cost_key, measure_in_turn, profile_members
+from genlight.reports.member_costs import CostKey, MemberCosts, Unit
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 # evaluations of two schedules by the cheapest member, whose times say what lies around its network

@@ -21,7 +21,7 @@ from genlight.modules.pipeline import PipelineModule
 from genlight.predictors.losses import kendall_tau
 from genlight.predictors.ranking import RankingPredictor
 from genlight.reports.cost import CostEstimate
-from genlight.reports.latency import write_costs
+from genlight.reports.member_costs import write_costs
 from genlight.reports.model_schedule_figure import pareto_figure, strips_figure
 from genlight.reports.search_figures import predictor_scatter, search_curve
 from genlight.search.budgets import BUDGETED

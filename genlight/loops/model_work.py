@@ -18,7 +18,7 @@ from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.model_costs import member_costs, reason_of, times_of, wanted_key
 from genlight.loops.model_curves import member_curves, read_curves, write_curves
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.reports.latency import MemberCosts, read_costs, write_costs
+from genlight.reports.member_costs import MemberCosts, read_costs, write_costs
 from genlight.search.engine import Budget, SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.member_failures import WithoutFailed, failed_member, failed_members, naming_members

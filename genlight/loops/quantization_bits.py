@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # how bits are chosen: by what each group controls, exactly; and the rivals within the same budget
 WAYS = ("mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed by threshold", "uniform bits")
-# where bits of inputs are chosen too: one metric for all, sums of dB over all layers or, as in the paper, within budgets
-# of groups, and chance
+# where bits of inputs are chosen too: one metric for all, sums of dB over all layers or (the paper) within budgets of
+# groups, and chance
 ONE_METRIC, SUM_DB = "mixed, one metric", "mixed, one sum of dB for all layers"
 BUDGETS, RANDOM = "mixed by group budgets", "random bits"
 _RANDOM_SEEDS = 3

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 FILE = "search/sensitivity/history.jsonl"
 _KIND, _VERSION = "sensitivity", 3
-# noise-to-signal ratio that stands for all that are worse and for predictions that are no numbers: a sum of losses still
-# tells others apart beside it
+# noise-to-signal ratio that stands for all that are worse and for predictions that are no numbers: beside it a sum of
+# losses still tells others apart
 _WORST = 100.0
 
 

@@ -4,7 +4,7 @@ Token t of a row lies in 0 … vocabulary[t] - 1. All are built of operations th
 `stacked.Stacked` runs many of one kind at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import cast
@@ -41,7 +41,7 @@ class OneHotMLP(nn.Module):
                 functional.one_hot(column.long(), size) if size else column.unsqueeze(1) for column, size in columns
             ]
             hidden = torch.cat([part.float() for part in parts], dim=1)
-        for layer in self.layers:
+        for layer in cast(Iterable[nn.Linear], self.layers):
             # in place: under vmap a linear layer would write its output twice
             hidden = (hidden @ layer.weight.T).add_(layer.bias).relu_()
         return hidden

@@ -48,8 +48,8 @@ def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[
         limits: of the sum over layers, by the names of `costs`.
 
     Raises:
-        ValueError: values or shapes that do not fit, a limit below what the cheapest choices cost, limits that cannot be
-            kept together, or a solver that stopped before it found anything.
+        ValueError: values or shapes that do not fit, a limit below what the cheapest choices cost, limits that cannot
+            be kept together, or a solver that stopped before it found anything.
     """
     from ortools.sat.python import cp_model
 
@@ -170,7 +170,8 @@ def allocate_uniformly(costs: Mapping[str, Array], limits: Mapping[str, float]) 
     """The same choice for all layers, the last that fits; errors as `allocate`."""
     layers, choices = next(iter(costs.values())).shape
     _checked(np.zeros((layers, choices)), costs, limits)
-    return (max((j for j in range(choices) if _fits([j] * layers, costs, limits)), default=0),) * layers
+    last = max((j for j in range(choices) if _fits([j] * layers, costs, limits)), default=0)
+    return tuple([last] * layers)
 
 
 def pareto_allocations(

@@ -134,8 +134,7 @@ def noise_to_signal(network: nn.Module, calls: Sequence[NetworkCall], halves: Ha
 
 
 def decibels(ratio: float) -> float:
-    """The signal-to-noise ratio in dB of a noise-to-signal ratio: 200 where there is no noise to speak of, -200 where it
-    is not finite."""
+    """Signal-to-noise ratio in dB of a noise-to-signal ratio: 200 where there is no noise, -200 if it is not finite."""
     if not math.isfinite(ratio):
         return -200.0
     return min(200.0, -10 * math.log10(ratio)) if ratio > 0 else 200.0

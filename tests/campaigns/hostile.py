@@ -41,7 +41,7 @@ from genlight.nets.published import load_published
 from genlight.predictors.predictor_file import load_predictor
 from genlight.quantization.saving import load_quantized
 from genlight.quantization.statistics import load_statistics
-from genlight.reports.latency import read_costs
+from genlight.reports.member_costs import read_costs
 from genlight.search.archive import unseal
 from genlight.trainer.checkpoint_io import load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict

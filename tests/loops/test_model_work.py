@@ -17,7 +17,7 @@ from genlight.loops.model_costs import _overhead, wanted_key
 from genlight.loops.model_curves import read_curves, write_curves
 from genlight.loops.model_search import ModelSearch
 from genlight.loops.model_work import ModelWork
-from genlight.reports.latency import Latency, MemberCost, MemberCosts, write_costs
+from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
 
 MODULE = SimpleNamespace(
     members={"a": None, "b": None}, sample_shape=(1, 8, 8), scheduled=SimpleNamespace(dtype=torch.float32)

@@ -25,7 +25,7 @@ from genlight.cli import main
 from genlight.diffusion.noise_schedules import VPSchedule
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.model_schedule_file import load_model_schedule
-from genlight.reports.latency import read_costs
+from genlight.reports.member_costs import read_costs
 
 BUDGETS = (1.0, 3.0)
 

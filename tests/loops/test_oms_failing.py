@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel
 from loops.test_oms import save_denoisers, words_of
 
 from genlight.cli import main
-from genlight.reports.latency import read_costs
+from genlight.reports.member_costs import read_costs
 
 WIDTHS = {"small": 8, "middle": 16, "large": 24}
 AGREED = "method.drop_failing=true"

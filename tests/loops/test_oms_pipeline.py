@@ -20,7 +20,7 @@ from genlight.modules.model_schedule_file import attach_model_schedule, load_mod
 from genlight.modules.pipeline import PipelineModule
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.reports.cost import count_macs
-from genlight.reports.latency import read_costs
+from genlight.reports.member_costs import read_costs
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 BUDGETS = (1.0, 4.0)

@@ -96,7 +96,11 @@ def test_a_group_chooses_among_its_own_bits() -> None:
 @pytest.mark.parametrize(
     ("group", "mixed", "expected"),
     [
-        ({"weight_bits": [3, 8]}, MIXED, r"weight_bits = \[3, 8\] of a group must be among mixed.choices = \[2, 4, 8\]"),
+        (
+            {"weight_bits": [3, 8]},
+            MIXED,
+            r"weight_bits = \[3, 8\] of a group must be among mixed.choices = \[2, 4, 8\]",
+        ),
         ({"activation_bits": 6}, MIXED, r"activation_bits = \[6\] of a group must be among mixed.activation_choices"),
         ({"activation_bits": [8]}, MixedBits(), "needs mixed.activation_choices: give one number"),
         ({"weight_bits": [4, 8]}, None, "needs mixed bits: give one number"),

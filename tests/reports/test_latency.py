@@ -11,17 +11,8 @@ from torch import nn
 
 from genlight.errors import UserError
 from genlight.reports import latency
-from genlight.reports.latency import (
-    CostKey,
-    Latency,
-    MemberCost,
-    MemberCosts,
-    measure_in_turn,
-    measure_latency,
-    profile_members,
-    read_costs,
-    write_costs,
-)
+from genlight.reports.latency import measure_in_turn, measure_latency, profile_members
+from genlight.reports.member_costs import CostKey, Latency, MemberCost, MemberCosts, read_costs, write_costs
 
 KEY = CostKey(8, (4,), "float32", "cpu, 1 threads", "2.13.0")
 

@@ -11,8 +11,9 @@ and by these choices, all from the same measurements of single layers:
 
 Content is the share of images whose colours, shapes and places are those of the prompt, read off by rules; quality the
 Fréchet distance to held-out images in features of a classifier, which knows nothing of the prompt asked for; fidelity
-as in the proof `mixdq`, which says why Fréchet distances that decide are of 4,000 samples. Differences of content are between images of the same noise, with their standard error. What
-two metrics gain has no bar: it is told as it comes out.
+as in the proof `mixdq`, which says why Fréchet distances that decide are of 4,000 samples. Differences of content are
+between images of the same noise, with their standard error. What two metrics gain has no bar: it is told as it comes
+out.
 
     make proof NAME=mixdq_shapes
 """

@@ -89,7 +89,7 @@ def _taus(folder: Path) -> dict[str, float]:
     from genlight.modules.diffusion import DiffusionModule
     from genlight.predictors.losses import kendall_tau
     from genlight.predictors.ranking import RankingPredictor
-    from genlight.reports.latency import read_costs
+    from genlight.reports.member_costs import read_costs
     from genlight.search.codec import CandidateCodec
     from genlight.search.spaces.model_schedule import ModelScheduleSpace
 

@@ -7,7 +7,7 @@ Two errors reach the result: that of the members, as their validation losses hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,12 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _KEPT = 4096
 # below any error that tells schedules apart
 _SMALLEST = 1e-12
+
+
+def added_errors(table: SolverTable, noise_schedule: NoiseSchedule, curves: Iterable[Curve]) -> Array:
+    """Squared error that each member would add at each evaluation, [members, E]."""
+    weights, half_log_snrs = evaluation_weights(table, noise_schedule)
+    return np.array([weights**2 * np.asarray(curve(half_log_snrs)) for curve in curves])
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,7 @@ class ModelIndicators:
 
     def _of_structure(self, table: SolverTable) -> tuple[Array, Array]:
         """Squared error that each member would add at each evaluation, [members, E]; log errors of the steps."""
-        weights, half_log_snrs = evaluation_weights(table, self.noise_schedule)
-        errors = [weights**2 * np.asarray(curve(half_log_snrs)) for curve in self.curves or ()]
-        return np.array(errors), self._known.log_errors(table)
+        return added_errors(table, self.noise_schedule, self.curves or ()), self._known.log_errors(table)
 
     @cached_property
     def _known(self) -> KnownSolutions:

@@ -28,13 +28,11 @@ from genlight.diffusion.model_schedule import (
     stage_half_log_snrs,
 )
 from genlight.diffusion.noise_schedules import NoiseSchedule
-from genlight.diffusion.prediction import Prediction
-from genlight.diffusion.solver.compile import SolverTable, compile_schedule
-from genlight.diffusion.solver.decisions import SolverSchedule
-from genlight.diffusion.solver.sample import sample
+from genlight.diffusion.solver.compile import compile_schedule
 from genlight.search.protocols import ScheduledMembers, SettableSampler, Vector, require_capability
-from genlight.search.spaces.model_allocation import Curve, evaluation_weights, weighed_basis
-from genlight.search.spaces.model_indicators import ModelIndicators
+from genlight.search.spaces.model_allocation import Curve, weighed_basis
+from genlight.search.spaces.model_indicators import ModelIndicators, added_errors
+from genlight.search.spaces.model_sampler import ModelScheduleSampler
 from genlight.search.spaces.model_schedule_edits import (
     EDITS,
     Draft,
@@ -57,32 +55,6 @@ _KEPT = 4096
 _PLACES = 6
 # what is counted of the squared error that an evaluation adds, at least: half-steps add none
 _LEAST_ERROR = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class ModelScheduleSampler:
-    """A model schedule ready to sample with; what `SettableSampler.set_sampler` is given.
-
-    Attributes:
-        schedule: who answers.
-        solver: the decisions that it stands for.
-        table: they compiled on the noise schedule.
-        timesteps: of each evaluation, as the network sees them.
-    """
-
-    schedule: ModelSchedule
-    solver: SolverSchedule
-    table: SolverTable
-    timesteps: tuple[float, ...]
-
-    def __call__(
-        self, model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, prediction: Prediction, **options: Any
-    ) -> Tensor:
-        """Samples [B, ...] from standard normal noise [B, ...]; arguments and errors are those of `solver.sample`.
-
-        `model` chooses the member by its timestep.
-        """
-        return sample(model, noise, self.table, prediction, **options)
 
 
 @dataclass(frozen=True)
@@ -348,9 +320,7 @@ class ModelScheduleSpace:
         return np.concatenate([np.eye(len(costs)), (costs / costs.max())[:, None]], axis=1).astype(np.float32)
 
     def _structure(self, candidate: ModelSchedule) -> Features:
-        """What does not depend on the members: features, then, where `curves` are known, the logarithm of the error of
-        each member; kept, since children share it with their parents.
-        """
+        """What does not depend on the members, then log errors of each if `curves` are known; kept for children."""
         shape = _shape(candidate)
         found = self._structures.get(shape)
         if found is None:
@@ -366,11 +336,8 @@ class ModelScheduleSpace:
         """Half the logarithm of the squared error that each member would add at each evaluation, [E, members]."""
         solver = solver_schedule(candidate, self.noise_schedule, self.slots)
         table = compile_schedule(solver, self.noise_schedule, basis=weighed_basis(self.noise_schedule))
-        weights, half_log_snrs = evaluation_weights(table, self.noise_schedule)
-        curves = self.curves or {}
-        errors = np.stack([weights**2 * np.asarray(curves[name](half_log_snrs)) for name in self.names], axis=1)
-        logarithms: Features = (0.5 * np.log(np.maximum(errors, _LEAST_ERROR))).astype(np.float32)
-        return logarithms
+        errors = added_errors(table, self.noise_schedule, [(self.curves or {})[name] for name in self.names])
+        return (0.5 * np.log(np.maximum(errors.T, _LEAST_ERROR))).astype(np.float32)
 
     def _structure_of(self, candidate: ModelSchedule, orders: tuple[int, ...]) -> Features:
         high = half_log_snr_range(self.noise_schedule)[1]

@@ -19,7 +19,8 @@ from genlight.diffusion.solver.levels import half_log_snrs_of
 from genlight.errors import UserError
 from genlight.search.codec import CandidateCodec
 from genlight.search.spaces.model_allocation import evaluation_weights
-from genlight.search.spaces.model_schedule import ModelScheduleSampler, ModelScheduleSpace
+from genlight.search.spaces.model_sampler import ModelScheduleSampler
+from genlight.search.spaces.model_schedule import ModelScheduleSpace
 from genlight.search.spaces.model_schedule_edits import Draft, Limits, lighten
 
 VP, EDM, FLOW = VPSchedule(), EDMSchedule(), FlowSchedule()
