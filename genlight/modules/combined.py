@@ -15,7 +15,7 @@ def sampler_of(module: Any) -> dict[str, Any] | None:
     """Class and config of a module's scheduler, its steps and its guidance; None for modules without a scheduler."""
     if not hasattr(module, "build_scheduler"):
         return None
-    config = json.loads(module.build_scheduler().to_json_string())
+    config = json.loads(module.build_scheduler().to_json_string(), parse_constant=str)  # "-Infinity" of some
     return {
         "class": config.pop("_class_name"),
         "config": {name: value for name, value in config.items() if not name.startswith("_")},

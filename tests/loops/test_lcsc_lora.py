@@ -58,5 +58,7 @@ def test_its_combination_is_saved_and_reported(root: Path) -> None:
     rows = {row["kind"]: row for row in report_of(folder)["table"]}
     assert {"LCSC", "last", "single", "swa"} <= rows.keys()
     assert all(row["variation"] > 0 for row in rows.values())
-    weights = json.loads((folder / "artifact" / "coefficients.json").read_text())["weights"][0]
-    assert sum(weights) == pytest.approx(1.0, abs=1e-9)
+    content = json.loads((folder / "artifact" / "coefficients.json").read_text())
+    assert content["name"] in {row["weights"] for row in rows.values()}
+    # an average that the training tracked may be better; it has no weights over checkpoints
+    assert all(sum(row) == pytest.approx(1.0, abs=1e-9) for row in content["weights"] or ())
