@@ -133,16 +133,23 @@ def test_help_names_every_experiment_and_option() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["fitt"], ["fit", "trainer.max_stps=3"], ["fit", "trainer.max_steps=abc"]], ids=" ".join
 )
-def test_help_and_errors_cost_half_a_second_of_cpu(arguments: list[str]) -> None:
-    """Best of two: the machine may be loading files for the first time."""
-    seconds = []
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "genlight", *arguments], capture_output=True, cwd=ROOT, check=False)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # half a second on a quiet core; the tests run two at a time
-    assert min(seconds) <= 0.65
+def test_help_and_errors_cost_no_more_than_reading_a_config(arguments: list[str]) -> None:
+    """Half a second on a quiet core, as `tools/proofs/whole.py` measures; here beside importing what reads a config, in
+    turns, since another process on the same core doubles the processor time of both. The best of three: the machine
+    may be loading files for the first time.
+    """
+    readers = "import hydra.core.override_parser.overrides_parser, numpy, omegaconf"
+    runs = [(cpu_of("-m", "genlight", *arguments), cpu_of("-c", readers)) for _ in range(3)]
+    ours, bare = (min(seconds) for seconds in zip(*runs, strict=True))
+    assert ours <= 1.5 * bare
+
+
+def cpu_of(*arguments: str) -> float:
+    """Processor seconds of a process of Python."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, cwd=ROOT, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_versions_name_every_package_and_import_none(capsys: pytest.CaptureFixture) -> None:

@@ -266,15 +266,16 @@ def main() -> None:
     numbers = [n for n, campaign in enumerate(made) if not options.only or options.only in campaign.bar]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GENLIGHT_CACHE"] = str(Path(folder) / "cache")
+        table, results = [], []
         with ProcessPoolExecutor(2, mp_context=get_context("fork"), max_tasks_per_child=None) as pool:
-            results = list(pool.map(carry_out, numbers, [options.share] * len(made), [folder] * len(made)))
-        table = []
-        for number, (points, seconds) in zip(numbers, results, strict=True):
-            row = {"faults": made[number].what, "tried": points.tried, "wrong": len(points.wrong)}
-            table.append({**row, "minutes": round(seconds / 60, 1)})
-            print(f"{seconds:6.0f} s  {made[number].what}: {len(points.wrong)} of {points.tried} wrong", flush=True)
-            for fault in points.wrong[:5]:
-                print("          ", fault)
+            endings = pool.map(carry_out, numbers, [options.share] * len(made), [folder] * len(made))
+            for number, (points, seconds) in zip(numbers, endings, strict=True):
+                results.append((points, seconds))
+                row = {"faults": made[number].what, "tried": points.tried, "wrong": len(points.wrong)}
+                table.append({**row, "minutes": round(seconds / 60, 1)})
+                print(f"{seconds:6.0f} s  {made[number].what}: {len(points.wrong)} of {points.tried} wrong", flush=True)
+                for fault in points.wrong[:5]:
+                    print("          ", fault, flush=True)
         chosen = [made[number] for number in numbers]
         bars = bars_of(chosen, [points for points, _ in results])
         if options.only:
