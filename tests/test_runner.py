@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TINY, genlight, report_of, the_error, untrained_features
+from oracles.kills import at_checkpoint, kill
 
 from genlight import io
 from genlight.trainer.checkpoint_io import load_checkpoint
@@ -108,9 +109,7 @@ def test_a_killed_fit_resumes_to_the_same_weights(root: Path, moment: str, capsy
     """SIGKILL in mid-epoch (an epoch has 56 batches); the same command with resume=true ends bit for bit the same."""
     name = "killed-" + moment.replace(" ", "-")
     folder = root / name / "fit"
-    command = [sys.executable, Path(__file__).with_name("kill_driver.py"), moment, folder, "fit", *TINY]
-    done = subprocess.run([*command, f"run.root={root}", f"run.name={name}"], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(["fit", *TINY, f"run.root={root}", f"run.name={name}"], at_checkpoint(folder, moment))
     assert genlight(root, "fit", f"run.name={name}", "resume=true") == 0
     assert "continuing from" in capsys.readouterr().err
     assert equal(weights(newest(folder)), weights(newest(root / "tiny" / "fit")))

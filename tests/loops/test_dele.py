@@ -3,9 +3,6 @@
 import csv
 import itertools
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import added, assert_accounted, copied, histories, report_of, the_error
+from oracles.kills import at_checkpoint, at_line, kill
 from scipy.stats import kendalltau
 
 from genlight import io
@@ -206,10 +204,8 @@ def test_evolution_searches_the_table_too(search: str, root: Path) -> None:
 def test_a_killed_search_resumes_to_the_same_archives_and_compares_nothing_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
     words = ["validate", *words_of(root), *SMALL, f"ckpt_path={root}/run/fit", "run.name=killed"]
-    done = subprocess.run([sys.executable, driver, "expert_gp-1", "17", *words], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(words, at_line("expert_gp-1", 17))
     fitted, fit = [], PredictorWork.labelled
     monkeypatch.setattr(PredictorWork, "labelled", lambda self, *each: fitted.append(each) or fit(self, *each))
     assert main([*words, "resume=true"]) == 0
@@ -220,12 +216,8 @@ def test_a_killed_search_resumes_to_the_same_archives_and_compares_nothing_again
 
 
 def test_a_killed_fit_resumes_to_the_same_experts(root: Path) -> None:
-    driver = Path(__file__).parents[1] / "kill_driver.py"
     words = ["fit", *words_of(root), "run.name=dead"]
-    done = subprocess.run(
-        [sys.executable, driver, "first checkpoint", root / "dead" / "fit", *words], capture_output=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(words, at_checkpoint(root / "dead" / "fit", "first checkpoint"))
     assert main([*words, "resume=true"]) == 0
     one, two = (
         load_checkpoint(root / run / "fit" / "checkpoints" / "step-000060.ckpt")["state_dict"]

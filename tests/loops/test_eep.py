@@ -1,9 +1,6 @@
 """The real commands of EEP on a tiny mixture of experts: baselines, search, artifact, resuming, bad input."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 import transformers
 from command_line import added, assert_accounted, copied, histories, report_of, run_in_own_process, the_error
+from oracles.kills import at_line, kill
 
 from genlight import io
 from genlight.cli import main
@@ -192,10 +190,8 @@ def test_states_that_are_kept_change_no_score(root: Path) -> None:
 
 
 def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
     words = [*words_of(root), *SEARCH, "run.name=killed"]
-    done = subprocess.run([sys.executable, driver, "experts3", "18", *words], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(words, at_line("experts3", 18))
     assert validate(root, "killed", "resume=true") == 0
     assert histories(root / "killed" / "validate") == histories(root / "run" / "validate")
 

@@ -1,10 +1,11 @@
 """The real commands of LCSC: a short consistency training that collects its checkpoints, and their combination."""
 
 import json
+import math
 import shutil
-import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,17 +23,21 @@ from command_line import (
     untrained_features,
 )
 from diffusers import DiffusionPipeline
+from oracles.kills import at_line, kill
 
 from genlight import io
 from genlight.checkpoints.trajectory import Trajectory
 from genlight.cli import main
 from genlight.errors import UserError
+from genlight.loops import checkpoint_work
 from genlight.loops.checkpoint_gradient import GradientDescent
 from genlight.loops.checkpoint_remarks import remarks_before
 from genlight.loops.checkpoint_search import CheckpointSearch
+from genlight.loops.checkpoint_work import CheckpointWork, Variant
 from genlight.loops.search import SearchSettings
 from genlight.metrics.features import FeatureExtractor
 from genlight.metrics.generative import GenerativeMetrics
+from genlight.search.spaces.checkpoint_coefficients import Combination
 from genlight.trainer.checkpoint_io import load_checkpoint
 
 MODEL = [
@@ -174,10 +179,8 @@ def test_the_last_checkpoint_is_the_plain_weights(root: Path) -> None:
 
 
 def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
     words = [*MODEL, *SEARCH, f"ckpt_path={root}/trained/fit", f"run.root={root}", "run.name=killed"]
-    done = subprocess.run([sys.executable, driver, "lcsc", "60", "validate", *words], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(["validate", *words], at_line("lcsc", 60))
     assert validate(root, "killed", "resume=true") == 0
     assert histories(root / "killed" / "validate") == histories(root / "found" / "validate")
     assert rows_of(root / "killed" / "validate") == rows_of(root / "found" / "validate")
@@ -201,8 +204,13 @@ def test_two_processes_give_the_archive_of_one(root: Path) -> None:
     ids=lambda words: words[0],
 )
 def test_other_ways_to_combine(root: Path, words: list[str]) -> None:
+    """Without the averages that the training tracked, which have no weights over checkpoints."""
     name = words[0].split("=")[1].strip("[]").replace(", ", "-").replace(".*", "rest")
-    assert validate(root, f"other-{name}", "method.random_search=false", *words) == 0
+    folder = root / "without-averages"
+    if not folder.is_dir():
+        shutil.copytree(root / "trained" / "fit" / "trajectory", folder, ignore=shutil.ignore_patterns("ema"))
+    words = [*words, f"method.trajectory={folder}", "method.random_search=false"]
+    assert validate(root, f"other-{name}", *words) == 0
     content = io.read_json(root / f"other-{name}" / "validate" / "artifact" / "coefficients.json")
     weights = torch.tensor(content["weights"])
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
@@ -306,6 +314,37 @@ def test_a_person_is_told_what_is_left_out(root: Path) -> None:
     lacking, few = remarks_before(work)
     assert f"lack 1 of {len(trajectory.names) + 1} parameters (other" in lacking
     assert "search.fidelity=40 samples are fewer than the 2048 features of val/fid" in few
+
+
+def test_what_fails_on_the_select_draw_is_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its infinite score could not be written, and it would fail again on the report draw."""
+    scores = {"LCSC 3": 2.0, "neon 2": math.inf, "last": 1.0}
+    method = CheckpointSearch(SearchSettings(strategy=None), "val/fid", str(root))
+    work = CheckpointWork(method, SimpleNamespace(timing=lambda name: nullcontext()), None, None, None, "")
+    work.runner = SimpleNamespace(notes=[], folder=root)
+    found = [Variant(name, name.split(" ")[0], Combination(()), 1.0) for name in scores]
+    monkeypatch.setattr(CheckpointWork, "searched_kinds", ())
+    monkeypatch.setattr(CheckpointWork, "_of_records", lambda self: list(found))
+    monkeypatch.setattr(CheckpointWork, "_tracked", lambda self: [])
+    monkeypatch.setattr(CheckpointWork, "_descended", lambda self: [])
+    monkeypatch.setattr(CheckpointWork, "judge", lambda self, weights, draw, count: list(scores.values()))
+    assert [variant.name for variant in work.search()] == ["last", "LCSC 3"]
+    assert work.runner.notes == ["could not be measured, and are left out: neon 2"]
+    scores["LCSC 3"] = math.inf
+    with pytest.raises(UserError, match="no combination could be measured"):
+        work.search()
+
+
+def test_a_lost_device_is_no_bad_score(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = CheckpointSearch(SearchSettings(strategy=None), "val/fid", str(root))
+    work = CheckpointWork(method, None, None, None, None, "")
+    errors = iter([ValueError("one"), torch.AcceleratorError("lost", 1)])
+    monkeypatch.setattr(CheckpointWork, "objective", lambda self, draw: None)
+    monkeypatch.setattr(CheckpointWork, "measured", lambda *_: (_ for _ in ()).throw(next(errors)))
+    monkeypatch.setattr(checkpoint_work, "in_turn", lambda evaluations, pieces: [piece() for piece in pieces])
+    assert work.judge([Combination(())], "select", 1) == [math.inf]
+    with pytest.raises(torch.AcceleratorError):
+        work.judge([Combination(())], "select", 1)
 
 
 def test_gradients_do_not_go_through_a_decoder_nor_through_rounding(root: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,6 +14,7 @@ import pytest
 import torch
 from command_line import assert_accounted, histories, report_of, the_error
 from modules.test_pipeline import tokenized
+from oracles.kills import at_line, kill
 
 from genlight import io
 from genlight.cli import main
@@ -165,10 +165,7 @@ def test_the_dequantized_folder_is_plain(root: Path) -> None:
 
 @pytest.mark.slow  # half a minute; in test_viditq.py it is the same code
 def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
-    words = [sys.executable, driver, "sensitivity", "20", "validate", *command(root, "killed")]
-    done = subprocess.run(words, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(["validate", *command(root, "killed")], at_line("sensitivity", 20))
     killed, whole = root / "killed" / "validate", root / "run" / "validate"
     assert len(histories(killed)["sensitivity"].splitlines()) == 20
     assert validate(root, "killed", "resume=true") == 0

@@ -1,8 +1,5 @@
 """The real commands of OMS-DPM on two tiny networks: costs, search, what is chosen, files, resuming, bad input."""
 
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from command_line import (
     untrained_features,
 )
 from diffusers import DiTTransformer2DModel
+from oracles.kills import at_line, kill
 
 from genlight.cli import main
 from genlight.diffusion.noise_schedules import VPSchedule
@@ -127,10 +125,7 @@ def test_the_artifact_holds_a_file_for_each_budget(root: Path) -> None:
 
 
 def test_a_killed_search_resumes_to_the_same_archive(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
-    command = [sys.executable, driver, "schedules", "20", *words_of(root), "run.name=killed"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill([*words_of(root), "run.name=killed"], at_line("schedules", 20))
     assert validate(root, "killed", "resume=true") == 0
     assert histories(root / "killed" / "validate") == histories(root / "run" / "validate")
 
@@ -167,9 +162,16 @@ def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.Cap
 
 
 def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFixture) -> None:
-    assert validate(root, "dry", "dry_run=true") == 0
+    assert validate(root, "dry", "dry_run=true", f"method.costs={root}/run/validate/search/latency.json") == 0
     assert "in all" in capsys.readouterr().out
     assert not (root / "dry" / "validate" / "report.json").exists()
+
+
+def test_costs_of_another_network_of_the_same_name_are_refused(root: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [word.replace(f"small: {root}/small", f"small: {root}/large") for word in words_of(root)]
+    costs = f"method.costs={root}/run/validate/search/latency.json"
+    assert main([*words, "run.name=wrong", "run.overwrite=true", "dry_run=true", costs]) != 0
+    assert "measured for a small of" in the_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.rules=[biggest]"], "biggest"),
         (["method.objective=val/nothing"], "method.objective"),
         (["search.budget=5"], "search.budget"),
+        (["search.strategy.per_budget=2.5"], "per_budget"),
         (["module.primary=medium", "module.recipe=null"], "module.primary"),
         (["module.members={other: x}"], "~module.members +module.members="),
         (["method.kinds=[singlestep,euler]"], "kinds"),

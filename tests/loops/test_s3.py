@@ -1,10 +1,6 @@
 """The real command `validate experiment=s3/digits`, with an untrained network and a few candidates."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from command_line import (
     untrained_features,
 )
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from oracles.kills import at_line, kill
 
 from genlight import io
 from genlight.cli import main
@@ -155,25 +152,12 @@ def test_another_run_of_the_same_search_measures_nothing(
 
 def test_a_killed_search_resumes_to_the_same_archive_and_winner(root: Path) -> None:
     """SIGKILL while the second search writes its 20th record; the same command with resume=true."""
-    driver = Path(__file__).with_name("kill_search.py")
-    command = [sys.executable, driver, "nfe3", "20", "validate", *SMALL, f"run.root={root}", "run.name=killed", ALONE]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(["validate", *SMALL, f"run.root={root}", "run.name=killed", ALONE], at_line("nfe3", 20))
     folder = root / "killed" / "validate"
     assert len(histories(folder)["nfe3"].splitlines()) < len(histories(root / "run" / "validate")["nfe3"].splitlines())
     assert validate(root, "killed", "resume=true", ALONE) == 0
     assert histories(folder) == histories(root / "run" / "validate")
     assert outcomes(folder) == outcomes(root / "run" / "validate")
-
-
-@pytest.mark.slow  # test_signals.py and the campaigns stop searches
-def test_a_signal_stops_between_candidates_and_keeps_them(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
-    command = [sys.executable, driver, "nfe2", "10", "validate", *SMALL, f"run.root={root}", "run.name=stopped", ALONE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SIGNAL": "SIGTERM"})
-    assert done.returncode != 0 and "resume=true" in done.stderr + done.stdout
-    assert validate(root, "stopped", "resume=true", ALONE) == 0
-    assert histories(root / "stopped" / "validate") == histories(root / "run" / "validate")
 
 
 @pytest.mark.parametrize(

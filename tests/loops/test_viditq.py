@@ -14,6 +14,7 @@ import torch
 from command_line import assert_accounted, histories, report_of, run_in_own_process, the_error, untrained_features
 from diffusers import DiTTransformer2DModel
 from lightning.pytorch.strategies import FSDPStrategy
+from oracles.kills import at_line, kill
 
 from genlight import io
 from genlight.cli import main
@@ -194,11 +195,8 @@ def test_the_dequantized_folder_is_plain(root: Path) -> None:
 
 
 def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> None:
-    driver = Path(__file__).with_name("kill_search.py")
     words = [*MODEL, *SMALL, f"run.root={root}", "run.name=killed"]
-    command = [sys.executable, driver, "sensitivity", "20", "validate", *words]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill(["validate", *words], at_line("sensitivity", 20))
     killed, whole = root / "killed" / "validate", root / "run" / "validate"
     assert len(histories(killed)["sensitivity"].splitlines()) == 20
     assert validate(root, "killed", "resume=true") == 0
