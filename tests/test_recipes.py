@@ -85,6 +85,7 @@ PLANNED = {
     "s3/pixart_sigma": "pixart",
     "viditq/pixart_sigma": "pixart",
     "mixdq/sdxl_turbo": "sdxl",
+    "mixdq/sdxl_turbo_paper": "sdxl",
     "oms/wan": "wan",
 }
 ENDED = {

@@ -71,7 +71,7 @@ class FileTrajectory:
 
         Raises:
             UserError: nothing there, no steps in the paths, or parameters that are not the module's: the file is named.
-            CorruptFileError: a file is truncated or altered.
+            CorruptFileError: a file is truncated or no safetensors file.
         """
         found = steps_of(paths_of(places))
         members, damaged = list[FileMember](), list[str]()
@@ -125,7 +125,7 @@ def steps_of(paths: Sequence[Path]) -> dict[int, Path]:
     Raises:
         UserError: there is no such number.
     """
-    numbers = [[int(number) for number in re.findall(r"\d+", str(path.with_suffix("")))] for path in paths]
+    numbers = [[int(number) for number in re.findall(r"\d+", str(path))] for path in paths]
     columns = zip(*numbers, strict=True) if len({len(each) for each in numbers}) == 1 else ()
     steps = next((each for each in reversed(list(columns)) if len(set(each)) == len(paths)), None)
     if steps is None:
@@ -162,12 +162,14 @@ def _open(path: Path) -> Any:
 
 def _prefix(held: Collection[str], known: Collection[str], place: Path) -> str:
     """What the module's names begin with, before those of the file."""
-    first = min(held)
+    first = min(held, default="")
     begins = sorted(name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}"))
-    fits = [begin for begin in begins if all(begin + name in known for name in held)]
-    if not fits:
-        raise UserError(f"method.trajectory: {place} holds {first!r} and more, which are no weights of the module")
-    return fits[0]
+    unknown = {begin: [name for name in held if begin + name not in known] for begin in begins or [""]}
+    best = min(unknown, key=lambda begin: len(unknown[begin]))
+    if unknown[best] or not held:
+        name = min(unknown[best], default="")
+        raise UserError(f"method.trajectory: {place} holds {name!r}, which is no weight of the module")
+    return best
 
 
 def _check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], place: Path) -> None:

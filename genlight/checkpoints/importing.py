@@ -19,9 +19,13 @@ _RAW = "current_model_state"
 
 
 def import_checkpoints(
-    paths: Iterable[str | os.PathLike[str]], folder: str | os.PathLike[str], names: Iterable[str]
+    paths: Iterable[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    names: Iterable[str],
+    *,
+    skip_damaged: bool = False,
 ) -> Trajectory:
-    """Write the trained weights of checkpoint files (``.ckpt``) as a trajectory.
+    """Write the trained weights of checkpoint files (``.ckpt``) as a trajectory, whole or not at all.
 
     Where a run averages its weights, ``state_dict`` holds the average, and the trained weights are taken from
     ``current_model_state``; `origin` says under "weights" which it was.
@@ -30,6 +34,7 @@ def import_checkpoints(
         paths: checkpoints of one training, in any order.
         folder: a new folder for the trajectory.
         names: the parameters to take: those that the module trains.
+        skip_damaged: leave out files that are damaged instead of raising; `damaged` of the trajectory says why.
 
     Raises:
         UserError: a trajectory is there already; no checkpoint; two of the same step; of different modules, or with and
@@ -40,10 +45,16 @@ def import_checkpoints(
     names = sorted(set(names))
     if (Path(folder) / INDEX_FILE).exists():
         raise UserError(f"{folder} holds a trajectory already: choose another folder, or remove it")
-    found: dict[int, tuple[Path, str]] = {}
+    found, damaged = dict[int, tuple[Path, str]](), list[str]()
     first: tuple[dict[str, Any], dict[str, tuple[int, ...]]] | None = None
     for path in map(Path, paths):
-        checkpoint = _load(path)
+        try:
+            checkpoint = _load(path)
+        except io.CorruptFileError as error:
+            if not skip_damaged:
+                raise
+            damaged.append(str(error))
+            continue
         step = int(checkpoint["global_step"])
         if step in found:
             raise UserError(f"{path} and {found[step][0]} are both of step {step}: give one of them")
@@ -54,24 +65,17 @@ def import_checkpoints(
         _check_same(first, (meaning, shapes), path)
         found[step] = (path, _source(checkpoint))
     if first is None:
-        raise UserError("no checkpoint was given to make a trajectory of")
+        raise UserError("; ".join(["no checkpoint was given to make a trajectory of", *damaged[:1]]))
     steps = sorted(found)
     gaps = [after - before for before, after in itertools.pairwise(steps)]
-    writer = TrajectoryWriter(
-        folder,
-        first[1],
-        {
-            "module": hashlib.sha256(json.dumps(first[0]["module"], sort_keys=True, default=str).encode()).hexdigest(),
-            "parameters": "imported",
-            "weights": first[0]["weights"],
-        },
-        every_n_steps=min(gaps, default=1),
-        max_members=len(steps),
-    )
-    for step in steps:
-        # read again rather than hold all in memory
-        writer.append(step, _weights(_load(found[step][0]), names, found[step][0]))
-    writer.close()
+    module = hashlib.sha256(json.dumps(first[0]["module"], sort_keys=True, default=str).encode()).hexdigest()
+    origin = {"module": module, "parameters": "imported", "weights": first[0]["weights"], "damaged": damaged}
+    with io.atomic_folder(folder) as part:
+        writer = TrajectoryWriter(part, first[1], origin, every_n_steps=min(gaps, default=1), max_members=len(steps))
+        for step in steps:
+            # read again rather than hold all in memory
+            writer.append(step, _weights(_load(found[step][0]), names, found[step][0]))
+        writer.close()
     return Trajectory.open(folder)
 
 

@@ -52,7 +52,7 @@ def post_hoc_averages(
         widths: σ_rel of each.
 
     Raises:
-        CorruptFileError: names the folder or file that is damaged, or holds other parameters.
+        CorruptFileError: names the folder or file whose index or header is damaged, or that holds other parameters.
     """
     saved = [Trajectory.open(path.parent, check="names") for path in sorted(Path(folder).glob(f"power-*/{INDEX_FILE}"))]
     wanted = {name: tuple(shape) for name, shape in shapes.items()}

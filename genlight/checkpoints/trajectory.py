@@ -134,7 +134,7 @@ class Trajectory:
         shapes: shape of each parameter.
         origin: run, module, interval, … as the writer gave them.
         fingerprint: SHA-256 over names, shapes, origin and the checksums of all members.
-        damaged: why members were left out, with `skip_damaged`.
+        damaged: why members were left out, with `skip_damaged`, here or where it was written.
     """
 
     def __init__(self, folder: Path, index: Index, damaged: Iterable[str] = ()) -> None:
@@ -144,7 +144,7 @@ class Trajectory:
         self.shapes = dict(index.shapes)
         self.origin = dict(index.origin)
         self.fingerprint = index.digest()
-        self.damaged = tuple(damaged)
+        self.damaged = (*self.origin.get("damaged", ()), *damaged)
         self._handles: dict[str, Any] = {}
 
     @classmethod

@@ -50,8 +50,9 @@ def combination_cost(work: CheckpointWork, first: FirstValidation) -> CostEstima
     work.space.restore()
     of_kind = Counter(name.split(" ")[0] for name in work.baselines)
     averages = (0 if work.averages is None else len(average_files(work.averages)), len(work.post_hoc))
-    kinds = len(of_kind) + len(work.searched_kinds) + sum(map(bool, averages))
-    kept = settings.finalists * len(work.searched_kinds)
+    descents = 0 if method.gradient is None else 2
+    kinds = len(of_kind) + len(work.searched_kinds) + sum(map(bool, (*averages, descents)))
+    kept = descents + settings.finalists * len(work.searched_kinds)
     kept += sum(min(count, BEST_OF_KIND) for count in (*averages, *of_kind.values()))
     choice = [line.scaled(value, method.select / settings.fidelity) / shares for value in every]
     phases += [
@@ -61,7 +62,7 @@ def combination_cost(work: CheckpointWork, first: FirstValidation) -> CostEstima
     ]
     if method.gradient is not None:
         step = line.each * _PASSES * method.gradient.samples / shares
-        phases.append(Phase(DESCENT, (step,), 2 * method.gradient.steps))
+        phases.append(Phase(DESCENT, (step,), descents * method.gradient.steps))
     return method_cost(
         work.evaluations, first, phases, [artifact_of(work.module)], pictures=2 + len(work.searched_kinds)
     )

@@ -131,7 +131,6 @@ class _Loss:
         highest = module.noise_schedule.t_max
         sigma = torch.full((len(noise),), highest, dtype=torch.float64)
         label = None if self.label is None else self.label[rows]
-        samples = module.denoised(highest * noise, sigma, label)
-        images = samples if module.vae is None else module.vae.decode(samples)
+        images = module.denoised(highest * noise, sigma, label)
         features: Tensor = self.extractor(images.clamp(-1.0, 1.0))
         return features

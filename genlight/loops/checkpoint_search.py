@@ -137,6 +137,8 @@ class CheckpointSearch:
             )
             group_of_names(part.names, self.groups)
         require_capability(module, LiveWeights, space, ("every generator and language model of genlight",))
+        with in_config("method.trajectory"):
+            check_names(part, module.live_weights())
         return space
 
     def _trajectory(self, trainer: Any, module: Any) -> Trajectory | FileTrajectory:
@@ -164,7 +166,7 @@ class CheckpointSearch:
         if (folder / INDEX_FILE).is_file():  # of the run that is resumed
             return Trajectory.open(folder)
         trained = [name for name, weight in live.items() if weight.requires_grad]
-        return import_checkpoints(paths_of(self.places), folder, trained)
+        return import_checkpoints(paths_of(self.places), folder, trained, skip_damaged=self.skip_damaged)
 
     def _work(
         self, trainer: Any, module: Any, datamodule: Any, space: CheckpointCoefficients, logged: dict[str, float]
@@ -175,8 +177,6 @@ class CheckpointSearch:
         check_logged(self.objective, logged)
         if self.gradient is not None:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
-        with in_config("method.trajectory"):
-            check_names(space.trajectory, module.live_weights())
         work = CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))
         work.check_averages()
         remarks = remarks_before(work)

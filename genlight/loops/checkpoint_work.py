@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.search.engine import SearchResult
-from genlight.search.evaluation import one_by_one
+from genlight.search.evaluation import is_lost, one_by_one
 from genlight.search.plan import PlainPlan
 from genlight.search.protocols import Evaluation
 from genlight.search.random_search import RandomSearch
@@ -58,6 +58,11 @@ class Variant:
     weights: Weights
     search: float
     select: float = float("nan")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether no measurement of it failed."""
+        return math.isfinite(self.search) and math.isfinite(self.select)
 
 
 @dataclass
@@ -151,20 +156,20 @@ class CheckpointWork:
         """
         for kind in self.searched_kinds:
             self.results[kind] = self.runner.run(self.task(kind))
-        variants = self._of_records()
+        found = self._of_records()
         with self.evaluations.timing(TRACKING):
-            variants += self._tracked()
+            found += self._tracked()
         with self.evaluations.timing(DESCENT):
-            variants += self._descended()
-        if not variants:
-            raise UserError(f"no combination could be measured: see {self.runner.folder}")
+            found += self._descended()
         with self.evaluations.timing(CHOICE):
-            scores = self.judge([variant.weights for variant in variants], "select", self.method.select)
-        chosen = [
-            Variant(variant.name, variant.kind, variant.weights, variant.search, score)
-            for variant, score in zip(variants, scores, strict=True)
-        ]
-        return sorted(chosen, key=lambda variant: variant.select)
+            scores = self.judge([variant.weights for variant in found], "select", self.method.select)
+        judged = [replace(variant, select=score) for variant, score in zip(found, scores, strict=True)]
+        measured = [variant for variant in judged if variant.is_measured]
+        if not any(variant.kind == LCSC for variant in measured):
+            raise UserError(f"no combination could be measured: see {self.runner.folder}")
+        if failed := [variant.name for variant in judged if not variant.is_measured]:
+            self.runner.notes.append(f"could not be measured, and are left out: {', '.join(failed)}")
+        return sorted(measured, key=lambda variant: variant.select)
 
     def _of_records(self) -> list[Variant]:
         """Of every kind those that were best on the search draw."""
@@ -238,7 +243,9 @@ class CheckpointWork:
         def one(given: Weights) -> float:
             try:
                 score = self.measured(objective, given, count).score
-            except (ValueError, FloatingPointError, RuntimeError):
+            except (ValueError, FloatingPointError, RuntimeError) as error:
+                if is_lost(error):
+                    raise
                 return math.inf
             return math.inf if math.isnan(score) else score
 

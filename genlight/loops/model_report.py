@@ -150,7 +150,8 @@ def _order_of_unseen(work: ModelWork) -> _Order | None:
     if len(records) < 20:
         return None
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    encoded = [work.space.encode(records[number].candidate) for number in order]
+    # as the search encodes them
+    encoded = [work.informed.encode(records[number].candidate) for number in order]
     scores = [float(records[number].score or 0.0) for number in order]
     half = len(order) // 2
     if len(set(scores[:half])) < 2:

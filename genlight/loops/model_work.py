@@ -18,7 +18,7 @@ from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.model_costs import member_costs, reason_of, times_of, wanted_key
 from genlight.loops.model_curves import member_curves, read_curves, write_curves
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.reports.member_costs import MemberCosts, read_costs, write_costs
+from genlight.reports.member_costs import MemberCosts, Unit, check_work, read_costs, write_costs
 from genlight.search.engine import Budget, SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.member_failures import WithoutFailed, failed_member, failed_members, naming_members
@@ -99,12 +99,13 @@ class ModelWork:
         """
         method, file = self.method, self.runner.folder / COSTS
         # what a search began with is what it goes on with
-        known = read_costs(file) if file.is_file() else self._given(method.costs) if method.costs else None
+        begun = self.evaluations.agreed(file.is_file())
+        known = read_costs(file) if begun else self._given(method.costs) if method.costs else None
         found = self.evaluations.agreed(known)
+        if found is not None and not begun:
+            check_work(found, self._measured("macs")[0])
         if found is None:
-            measure = partial(member_costs, self.module, self.rows, method.unit)
-            with self.evaluations.display.phase("costs of members"):
-                found, failed = self.evaluations.agreed(self.evaluations.inside(self.module, measure))
+            found, failed = self._measured(method.unit)
             for name, reason in failed.items():
                 self.leave_out(name, reason)
             found = replace(found, notes=(*found.notes, *(_note(*each) for each in failed.items())))
@@ -114,6 +115,12 @@ class ModelWork:
         if self.runner.main:
             write_costs(file, found)
         return found  # type: ignore[no-any-return]
+
+    def _measured(self, unit: Unit) -> tuple[MemberCosts, dict[str, str]]:
+        """`member_costs`, the same on all processes."""
+        measure = partial(member_costs, self.module, self.rows, unit)
+        with self.evaluations.display.phase("costs of members"):
+            return self.evaluations.agreed(self.evaluations.inside(self.module, measure))  # type: ignore[no-any-return]
 
     def _given(self, file: str) -> MemberCosts:
         """Costs that were measured before, if they are those of this run."""

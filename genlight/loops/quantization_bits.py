@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from genlight.loops.quantization_sensitivity import Sensitivity
 from genlight.loops.quantization_variants import Variant
 from genlight.loops.quantization_work import QuantizationWork
 from genlight.quantization.allocation import (
+    Allocation,
     Array,
-    allocate,
     allocate_by_threshold,
     allocate_greedily,
     allocate_randomly,
@@ -50,7 +50,7 @@ def ways_of(mixed: MixedBits | None) -> tuple[str, ...]:
         return ()
     if mixed.activation_choices is None:
         return WAYS
-    budgets = (BUDGETS,) if mixed.ratios else ()
+    budgets = (BUDGETS,) if mixed.ratios and mixed.objective != "group_budgets" else ()
     return (*WAYS, ONE_METRIC, SUM_DB, *budgets, *(f"{RANDOM} {seed}" for seed in range(_RANDOM_SEEDS)))
 
 
@@ -67,6 +67,9 @@ class BitChoices:
         units: by which a limit is multiplied to be one of a sum of costs, by its name.
         costs: of the limits that are given.
         limits: of the sums of these costs.
+        decibels: losses that add up signal-to-noise ratios; what is not rounded counts as the quietest that is, for
+            beside its 200 dB nothing else would matter.
+        unproved: ways of choosing, for which the solver stopped before it had proved its answer.
     """
 
     def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
@@ -95,6 +98,29 @@ class BitChoices:
         given = {name: getattr(mixed, name) for name in self.units}
         self.limits = {name: float(value * self.units[name]) for name, value in given.items() if value is not None}
         self.costs = {name: self.every[name] for name in self.limits}
+        quietest = min((entry.noise for entry in found if entry.noise > 0), default=1.0)
+        self.decibels = self.table(lambda entry: -decibels(max(entry.noise, quietest)))
+        self.unproved: list[str] = []
+
+    def solve(
+        self,
+        way: str,
+        losses: Array,
+        costs: Mapping[str, Array] | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> Allocation:
+        """The choices with the least sum of losses within all limits, or within others of some layers.
+
+        Args:
+            way: of choosing, to which the answer belongs.
+            losses: of each layer and choice.
+            costs: likewise, by name; None: those of all layers.
+            limits: None: those that are given.
+        """
+        found = solve_allocation(losses, costs or self.costs, limits or self.limits)
+        if found.gap and way not in self.unproved:
+            self.unproved.append(way)
+        return found
 
     def _costs(self, cost: Callable[[str, Choice], float]) -> Array:
         rows = zip(self.names, self._own, strict=True)
@@ -153,32 +179,33 @@ def allocated_bits(
     with in_config("method.mixed"):
         program = BitChoices(work, mixed, found)
         noise = program.table(lambda e: e.noise)
-        decibel = program.table(lambda e: -decibels(e.noise))
-        best = solve_allocation(noise, program.costs, program.limits)
-        by_sum = allocate(decibel, program.costs, program.limits) if mixed.objective == "sum_db" else best.chosen
+        best = program.solve(ONE_METRIC, noise)
+        budgets = _by_budgets(program) if mixed.ratios else ()
+        if mixed.objective == "group_budgets":
+            own = budgets
+        else:
+            losses = program.decibels if mixed.objective == "sum_db" else noise
+            own = _decoupled(program, program.solve(WAYS[0], losses).chosen)
+        # inputs have no error of a weight
+        errors = program.table(lambda e: e.weight_error if e.bits < FLOAT_BITS else e.layer_noise)
         ways = {
-            WAYS[0]: _decoupled(program, by_sum),
+            WAYS[0]: own,
             WAYS[1]: allocate_greedily(noise, program.costs, program.limits),
-            # inputs have no error of a weight
-            WAYS[2]: allocate(
-                program.table(lambda e: e.weight_error if e.bits < FLOAT_BITS else e.layer_noise),
-                program.costs,
-                program.limits,
-            ),
-            WAYS[3]: allocate(program.table(lambda e: e.layer_noise), program.costs, program.limits),
+            WAYS[2]: program.solve(WAYS[2], errors).chosen,
+            WAYS[3]: program.solve(WAYS[3], program.table(lambda e: e.layer_noise)).chosen,
             WAYS[4]: allocate_by_threshold(_relative_errors(program), program.costs, program.limits),
             WAYS[5]: allocate_uniformly(program.costs, program.limits),
+            ONE_METRIC: best.chosen,
+            BUDGETS: budgets,
         }
         if mixed.activation_choices is not None:
-            ways[ONE_METRIC] = best.chosen
-            ways[SUM_DB] = allocate(decibel, program.costs, program.limits)
-            if mixed.ratios:
-                ways[BUDGETS] = _by_budgets(program)
+            ways[SUM_DB] = program.solve(SUM_DB, program.decibels).chosen
             for seed in range(_RANDOM_SEEDS):
                 ways[f"{RANDOM} {seed}"] = allocate_randomly(program.costs, program.limits, seed)
         facts = {
             "predicted_sqnr": decibels(float(noise[range(len(noise)), ways[WAYS[0]]].sum())),
             "optimality_gap": best.gap / best.loss if best.loss else 0.0,
+            "unproved": [way for way in ways_of(mixed) if way in program.unproved],
             "front": _front(program, noise, "average_bits"),
             "memory_front": _front(program, noise, "megabytes"),
         }
@@ -202,7 +229,7 @@ def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
             losses = program.table(lambda entry, metric=metric: entry.loss(metric))[rows]  # type: ignore[misc]
             own = {name: cost[rows] for name, cost in program.costs.items()}
             share = {name: sum(float(cost[i, exact[i]]) for i in rows) for name, cost in program.costs.items()}
-            for i, j in zip(rows, allocate(losses, own, share), strict=True):
+            for i, j in zip(rows, program.solve(WAYS[0], losses, own, share).chosen, strict=True):
                 chosen[i] = j
     return tuple(chosen)
 
@@ -211,7 +238,7 @@ def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
 
     What is judged by predictions has four bits or more there, unless no ratio leaves it that many. Ratios are tried on
-    the images of the select draw. Those whose budgets lie outside the choices are left out.
+    the images of the select draw. Those with a budget below the least bits are left out.
     """
     work, mixed = program.work, program.mixed
     for least in (_LEAST_QUALITY_BITS, 0):
@@ -236,14 +263,17 @@ def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
     Raises:
         ValueError: the budget of a group is below the least bits that it may have.
     """
+    way = WAYS[0] if program.mixed.objective == "group_budgets" else BUDGETS
     groups = program.groups()
     quality = groups.get("sqnr", [])
     content = [row for rows in groups.values() for row in rows if row not in set(quality)]
     weights = program.weights
     average = float(program.mixed.average_bits or 0.0)
     budgets = group_budgets(average, ratio, float(weights[content].sum() / weights.sum()))
-    losses = program.table(lambda e: 1 - e.ssim if e.ssim is not None else -decibels(e.noise))
-    losses[quality] = program.table(lambda e: -decibels(e.noise))[quality]
+    losses = program.decibels.copy()
+    for metric, rows in groups.items():
+        if metric != "sqnr":
+            losses[rows] = program.table(lambda entry, metric=metric: entry.loss(metric))[rows]  # type: ignore[misc]
     every = range(len(program.choices))
     columns = ([*every], [j for j in every if program.choices[j][0] >= least])
     chosen = [0] * len(program.names)
@@ -253,7 +283,7 @@ def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
         for name, cost in program.costs.items():
             limits[name] = program.limits[name] * float(cost[rows].max(1).sum() / cost.max(1).sum())
         limits["average_bits"] = float(budget * weights[rows].sum())
-        found = allocate(losses[np.ix_(rows, of)], costs, limits) if rows else ()
+        found = program.solve(way, losses[np.ix_(rows, of)], costs, limits).chosen if rows else ()
         for row, j in zip(rows, found, strict=True):
             chosen[row] = of[j]
     return tuple(chosen)

@@ -21,7 +21,7 @@ from genlight.loops.evaluation import measured
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
 from genlight.loops.quantization_report import FULL, quantization_result
 from genlight.loops.quantization_samples import check_samples
-from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits, check_groups
+from genlight.loops.quantization_settings import KEPT, GroupSettings, MixedBits, check_groups, check_metrics
 from genlight.loops.quantization_work import checked_work
 from genlight.loops.result import MethodResult
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
@@ -170,6 +170,7 @@ class QuantizationCalibration:
         work = checked_work(self, trainer, module, datamodule)
         first = first_validation(trainer, module, datamodule)
         own = first.logged
+        check_metrics(self.groups, own)
         if work.evaluations.shares > 1:  # together they add up in another order than one, and each saw a part only
             with work.evaluations.display.phase(FULL):
                 own = measured(work.evaluations, module, datamodule, "report", datamodule.num_samples)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
-from genlight.loops.quantization_bits import BUDGETS, ways_of
+from genlight.loops.quantization_bits import ways_of
 from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import DEQUANTIZED, FULL, LAYERS, TORCHAO, VARIANTS, variants_of
 from genlight.loops.quantization_samples import SAMPLES
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
+from genlight.loops.quantization_settings import check_metrics
 from genlight.loops.quantization_speed import ROUNDS, SPEED, step_times
 from genlight.loops.quantization_variants import Variant
 from genlight.loops.quantization_work import CALIBRATION, QuantizationWork, checked_work
@@ -37,6 +38,7 @@ def quantization_cost(method: QuantizationCalibration, trainer: Any, module: Any
     few = min(method.samples, max(_LEAST_SAMPLES, method.samples // _SHARE))
     work = checked_work(replace(method, samples=few), trainer, module, datamodule)
     first = first_validation(trainer, module, datamodule, dry=True)
+    check_metrics(method.groups, first.logged)
     (calibrated,) = timed([lambda: work.calibrated])
     # several processes measure full precision once more, each all of it
     whole = first.every * work.evaluations.shares if work.evaluations.shares > 1 else 0
@@ -85,10 +87,9 @@ def calibrated_cost(
         chosen = probes[:: max(1, len(probes) // (_MEASURED + 1))][: _MEASURED + 1]
         layer = timed([partial(measured_layer, work, mixed, *probe) for probe in chosen])
     each = line.seconds(work.datamodule.num_samples) + (sample + replay) * method.trajectory
-    ways = ways_of(mixed)
-    variants = variants_of(method, {way: {} for way in ways})
+    variants = variants_of(method, {way: {} for way in ways_of(mixed)})
     seconds = tuple(each + _making(work, variant) for variant in variants)
-    tried = len(mixed.ratios) if mixed is not None and BUDGETS in ways else 0
+    tried = 0 if mixed is None else len(mixed.ratios)
     images = fmean(seconds) - each + sample * (mixed.samples if mixed is not None else 0)
     phases = [
         *phases,

@@ -128,7 +128,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
         headline,
         method=f"{method.title} (post-training quantization)",
         table=_with_times(rows, winner, speeds.plain),
-        notes=[verdict, *_notes(work, winner, chosen, full), *notes],
+        notes=[verdict, *_notes(work, winner, chosen, full), *_unproved(method.title, program), *notes],
         predicted=predicted,
         spent=evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
@@ -210,6 +210,17 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
         f"{chosen['file_megabytes']:.3g} of {full['file_megabytes']:.3g} in a file",
         _left_out(layers_left_out(work.network, work.forms, method.keep)),
         "calibrated on the search draw, bits chosen on the select draw",
+    ]
+
+
+def _unproved(title: str, program: Mapping[str, Any]) -> list[str]:
+    """Where the solver of the integer programs stopped before it had proved its answers."""
+    ways = [f"{title} {way}" for way in program.get("unproved", ())]
+    if not ways:
+        return []
+    return [
+        f"not proved to be the best within the budget, for the solver stopped at its limit of work: {', '.join(ways)}; "
+        f"of the least sum of noise powers that was found at most {100 * program['optimality_gap']:.2g} % can be saved"
     ]
 
 

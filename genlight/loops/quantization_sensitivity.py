@@ -21,6 +21,7 @@ from genlight import io
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.errors import UserError
 from genlight.loops.evaluation import in_rounds
+from genlight.loops.quantization_settings import METRICS
 from genlight.loops.quantization_variants import Variant
 from genlight.loops.quantization_work import QuantizationWork
 from genlight.metrics.paired import image_scores
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
     from genlight.loops.quantization_settings import GroupSettings, MixedBits
 
 FILE = "search/sensitivity/history.jsonl"
-_KIND, _VERSION = "sensitivity", 3
+_KIND, _VERSION = "sensitivity", 4
 # noise-to-signal ratio that stands for all that are worse and for predictions that are no numbers: beside it a sum of
 # losses still tells others apart
 _WORST = 100.0
+_FARTHEST = 1e6  # likewise of metrics
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Sensitivity:
         psnr: of the images against those of full precision, in dB; None where the layer's group asks for no images.
         ssim: likewise.
         motion: change of the motion of videos, in pixels a frame; likewise, and None of images.
+        shift: how far what `validate` logs is from that of full precision, 10⁶ at most; None where the layer's group
+            asks for another metric.
         layer_noise: the cheap proxy: noise-to-signal ratio of the layer's own output, 100 at most.
         weight_error: mean squared error of its weight.
         bytes: that it takes in memory.
@@ -64,6 +68,7 @@ class Sensitivity:
     psnr: float | None
     ssim: float | None
     motion: float | None
+    shift: float | None
     layer_noise: float
     weight_error: float
     bytes: int
@@ -76,7 +81,7 @@ class Sensitivity:
             return 1 - self.ssim
         if metric == "motion" and self.motion is not None:
             return self.motion**2
-        return self.noise
+        return self.noise if metric in METRICS or self.shift is None else self.shift
 
 
 _LINE: TypeAdapter[Sensitivity] = TypeAdapter(Sensitivity)
@@ -137,16 +142,20 @@ def measured_layer(
     """One layer in some bits, in a network of full precision."""
     if bits == FLOAT_BITS == activation:  # a layer that may stay as it is
         return Sensitivity(
-            name, bits, activation, 0.0, 100.0, 1.0, 0.0, 0.0, 0.0, tensor_bytes(work.calibrated.layers[name])
+            name, bits, activation, 0.0, 100.0, 1.0, 0.0, 0.0, 0.0, 0.0, tensor_bytes(work.calibrated.layers[name])
         )
     group = work.calibrated.groups[work.calibrated.group_of(name)]
     variant = Variant.mixed(work.method, "one layer", dict.fromkeys(group, (bits, activation)))
     layer = work.layers_of(variant, [name])[name]
     reference = work.reference("select", mixed.samples)
-    wants_images = mixed.every_metric or work.metrics[name] != "sqnr"
+    metric, shift = work.metrics[name], None
+    wants_images = mixed.every_metric or metric in ("psnr", "ssim", "motion")
+    full = None if metric in METRICS else work.full_metric(metric, mixed.samples)
     with work.replaced({name: layer}):
         noise = work.noise(reference)
         scores = image_scores(work.images(reference), reference.images) if wants_images else {}
+        if full is not None:
+            shift = _bounded(abs(work.metric(metric, mixed.samples) - full), _FARTHEST)
     if not math.isfinite(noise):
         own = "its own" if activation is None else activation
         warnings.warn(
@@ -156,14 +165,14 @@ def measured_layer(
         )
     return Sensitivity(
         name, bits, activation, _bounded(noise), scores.get("psnr"), scores.get("ssim"), scores.get("motion"),
-        _bounded(layer_noise(work.calibrated, name, layer)),
+        shift, _bounded(layer_noise(work.calibrated, name, layer)),
         weight_error(work.calibrated.layers[name], layer),
         tensor_bytes(layer),
     )  # fmt: skip
 
 
-def _bounded(noise: float) -> float:
-    return noise if noise < _WORST else _WORST  # NaN is not less
+def _bounded(value: float, most: float = _WORST) -> float:
+    return value if value < most else most  # NaN is not less
 
 
 def proxy_correlation(work: QuantizationWork, found: list[Sensitivity]) -> dict[str, float]:

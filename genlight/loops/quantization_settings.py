@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class GroupSettings:
     Attributes:
         pattern: a regular expression that is searched for in the names of layers; the first of the list decides.
         metric: what chooses among bits within the group: "sqnr" of the network's predictions, "psnr" or "ssim" of the
-            images, or "motion" of videos, against those of full precision.
+            images, or "motion" of videos, against those of full precision; or what `validate` logs, such as
+            "val/clip_score", by how far it moves from that of full precision.
         weight_bits: instead of the method's; None: as there. With mixed bits, one or several of its choices, among
             which the weights of the group get theirs; None: all.
         activation_bits: likewise.
@@ -41,13 +42,13 @@ class GroupSettings:
     """
 
     pattern: str = ".*"
-    metric: Literal["sqnr", "psnr", "ssim", "motion"] = "sqnr"
+    metric: str = "sqnr"
     weight_bits: int | Sequence[int] | None = None
     activation_bits: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"metric = {self.metric!r} must be one of {', '.join(METRICS)}")
+        if self.metric not in METRICS and self.metric[:4] != "val/":
+            raise ValueError(f"metric = {self.metric!r} must be one of {', '.join(METRICS)}, or val/<name>")
         for name in ("weight_bits", "activation_bits"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int) and not value:
@@ -61,15 +62,15 @@ class MixedBits:
     Attributes:
         choices: bits a weight may have.
         activation_choices: bits an input may have; None: inputs have those of the method, and weights alone are chosen.
-        objective: what shares the budget between groups: the sum of noise powers, which errors of layers come to, or
-            one sum of signal-to-noise ratios in dB ("sum_db"; the MixDQ paper has one for each group, see `ratios`).
+        objective: what shares the budget between groups: the sum of noise powers, which errors of layers come to; one
+            sum of signal-to-noise ratios in dB ("sum_db"); or, as in the MixDQ paper, `ratios` ("group_budgets").
         average_bits: limit of the mean over the weights of quantized layers.
         average_activation_bits: limit of the mean over the numbers that quantized layers read.
         megabytes: limit of what quantized layers take in memory, in 10⁶ bytes.
         bit_operations: limit of Σ multiplications × bits × bits of one call of the network, as a share of those in
             which every layer has the most bits of the choices.
         ratios: of the budget of groups judged by images to that of groups judged by predictions, which are tried as
-            the MixDQ paper does; (): that rival is left out.
+            the MixDQ paper does, with sums of dB or SSIM within each group; (): that rival is left out.
         every_metric: also sample images for layers that are judged by predictions, so that every metric is known of
             every layer.
         samples: of the select draw, on which layers are quantized one at a time.
@@ -80,7 +81,7 @@ class MixedBits:
 
     choices: Sequence[int] = (4, 8)
     activation_choices: Sequence[int] | None = None
-    objective: Literal["noise_power", "sum_db"] = "noise_power"
+    objective: Literal["noise_power", "sum_db", "group_budgets"] = "noise_power"
     average_bits: float | None = 6.0
     average_activation_bits: float | None = None
     megabytes: float | None = None
@@ -96,8 +97,10 @@ class MixedBits:
             raise ValueError(f"samples = {self.samples} must be 1 or more")
         if self.activation_choices is not None and not self.activation_choices:
             raise ValueError("activation_choices must hold at least one number of bits, or be null")
-        if self.objective not in ("noise_power", "sum_db"):
-            raise ValueError(f"objective = {self.objective!r} must be noise_power or sum_db")
+        if self.objective not in ("noise_power", "sum_db", "group_budgets"):
+            raise ValueError(f"objective = {self.objective!r} must be noise_power, sum_db or group_budgets")
+        if self.objective == "group_budgets" and not self.ratios:
+            raise ValueError("objective = 'group_budgets' needs ratios")
         if (self.average_activation_bits is not None or self.ratios) and self.activation_choices is None:
             raise ValueError("average_activation_bits and ratios need activation_choices")
         if self.ratios and (self.average_bits is None or min(self.ratios) <= 0):
@@ -127,6 +130,14 @@ class MixedBits:
             _one("activation_bits", group.activation_bits, "mixed.activation_choices")
             return weights, None
         return weights, _within("activation_bits", group.activation_bits, "activation_choices", self.activation_choices)
+
+
+def check_metrics(groups: Sequence[GroupSettings], logged: Collection[str]) -> None:
+    """UserError if a group is judged by what `validate` does not log."""
+    for group in groups:
+        if group.metric not in METRICS and group.metric not in logged:
+            known = ", ".join((*METRICS, *(name for name in logged if not name.endswith("_std"))))
+            raise UserError(f"method.groups: metric={group.metric}: validate does not log it; choose one of {known}")
 
 
 def check_groups(groups: Sequence[GroupSettings], mixed: MixedBits | None) -> None:

@@ -66,6 +66,7 @@ class QuantizationWork:
     _samples: Halves = field(default_factory=Halves, init=False, repr=False)
     _rows: Halves = field(default_factory=partial(Halves, "rows of a call", ""), init=False, repr=False)
     _references: dict[str, Reference] = field(default_factory=dict, init=False, repr=False)
+    _full_metrics: dict[tuple[str, int], float] = field(default_factory=dict, init=False, repr=False)
     _balances: dict[tuple[Any, ...], BalancedInput] = field(default_factory=dict, init=False, repr=False)
     _balanced_ranges: dict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
@@ -276,6 +277,16 @@ class QuantizationWork:
         """What the network, as it is, makes of the noise of a reference."""
         found: Tensor = self._fitting(partial(self._images, reference.noise, reference.label))
         return found
+
+    def metric(self, name: str, samples: int) -> float:
+        """What `validate` logs of the network, as it is, on the first so many samples of the select draw."""
+        return measured(self.evaluations, self.module, self.datamodule, "select", samples)[name]
+
+    def full_metric(self, name: str, samples: int) -> float:
+        """The same of full precision; measured once, before anything is quantized."""
+        if (name, samples) not in self._full_metrics:
+            self._full_metrics[name, samples] = self.metric(name, samples)
+        return self._full_metrics[name, samples]
 
     def image_error(self, variant: Variant, samples: int) -> float:
         """Mean squared error of the images of a variant against full precision, on the select draw."""

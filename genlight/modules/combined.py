@@ -12,10 +12,13 @@ COEFFICIENTS = "coefficients.json"
 
 
 def sampler_of(module: Any) -> dict[str, Any] | None:
-    """Class and config of a module's scheduler, its steps and its guidance; None for modules without a scheduler."""
+    """Class and config of a module's scheduler, its steps and its guidance; None for modules without a scheduler.
+
+    Plain JSON: what is not finite in the config, as some schedulers have it, is the text "-Infinity" and its like.
+    """
     if not hasattr(module, "build_scheduler"):
         return None
-    config = json.loads(module.build_scheduler().to_json_string(), parse_constant=str)  # "-Infinity" of some
+    config = json.loads(module.build_scheduler().to_json_string(), parse_constant=str)
     return {
         "class": config.pop("_class_name"),
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
@@ -34,8 +37,8 @@ def other_sampler(source: str | Path | None, module: Any) -> str | None:
     file = Path(source) / COEFFICIENTS if source else None
     if file is None or not file.is_file():
         return None
-    stated = io.read_json(file).get("sampler")
-    own = sampler_of(module)
+    content, own = io.read_json(file), sampler_of(module)
+    stated = content.get("sampler") if isinstance(content, dict) else None
     if not isinstance(stated, dict) or own is None:
         return None
     for name in ("class", "num_inference_steps", "guidance_scale"):

@@ -42,6 +42,8 @@ def allocate(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, flo
 def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> Allocation:
     """The choice of each layer with the least sum of losses within all limits, and how sure that is.
 
+    Where the solver stops at its limit of work, the answer is the better of what it has found and the greedy one.
+
     Args:
         losses: of each layer and choice, finite [layers, choices].
         costs: whole numbers of the same shape, by name.
@@ -49,7 +51,7 @@ def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[
 
     Raises:
         ValueError: values or shapes that do not fit, a limit below what the cheapest choices cost, limits that cannot
-            be kept together, or a solver that stopped before it found anything.
+            be kept together, or a solver that stopped before it found anything, where the greedy way fits neither.
     """
     from ortools.sat.python import cp_model
 
@@ -74,14 +76,19 @@ def solve_allocation(losses: Array, costs: Mapping[str, Array], limits: Mapping[
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         raise ValueError(f"no choice of bits keeps all of {', '.join(limits)} together")
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    layers, known = range(len(losses)), list[tuple[int, ...]]()
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        known.append(tuple(next(j for j, value in enumerate(row) if solver.boolean_value(value)) for row in chosen))
+    if status != cp_model.OPTIMAL and _fits(greedy := allocate_greedily(losses, costs, limits), costs, limits):
+        known.append(greedy)
+    if not known:
         raise ValueError(
             f"the solver stopped ({solver.status_name(status)}) before it found bits that keep {', '.join(limits)}: "
             "loosen a limit, or give fewer choices"
         )
-    found = tuple(next(j for j, value in enumerate(row) if solver.boolean_value(value)) for row in chosen)
-    gap = max(0.0, solver.objective_value - solver.best_objective_bound) / per_loss
-    return Allocation(found, float(losses[range(len(losses)), found].sum()), gap)
+    found = min(known, key=lambda each: int(units[layers, each].sum()))
+    gap = max(0.0, int(units[layers, found].sum()) - max(0.0, solver.best_objective_bound)) / per_loss
+    return Allocation(found, float(losses[layers, found].sum()), gap)
 
 
 def allocate_randomly(costs: Mapping[str, Array], limits: Mapping[str, float], seed: int) -> tuple[int, ...]:

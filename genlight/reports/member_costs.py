@@ -15,6 +15,8 @@ from genlight.io import CorruptFileError, atomic_write_json, read_json
 Unit = Literal["ms", "macs"]
 KIND: Literal["genlight.member_costs"] = "genlight.member_costs"
 VERSION = 2
+# share by which the work of a sample may differ between batches of different size
+_SAME_WORK = 0.01
 _STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 
 
@@ -130,6 +132,25 @@ class MemberCosts:
                 )
         if self.unit == "ms" and self.key.torch != wanted.torch:
             warnings.warn(f"costs of members: measured with torch {self.key.torch}, not {wanted.torch}", stacklevel=2)
+
+
+def check_work(given: MemberCosts, now: MemberCosts) -> None:
+    """Refuse costs of other networks under the names of these, or of these with another guidance.
+
+    Args:
+        given: what was measured before.
+        now: the work of the members as they are; a member that fails is not in it.
+
+    Raises:
+        UserError: another number of parameters, or work for a sample that differs by more than 1 %.
+    """
+    for name, own in now.members.items():
+        before = given.members[name]
+        if before.parameters != own.parameters or abs(before.macs - own.macs) > _SAME_WORK * own.macs:
+            raise UserError(
+                f"costs of members: measured for a {name} of {before.parameters} parameters and {before.macs} "
+                f"multiply-accumulates, but this one has {own.parameters} and {own.macs}; measure them again"
+            )
 
 
 def write_costs(path: str | Path, costs: MemberCosts) -> None:

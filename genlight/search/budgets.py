@@ -82,7 +82,8 @@ class BudgetedSearch:
         for name in ("collect", "rounds", "generations"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"strategy.{name} = {getattr(self, name)!r} must be 1 or more")
-        if len(self.counts) != len(self.budgets) or min(self.counts) < 1:
+        counts = self.counts
+        if len(counts) != len(self.budgets) or not all(isinstance(count, int) and count >= 1 for count in counts):
             raise ValueError(
                 f"strategy.per_budget = {self.per_budget!r} must be 1 or more, or so many for each of "
                 f"{len(self.budgets)} budgets"
@@ -94,7 +95,7 @@ class BudgetedSearch:
     def counts(self) -> tuple[int, ...]:
         """New candidates of a round for each budget."""
         each = self.per_budget
-        return (each,) * len(self.budgets) if isinstance(each, int) else tuple(each)
+        return tuple(each) if isinstance(each, Sequence) else (each,) * len(self.budgets)
 
     def ask(self, problem: Problem[Candidate], history: History[Candidate]) -> list[Proposal[Candidate]]:
         """What is missing of the collection, or the next round; nothing after the last."""

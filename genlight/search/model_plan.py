@@ -43,7 +43,7 @@ class BudgetedPlan:
         strategy = BudgetedSearch(
             tuple(budgets),
             rounds=None,  # the budget ends them, and a larger one asks for more
-            per_budget=self.per_budget if isinstance(self.per_budget, int) else tuple(self.per_budget),
+            per_budget=tuple(self.per_budget) if isinstance(self.per_budget, Sequence) else self.per_budget,
             evolution=self.evolution,
             generations=self.generations,
             predictor=self.predictor,

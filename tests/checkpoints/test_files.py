@@ -52,13 +52,20 @@ def opened_without(folder: Path, step: int) -> FileTrajectory:
     )
 
 
+def test_a_step_may_stand_after_a_dot() -> None:
+    paths = [Path(f"run2/net.{step}") for step in (5, 10)]
+    assert steps_of(paths) == dict(zip((5, 10), paths, strict=True))
+
+
 def test_what_cannot_be_combined_is_named(folders: Path) -> None:
     with pytest.raises(UserError, match="nothing at nowhere"):
         paths_of(["nowhere"])
     with pytest.raises(UserError, match="do not tell the optimizer step"):
         steps_of([Path("run/one.safetensors"), Path("run/two.safetensors")])
-    with pytest.raises(UserError, match="no weights of the module"):
+    with pytest.raises(UserError, match=r"holds 'down\.bias', which is no weight of the module"):
         FileTrajectory.open([f"{folders}/checkpoint-*/unet"], {"other.weight": torch.zeros(2)})
+    with pytest.raises(UserError, match=r"holds 'norm\.running_mean', which is no weight of the module"):
+        FileTrajectory.open([f"{folders}/checkpoint-*/unet"], LIVE)
     empty = folders / "checkpoint-200" / "unet"
     empty.mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoint-200/unet holds no safetensors file"):

@@ -8,6 +8,8 @@ from oracles.toy_training import ToyModule, quiet, train
 
 from genlight import io
 from genlight.checkpoints.importing import import_checkpoints
+from genlight.checkpoints.trajectory import Trajectory
+from genlight.checkpoints.writer import TrajectoryWriter
 from genlight.errors import UserError
 
 quiet()
@@ -49,3 +51,24 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
     import_checkpoints([one], tmp_path / "t", ["w"])
     with pytest.raises(UserError, match="holds a trajectory already"):
         import_checkpoints([one], tmp_path / "t", ["w"])
+
+
+def test_damaged_files_may_be_left_out_and_are_named(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / f"{step}.ckpt", step) for step in (10, 20, 30)]
+    paths[1].write_bytes(paths[1].read_bytes()[:-5])
+    with pytest.raises(io.CorruptFileError, match=r"20\.ckpt"):
+        import_checkpoints(paths, tmp_path / "t", ["w"])
+    found = import_checkpoints(paths, tmp_path / "t", ["w"], skip_damaged=True)
+    assert found.steps == [10, 30] and "20.ckpt" in found.damaged[0]
+    assert Trajectory.open(tmp_path / "t").damaged == found.damaged
+    with pytest.raises(UserError, match=r"no checkpoint was given .*20\.ckpt"):
+        import_checkpoints(paths[1:2], tmp_path / "none", ["w"], skip_damaged=True)
+
+
+def test_an_import_that_is_stopped_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is resumed would search it as if it were the whole."""
+    paths = [checkpoint(tmp_path / f"{step}.ckpt", step) for step in (10, 20)]
+    monkeypatch.setattr(TrajectoryWriter, "close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoints(paths, tmp_path / "t", ["w"])
+    assert not (tmp_path / "t").exists()

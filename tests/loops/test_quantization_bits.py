@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from genlight.loops.quantization_bits import allocated_bits, ways_of
+from genlight.errors import UserError
+from genlight.loops.quantization_bits import BitChoices, allocated_bits, ways_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_report import _unproved
 from genlight.loops.quantization_sensitivity import Sensitivity, measured_layer, probes_of
-from genlight.loops.quantization_settings import GroupSettings, MixedBits, check_groups
+from genlight.loops.quantization_settings import GroupSettings, MixedBits, check_groups, check_metrics
 from genlight.loops.quantization_variants import VariantRows
 from genlight.quantization.convert import quantize_layer
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
@@ -51,7 +53,10 @@ def entry_of(work: Any, name: str, bits: int, activation: int | None) -> Sensiti
     place, levels = list(work.forms).index(name), 4.0 ** -min(bits, activation or 16)
     ssim = 1 - 0.3 * levels * 30 ** (place - 2) if work.metrics[name] == "ssim" else None
     noise, size = 10 * levels * 8.0**-place, work.calibrated.layers[name].weight.numel()
-    return Sensitivity(name, bits, activation, noise, None, ssim, None, noise / 2, 0.01 * levels, size * bits // 8)
+    noise = 0.0 if bits == activation == 16 else noise
+    return Sensitivity(
+        name, bits, activation, noise, None, ssim, None, None, noise / 2, 0.01 * levels, size * bits // 8
+    )
 
 
 def plans_of(
@@ -62,7 +67,7 @@ def plans_of(
     return *allocated_bits(work, mixed, found), {(e.layer, e.bits, e.activation_bits): e for e in found}
 
 
-@pytest.mark.parametrize("objective", ["noise_power", "sum_db"])
+@pytest.mark.parametrize("objective", ["noise_power", "sum_db", "group_budgets"])
 def test_the_prediction_is_that_of_the_artifact(objective: Any) -> None:
     plans, facts, found = plans_of(replace(MIXED, objective=objective))
 
@@ -71,12 +76,47 @@ def test_the_prediction_is_that_of_the_artifact(objective: Any) -> None:
 
     assert facts["predicted_sqnr"] == pytest.approx(predicted("mixed"))
     assert predicted("mixed") < predicted("mixed, one metric") - 0.1
-    assert facts["optimality_gap"] == 0
+    assert facts["optimality_gap"] == 0 and not facts["unproved"]
     for name, front in (("average_bits", facts["front"]), ("megabytes", facts["memory_front"])):
         assert len(front) == 9 and all(one[name] < other[name] for one, other in pairwise(front))
         assert all(one["predicted_sqnr"] <= other["predicted_sqnr"] for one, other in pairwise(front))
     assert facts["front"][-1]["average_bits"] == 8
     assert plans["uniform bits"] == dict.fromkeys(GROUPS, (4, 8))
+
+
+def test_budgets_of_groups_are_a_rival_or_the_method() -> None:
+    as_rival, _, _ = plans_of(MIXED)
+    as_method, _, _ = plans_of(replace(MIXED, objective="group_budgets"))
+    assert as_method["mixed"] == as_rival["mixed by group budgets"] != as_rival["mixed"]
+    assert [way for way in as_rival if way not in as_method] == ["mixed by group budgets"]
+    with pytest.raises(ValueError, match="needs ratios"):
+        MixedBits(objective="group_budgets")
+
+
+def test_what_is_not_rounded_does_not_outweigh_all_else() -> None:
+    """In a sum of dB an input in 16 bits counts as the quietest of those that are rounded, not as 200 dB."""
+    work = work_of(GROUPS)
+    found = [entry_of(work, *probe) for probe in probes_of(MIXED, GROUPS)]
+    program = BitChoices(work, MIXED, found)
+    quietest = min(entry.noise for entry in found if entry.noise)
+    eight, sixteen = program.choices.index((8, 8)), program.choices.index((8, 16))
+    gains = program.decibels[:, eight] - program.decibels[:, sixteen]
+    noise = [entry.noise for entry in found if (entry.bits, entry.activation_bits) == (16, 8)]
+    assert gains == pytest.approx([decibels(quietest) - decibels(each) for each in noise])
+
+
+def test_an_answer_that_is_not_proved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    proved, _, _ = plans_of(MIXED)
+    monkeypatch.setattr("genlight.quantization.allocation._MOST_WORK", 0.0)
+    plans, facts, _ = plans_of(MIXED)
+    assert plans["mixed, one metric"] == proved["mixed, greedy"] and facts["optimality_gap"] > 0
+    assert facts["unproved"] == [
+        "mixed", "mixed by weight error", "mixed by proxy", "mixed, one metric",
+        "mixed, one sum of dB for all layers", "mixed by group budgets",
+    ]  # fmt: skip
+    (note,) = _unproved("MixDQ", facts)
+    assert note.startswith("not proved to be the best") and "MixDQ mixed by proxy, " in note
+    assert not _unproved("MixDQ", {**facts, "unproved": []})
 
 
 def test_a_group_chooses_among_its_own_bits() -> None:
@@ -131,6 +171,8 @@ def probing(metric: Any, noise: float, images: torch.Tensor | None) -> Any:
         replaced=lambda layers: nullcontext(),
         noise=lambda reference: noise,
         images=sampled,
+        full_metric=lambda name, samples: 31.5,
+        metric=lambda name, samples: noise,
     )
 
 
@@ -140,6 +182,19 @@ def test_images_are_sampled_where_they_judge() -> None:
     assert measured_layer(probing("ssim", 0.1, images), MIXED, "layer", 4, 16).ssim == 1
     every = replace(MIXED, every_metric=True)
     assert measured_layer(probing("sqnr", 0.1, images), every, "layer", 4, 16).ssim == 1
+
+
+def test_a_metric_of_the_run_judges_by_how_far_it_moves() -> None:
+    entry = measured_layer(probing("val/clip_score", 30.0, None), MIXED, "layer", 4, 16)
+    assert (entry.shift, entry.loss("val/clip_score"), entry.loss("sqnr")) == (1.5, 1.5, 30.0)
+    with pytest.warns(UserWarning, match="not finite"):
+        assert measured_layer(probing("val/clip_score", math.nan, None), MIXED, "layer", 4, 16).shift == 1e6
+    logged = ["val/clip_score", "val/is", "val/is_std"]
+    check_metrics([GroupSettings("a", "val/is"), GroupSettings()], logged)
+    with pytest.raises(UserError, match=r"metric=val/fid: .* choose one of sqnr, .* val/clip_score, val/is$"):
+        check_metrics([GroupSettings("a", "val/fid")], logged)
+    with pytest.raises(ValueError, match="or val/<name>"):
+        GroupSettings("a", "clip_score")
 
 
 @pytest.mark.parametrize("noise", [math.nan, math.inf])

@@ -83,10 +83,23 @@ def test_a_solver_that_stopped_is_told_apart_from_what_cannot_be(monkeypatch: py
     together = {"one": np.array([[0, 1]] * 3), "other": np.array([[1, 0]] * 3)}
     with pytest.raises(ValueError, match="no choice of bits keeps all of one, other together"):
         allocate(np.ones((3, 2)), together, {"one": 1, "other": 1})
-    decibels, weights = network(40)
     monkeypatch.setattr("genlight.quantization.allocation._MOST_WORK", 0.0)
-    with pytest.raises(ValueError, match=r"stopped \(UNKNOWN\) before it found bits that keep bits"):
-        allocate(-decibels, {"bits": weights[:, None] * np.array([2, 4, 8])}, {"bits": 4.0 * weights.sum()})
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 1000, size=(40, 2))
+    costs = {"one": weights * np.array([1, 0]), "other": weights[:, ::-1] * np.array([0, 1])}
+    limits = {"one": 0.5 * weights[:, 0].sum(), "other": 0.6 * weights[:, 0].sum()}
+    with pytest.raises(ValueError, match=r"stopped \(UNKNOWN\) before it found bits that keep one, other"):
+        allocate(rng.random((40, 2)), costs, limits)
+
+
+def test_a_solver_that_stopped_leaves_the_greedy_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    decibels, weights = network(40)
+    problem = 10 ** (-decibels / 10), {"bits": weights[:, None] * np.array([2, 4, 8])}, {"bits": 4.0 * weights.sum()}
+    best = solve_allocation(*problem)
+    monkeypatch.setattr("genlight.quantization.allocation._MOST_WORK", 0.0)
+    found = solve_allocation(*problem)
+    assert found.chosen == allocate_greedily(*problem)
+    assert best.loss < found.loss and found.loss - found.gap <= best.loss
 
 
 @pytest.mark.parametrize("losses", [np.array([[np.nan, 1.0]]), np.ones(3), np.ones((0, 2))], ids=str)

@@ -12,7 +12,15 @@ from torch import nn
 from genlight.errors import UserError
 from genlight.reports import latency
 from genlight.reports.latency import measure_in_turn, measure_latency, profile_members
-from genlight.reports.member_costs import CostKey, Latency, MemberCost, MemberCosts, read_costs, write_costs
+from genlight.reports.member_costs import (
+    CostKey,
+    Latency,
+    MemberCost,
+    MemberCosts,
+    check_work,
+    read_costs,
+    write_costs,
+)
 
 KEY = CostKey(8, (4,), "float32", "cpu, 1 threads", "2.13.0")
 
@@ -173,6 +181,20 @@ def test_a_file_reads_back_and_refuses_other_uses(tmp_path):
     assert read_costs(path, replace(KEY, device="H100", batch_size=1)).unit == "macs"
     with pytest.raises(UserError, match="shape"):
         read_costs(path, replace(KEY, shape=(8,)))
+
+
+def test_other_networks_under_the_same_names_are_refused():
+    """A sample's share of what a batch does once may be rounded; a network, or a guidance, is another one."""
+    member = MemberCost(1000, 10, 40, Latency(2.5, 0.0, 20, 1))
+    given = replace(costs(a=1.0), members={**costs(a=1.0).members, "b": member})
+
+    def now(**changes):
+        return replace(given, unit="macs", members={"b": replace(member, latency=None, **changes)})
+
+    check_work(given, now(macs=1005))
+    for changes in ({"macs": 2000}, {"parameters": 11}):
+        with pytest.raises(UserError, match="measured for a b of"):
+            check_work(given, now(**changes))
 
 
 def test_changed_and_foreign_files_are_refused(tmp_path):

@@ -238,6 +238,7 @@ def test_other_fidelities_are_left_out(tmp_path: Path) -> None:
         ({"rounds": 0}, "strategy.rounds"),
         ({"per_budget": 0}, "strategy.per_budget"),
         ({"per_budget": (3, 2)}, "strategy.per_budget"),
+        ({"per_budget": 2.5}, "strategy.per_budget"),
         ({"generations": 0}, "strategy.generations"),
         ({"kappa": -1.0}, "strategy.kappa"),
     ],

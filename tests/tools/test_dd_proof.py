@@ -1,5 +1,6 @@
-"""What the proof of Distilled Decoding measures of pairs, and how it reads times."""
+"""What the proof of Distilled Decoding measures of pairs, how it reads times, and what it does not do again."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,3 +56,28 @@ def test_a_student_s_speed_is_the_median_over_turns(
         "student, 1 step": 2.0,
         "refined": 6.0,
     }
+
+
+def test_a_second_beginning_does_nothing_again(
+    proof: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    table = [{"variant": "student + 3 passes of the teacher", "kind": "refined", "agreement": 1.0}]
+
+    def genlight(command: str, *words: str) -> float:
+        commands.append((command, *words))
+        run = tmp_path / next(word.removeprefix("run.name=") for word in words if word.startswith("run.name="))
+        (run / command / "artifact").mkdir(parents=True)
+        (run / command / "report.json").write_text(json.dumps({"metrics": {"train/agreement": 0.5}, "table": table}))
+        return 7.0
+
+    distilled = proof["distilled"]
+    monkeypatch.setitem(distilled.__globals__, "genlight", genlight)
+    first = distilled(tmp_path, "digits_var", 0, ("data.images.num_samples=4",))
+    assert [words[0] for words in commands] == ["fit", "validate", "validate"]
+    # what is given by hand has the last word
+    assert all(words[-1] == "data.images.num_samples=4" for words in commands)
+    again = distilled(tmp_path, "digits_var", 0, ())
+    assert len(commands) == 3
+    assert first["rows"] == again["rows"] and first["exact"] == again["exact"] == 1.0
+    assert first["costs"]["fit s"] == 7.0 and again["costs"]["fit s"] is None

@@ -3,10 +3,11 @@
 For tokens in raster order and for a VAR `fit experiment=dd/mnist` trains tokenizer and teacher where they are missing,
 makes the pairs and distils a student; `validate` measures teacher, student and everything between. Before that
 tools/benchmarks/dd_pairs.py has the machine for itself, and after it every row's latency. MNIST needs GENLIGHT_DATA;
-digits are a rehearsal, whose bars are printed and not recorded.
+digits are a rehearsal, whose bars are printed and not recorded. With --folder a proof that was cut off goes on.
 
     make proof NAME=dd
-    python tools/proofs/dd.py --data digits     # minutes, nothing to download
+    python tools/proofs/dd.py --data digits          # minutes, nothing to download
+    python tools/proofs/dd.py --data digits --tiny   # whether all of it runs
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ ROUNDS, BATCHES, CALLS_SECONDS = 5, (1, 16, 256), 0.05
 # that all latencies may take, and which rows one process times, in turn
 LATENCY_SECONDS = 200.0
 KINDS = {"alone": ("teacher", "student", "skip", "onestep"), "both": ("teacher involved", "refined")}
+# a rehearsal, which shows that all of it runs
+FEW_STEPS = ("trainer.max_steps=10", "trainer.val_check_interval=10", "trainer.num_sanity_val_steps=0")
+# few steps that are felt: at once, and in the average; to a teacher without them all tokens are alike
+FELT = ("module.lr_scheduler=null", "callbacks.ema.update_starting_at_step=1", "callbacks.ema.decay=0.5")
+TINY = (*FEW_STEPS, *FELT, "data.num_pairs=200", "data.shard_size=100", "data.images.num_samples=40")
+TINY_PAIRS = ("--images", "4", "--single", "1", "--rounds", "1", "--snap-tokens", "4096")
 
 
 def distilled(folder: Path, recipe: str, seed: int, more: tuple[str, ...]) -> dict[str, Any]:
@@ -49,12 +56,13 @@ def distilled(folder: Path, recipe: str, seed: int, more: tuple[str, ...]) -> di
     # another student trains meanwhile: latencies come later
     common = (*common, f"ckpt_path={path / 'fit'}", "run.overwrite=true", "method.latency_batches=[]")
     words = ("data.images.num_samples=3000", "metrics.metrics=[fd]", "metrics.extractor.dtype=float32")
-    validate = genlight("validate", *common, f"run.name={path.name}", *words, f"method.refine={PASSES[recipe]}", *more)
+    validate = _table(path, *common, *words, f"method.refine={PASSES[recipe]}", *more)
     rows = {row["variant"]: row for row in report(path / "validate")["table"]}
     # as many passes as there are groups: as dear as it is exact, so without the others, and on fewer samples
     words = ("data.images.num_samples=500", "metrics=none", f"method.refine=[{GROUPS[recipe]}]", "method.skip=[]")
-    genlight("validate", *common, f"run.name={path.name}-exact", *words, "method.involved=[]", *more)
-    refined = [r for r in report(folder / f"{path.name}-exact" / "validate")["table"] if r["kind"] == "refined"]
+    exact = folder / f"{path.name}-exact"
+    _table(exact, *common, *words, "method.involved=[]", *more)
+    refined = [row for row in report(exact / "validate")["table"] if row["kind"] == "refined"]
     learned = report(path / "fit")["metrics"].get("train/agreement")
     return {
         "recipe": recipe,
@@ -62,6 +70,22 @@ def distilled(folder: Path, recipe: str, seed: int, more: tuple[str, ...]) -> di
         "exact": refined[0]["agreement"],
         "costs": {"fit s": fit, "validate s": validate, "train/agreement": learned},
     }
+
+
+def _table(path: Path, *words: str) -> float | None:
+    """The table of a student, in that run, where it is not there yet; its seconds."""
+    if (path / "validate" / "report.json").is_file():
+        return None
+    return genlight("validate", f"run.name={path.name}", *words)
+
+
+def rehearse(folder: Path, recipe: str) -> None:
+    """A tokenizer and a teacher that have hardly learned, where the fit of a student looks for them."""
+    for part, words in (("tokenizer", ()), ("teacher", FELT)):
+        name = f"dd/{recipe}_{part}"
+        if not (folder / name / "fit" / "artifact").is_dir():
+            few = ("trainer.limit_val_batches=1", *FEW_STEPS, *words)
+            genlight("fit", f"experiment={name}", f"run.root={folder}", *few)
 
 
 def time_rows(folder: Path, recipe: str, seed: int, kinds: str) -> None:
@@ -194,25 +218,29 @@ def pairs_bars(found: dict[str, Any]) -> list[Bar]:
 def main() -> None:
     """Run all, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep the runs here; trainings that are there are used")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are used")
     parser.add_argument(
         "--data", choices=("mnist", "digits"), default="mnist" if os.environ.get("GENLIGHT_DATA") else "digits"
     )
-    parser.add_argument("--no-var", action="store_true", help="without the VAR")
+    parser.add_argument("--no-var", action="store_true", help="without the VAR, and record nothing")
     parser.add_argument("--dry", action="store_true", help="print the bars and record nothing")
+    parser.add_argument("--tiny", action="store_true", help="sizes to try the program, which prove nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", help="further words of every command")
+    parser.add_argument("words", nargs="*", help="further words of every command; record nothing")
     arguments = parser.parse_args()
     if arguments.side:
         time_rows(arguments.folder, arguments.side[0], arguments.seed, arguments.side[1])
         return
     started = time.monotonic()
-    pairs = json.loads(run(ROOT / "tools" / "benchmarks" / "dd_pairs.py", "--images", 64))
+    sizes, few = (TINY_PAIRS, TINY) if arguments.tiny else (("--images", "64"), ())
+    pairs = json.loads(run(ROOT / "tools" / "benchmarks" / "dd_pairs.py", *sizes))
     print(f"{time.strftime('%X')} pairs: {pairs}", flush=True)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        folder, words = (arguments.folder or Path(name)).resolve(), tuple(arguments.words)
+        folder, words = (arguments.folder or Path(name)).resolve(), (*few, *arguments.words)
         recipes = (arguments.data, *(() if arguments.no_var else (f"{arguments.data}_var",)))
+        if arguments.tiny:
+            list(pool.map(lambda recipe: rehearse(folder, recipe), recipes))
         waiting = [pool.submit(distilled, folder, recipe, arguments.seed, words) for recipe in recipes]
         results = [each.result() for each in waiting]
         add_latencies(folder, results, arguments.seed)
@@ -222,7 +250,8 @@ def main() -> None:
     table += [{"teacher": result["recipe"], **result["costs"]} for result in results]
     table += [{"teacher": f"random weights, {network}", **pairs[network]} for network in ("raster", "scales")]
     table.append({"teacher": None, **pairs["snap"]})
-    if not arguments.dry and arguments.data == "mnist":
+    part = arguments.tiny or arguments.no_var or arguments.words or arguments.data != "mnist"
+    if not (arguments.dry or part):
         record("dd", bars, table, [arguments.seed], started)
         return
     for bar in bars:

@@ -5,7 +5,8 @@ checkpoints collected. For each search seed `validate` combines them by CMA-ES o
 genetic search; once more with averages only. The diffusion model that is the teacher is combined too, for few
 evaluations of its sampler. Besides: what mixing costs, and what collecting costs.
 
-Every number is measured on noise and real images that neither a search nor a choice has seen.
+Every number is measured on noise and real images that neither a search nor a choice has seen. With --folder a call
+goes on where another one ended; the wall seconds that are recorded are then those of the last one.
 
     make proof NAME=lcsc
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 from _commands import genlight, record, report, run, watch
 
+from genlight import io
 from genlight.reports.proof import Bar, bar_at_least, bar_at_most
 
 STEPS, QUARTER = 8000, 2000
@@ -63,7 +65,8 @@ def timed(file: Path, calls: dict[str, tuple[type, str]], words: list[str]) -> i
     begun = time.perf_counter()
     code = command(words)
     whole = time.perf_counter() - begun
-    file.write_text(json.dumps({name: sum(each) for name, each in seconds.items()} | {"all": whole}))
+    if not code:
+        io.atomic_write_json(file, {name: sum(each) for name, each in seconds.items()} | {"all": whole})
     return code
 
 
@@ -85,14 +88,14 @@ def timed_fit(file: Path, words: list[str]) -> int:
     return timed(file, calls, words)
 
 
-def fit(folder: Path, steps: int) -> float:
-    """A training, collected; the quarter is the beginning of the whole, since the learning rate is constant."""
-    if (folder / f"cd{steps}" / "fit" / "artifact").is_dir():
-        return 0.0
-    words = ["fit", EXPERIMENT, f"run.root={folder}", f"run.name=cd{steps}", f"trainer.max_steps={steps}"]
-    begun = time.monotonic()
-    run(__file__, "--timed-fit", folder / f"collect{steps}.json", *words)
-    return time.monotonic() - begun
+def fit(folder: Path, steps: int) -> dict[str, float]:
+    """Seconds of a training, collected; the quarter is the beginning of the whole: the learning rate is constant."""
+    file = folder / f"collect{steps}.json"
+    if not file.is_file():
+        words = ["fit", EXPERIMENT, f"run.root={folder}", f"run.name=cd{steps}", f"trainer.max_steps={steps}"]
+        run(__file__, "--timed-fit", file, *words, "run.overwrite=true")
+    found: dict[str, float] = json.loads(file.read_text())
+    return found
 
 
 def make_heun(folder: Path) -> None:
@@ -115,15 +118,24 @@ def make_heun(folder: Path) -> None:
         (folder / "heun.part").rename(made)
 
 
-def diffusion(folder: Path, nfe: int, budget: int, seed: int) -> dict[str, Any]:
+def kept(folder: Path, name: str, work: Callable[..., dict[str, Any]], *values: Any) -> dict[str, Any]:
+    """What a piece of work found, now or in an earlier call; one that was stopped begins anew."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        io.atomic_write_json(file, work(folder, name, *values))
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def diffusion(folder: Path, name: str, nfe: int, budget: int, seed: int) -> dict[str, Any]:
     """The combination of the diffusion model's checkpoints for few evaluations of Heun; the averages beside it."""
-    name = f"diffusion-{nfe}-{seed}"
     words = ["validate", "data=mnist", "data.image_size=8", "metrics=mnist8", "module=diffusion_pretrained"]
     words += ["method=lcsc", "search=lcsc", f"method.objective=val/{METRIC}", f"module.pretrained={folder}/heun"]
     words += [
         f"method.trajectory={folder}/lcsc/mnist8_teacher/fit/trajectory",
         f"run.root={folder}",
         f"run.name={name}",
+        "run.overwrite=true",
     ]
     words += [BATCH, "data.num_samples=10000", f"module.num_inference_steps={nfe}"]
     genlight(
@@ -138,26 +150,27 @@ def diffusion(folder: Path, nfe: int, budget: int, seed: int) -> dict[str, Any]:
     return {"rows": report(folder / name / "validate")["table"], "nfe": nfe, "seed": seed}
 
 
-def two(folder: Path) -> dict[str, Any]:
+def two(folder: Path, name: str) -> dict[str, Any]:
     """The student's averages at two steps: no search."""
-    words = ["validate", EXPERIMENT, f"ckpt_path={folder}/cd{STEPS}/fit", f"run.root={folder}", "run.name=two"]
-    words += ["module.num_inference_steps=2", "search.budget=1", f"search.fidelity={FIDELITY}"]
+    words = ["validate", EXPERIMENT, f"ckpt_path={folder}/cd{STEPS}/fit", f"run.root={folder}", f"run.name={name}"]
+    words += ["run.overwrite=true", "module.num_inference_steps=2", "search.budget=1", f"search.fidelity={FIDELITY}"]
     genlight(*words, "method.random_search=false", BATCH)
-    return {"rows": report(folder / "two" / "validate")["table"]}
+    return {"rows": report(folder / name / "validate")["table"]}
 
 
-def search(folder: Path, steps: int, variant: str, seed: int) -> dict[str, Any]:
-    """One search on the checkpoints of a training."""
-    name = f"{variant}-{steps}-{seed}"
+def search(folder: Path, name: str, steps: int, variant: str, seed: int, first: bool) -> dict[str, Any]:
+    """One search on the checkpoints of a training; with the first seed it measures all itself, for its time."""
     words = ["validate", EXPERIMENT, *VARIANTS[variant], f"run.root={folder}", f"run.name={name}"]
     # as many evaluations again, so for one seed
-    random = variant == "CMA-ES" and steps == STEPS and seed == 0
+    random = variant == "CMA-ES" and steps == STEPS and first
     budget = 20 if variant == "50 checkpoints" else BUDGET
     words += [
         f"search.budget={budget}",
         f"search.fidelity={FIDELITY}",
         f"method.random_search={str(random).lower()}",
         f"search.seed={seed}",
+        f"search.shared={str(not first).lower()}",
+        "run.overwrite=true",
         BATCH,
     ]
     shares, begun = folder / f"apply-{name}.json", time.monotonic()
@@ -192,7 +205,7 @@ def reloaded(folder: Path, result: dict[str, Any]) -> float:
         "module=consistency",
         "module.objective=null",
     ]
-    words += [f"module.pretrained={artifact}", f"run.root={folder}", "run.name=reloaded", BATCH]
+    words += [f"module.pretrained={artifact}", f"run.root={folder}", "run.name=reloaded", "run.overwrite=true", BATCH]
     genlight(*words, "data.num_samples=10000")
     again = report(folder / "reloaded" / "validate")["metrics"][f"val/{METRIC}"]
     held = json.loads((artifact / "coefficients.json").read_text())["name"]
@@ -229,11 +242,11 @@ def bars_of(
     for r in of("CMA-ES", STEPS):
         rows = {row["kind"]: row for row in r["rows"]}
         kept.append((rows["last"][METRIC] - rows["LCSC"][METRIC]) / (rows["last"]["search"] - rows["LCSC"]["search"]))
-    random = next(score(r, "random search") for r in of("CMA-ES", STEPS) if r["seed"] == 0)
+    random = score(of("CMA-ES", STEPS)[0], "random search")
     at = {nfe: [model for model in models if model["nfe"] == nfe] for nfe in (FEW, MORE)}
     few, averaged = (median(score(model, *kinds) for model in at[FEW]) for kinds in (("LCSC",), EMA))
     whole = fits[STEPS]["all"]
-    # the first search measures the averages, those after it take their scores
+    # the first search measures all, those after it take scores of averages
     cost = fits[QUARTER]["all"] + of("CMA-ES", QUARTER)[0]["seconds"]
     medians = f", median of {len(of('CMA-ES', STEPS))} searches of {BUDGET}"
     apply = max(r["shares"]["apply"] / r["shares"]["measure"] for r in of("50 checkpoints", STEPS))
@@ -292,7 +305,7 @@ def table_of(
             if result["variant"] == "50 checkpoints":
                 continue
             timed = row["kind"] == "LCSC" and result["seed"] == first
-            if row["kind"] == "LCSC" or (result["variant"] == "CMA-ES" and result["seed"] == 0):
+            if row["kind"] == "LCSC" or (result["variant"] == "CMA-ES" and result["seed"] == first):
                 rows.append(
                     {
                         "steps": result["steps"],
@@ -327,7 +340,7 @@ def mixing_speed() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, help="keep trainings and searches here; those that are there are used")
+    parser.add_argument("--folder", type=Path, help="keep all here, and use what is there already")
     arguments = parser.parse_args()
     seeds = arguments.seeds
     if not os.environ.get("GENLIGHT_DATA"):
@@ -339,29 +352,37 @@ def main() -> None:
         speed = pool.submit(mixing_speed)
         if not (folder / "lcsc" / "mnist8_teacher" / "fit" / "artifact").is_dir():
             teacher = ("experiment=lcsc/mnist8_teacher", "callbacks=collector", *CONSTANT)
-            genlight("fit", *teacher, f"run.root={folder}", "run.name=lcsc/mnist8_teacher")
+            genlight("fit", *teacher, f"run.root={folder}", "run.name=lcsc/mnist8_teacher", "run.overwrite=true")
         make_heun(folder)
         mixing = speed.result()
+        first = seeds[0]
         fits = {steps: pool.submit(fit, folder, steps) for steps in (STEPS, QUARTER)}
-        asked = [(FEW, DIFFUSION_BUDGET, seed) for seed in seeds] + [(MORE, 1, seeds[0])]
-        models = [pool.submit(diffusion, folder, *each) for each in asked]
+        asked = [(FEW, DIFFUSION_BUDGET, seed) for seed in seeds] + [(MORE, 1, first)]
+        models = [pool.submit(kept, folder, f"diffusion-{each[0]}-{each[2]}", diffusion, *each) for each in asked]
         wanted = [
             (steps, variant, seed) for steps in (QUARTER, STEPS) for seed in seeds for variant in ("CMA-ES", "genetic")
         ]
-        wanted += [(STEPS, variant, seeds[0]) for variant in ("convex", "50 checkpoints")]
-        twice = pool.submit(after, fits[STEPS], two, folder)
-        results = list(pool.map(lambda each: after(fits[each[0]], search, folder, *each), wanted))
+        wanted += [(STEPS, variant, first) for variant in ("convex", "50 checkpoints")]
+        twice = pool.submit(after, fits[STEPS], folder, "two", two)
+        results = list(
+            pool.map(
+                lambda each: after(
+                    fits[each[0]], folder, f"{each[1]}-{each[0]}-{each[2]}", search, *each, each[2] == first
+                ),
+                wanted,
+            )
+        )
         difference = reloaded(folder, next(r for r in results if (r["steps"], r["variant"]) == (STEPS, "CMA-ES")))
-        took = {steps: json.loads((folder / f"collect{steps}.json").read_text()) for steps in fits}
+        took = {steps: each.result() for steps, each in fits.items()}
         found = [model.result() for model in models]
     bars = bars_of(results, found, twice.result(), took, difference, mixing)
     record("lcsc", bars, table_of(results, found, twice.result()), seeds, started)
 
 
-def after(fit: Future[float], work: Callable[..., dict[str, Any]], *values: Any) -> dict[str, Any]:
-    """A search, once the training is there."""
+def after(fit: Future[Any], *work: Any) -> dict[str, Any]:
+    """`kept`, once the training is there."""
     fit.result()
-    return work(*values)
+    return kept(*work)
 
 
 if __name__ == "__main__":

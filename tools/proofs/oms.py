@@ -86,6 +86,7 @@ def taus(folder: Path, seed: int) -> dict[str, float]:
 def _taus(folder: Path) -> dict[str, float]:
     import torch
 
+    from genlight.loops.model_curves import read_curves
     from genlight.modules.diffusion import DiffusionModule
     from genlight.predictors.losses import kendall_tau
     from genlight.predictors.ranking import RankingPredictor
@@ -95,8 +96,11 @@ def _taus(folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     costs = read_costs(folder / "search" / "latency.json").costs
-    module = DiffusionModule(pretrained=str(folder / "artifact"), class_conditional=None)
-    space = ModelScheduleSpace(module.prediction.schedule, costs, BUDGETS[-1])
+    # for the noise schedule, which all members share
+    network = folder.parents[1] / f"oms/digits_w{WIDTHS[-1]}" / "fit" / "artifact"
+    module = DiffusionModule(pretrained=str(network), class_conditional=None)
+    curves, _ = read_curves(folder / "search" / "curves.json")
+    space = ModelScheduleSpace(module.prediction.schedule, costs, BUDGETS[-1], curves=curves)
     codec = CandidateCodec(space.candidate_type)
     lines = [json.loads(line) for line in (folder / "search" / "schedules" / "history.jsonl").read_text().splitlines()]
     # what the predictor of the first round learned from: rules and random schedules
