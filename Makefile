@@ -11,7 +11,12 @@ FORMAT_TESTS := tests/modules/test_serving.py tests/quantization/test_torchao_fo
 # those of a GPU have a script of their own, tools/proofs/gpu.sh
 PROOFS := $(filter-out %_gpu.py %_cifar.py,$(wildcard tools/proofs/[!_]*.py))
 
-.PHONY: demo test lint proof proofs install
+# of `make lowest`: on Linux the one on PyPI brings CUDA along, TORCH=2.13.0+cpu does not
+TORCH ?= 2.11.0
+LOWEST := $(VENV)/lowest
+UV := env DS_BUILD_OPS=0 VIRTUAL_ENV=$(LOWEST) $(BIN)/uv pip
+
+.PHONY: demo test lint proof proofs install resolve lowest
 
 install: $(STAMP)
 
@@ -42,3 +47,17 @@ proof: $(STAMP)
 proofs: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	for proof in $(PROOFS); do $(BIN)/python $$proof || exit 1; done
+
+# the lowest and the newest versions that pyproject.toml allows each go together: in .venv/<which>-<Python>.txt
+resolve: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	for which in lowest-direct highest; do for python in 3.11 3.12; do \
+		$(UV) compile -q --resolution $$which --python-version $$python --extra dev -o $(VENV)/$$which-$$python.txt pyproject.toml || exit 1; \
+	done; done
+
+# the tests with the lowest
+lowest: resolve
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
+	$(UV) install -q --resolution lowest-direct torch==$(TORCH) -e '.[dev]'
+	$(UV) check
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
