@@ -67,8 +67,8 @@ class BitChoices:
         units: by which a limit is multiplied to be one of a sum of costs, by its name.
         costs: of the limits that are given.
         limits: of the sums of these costs.
-        decibels: losses that add up signal-to-noise ratios; what is not rounded counts as the quietest that is, for
-            beside its 200 dB nothing else would matter.
+        decibels: losses that add up signal-to-noise ratios; an input that is not rounded counts as in the most bits in
+            which it is, for beside its 200 dB nothing else would matter.
         unproved: ways of choosing, for which the solver stopped before it had proved its answer.
     """
 
@@ -98,8 +98,10 @@ class BitChoices:
         given = {name: getattr(mixed, name) for name in self.units}
         self.limits = {name: float(value * self.units[name]) for name, value in given.items() if value is not None}
         self.costs = {name: self.every[name] for name in self.limits}
-        quietest = min((entry.noise for entry in found if entry.noise > 0), default=1.0)
-        self.decibels = self.table(lambda entry: -decibels(max(entry.noise, quietest)))
+        inputs = {e.layer: e.noise for e in found if e.bits == FLOAT_BITS > (e.activation_bits or FLOAT_BITS)}
+        self.decibels = self.table(
+            lambda e: -decibels(inputs.get(e.layer, 1.0) if e.bits == e.activation_bits == FLOAT_BITS else e.noise)
+        )
         self.unproved: list[str] = []
 
     def solve(
@@ -237,7 +239,8 @@ def _decoupled(program: BitChoices, exact: tuple[int, ...]) -> tuple[int, ...]:
 def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
 
-    What is judged by predictions has four bits or more there, unless no ratio leaves it that many. Ratios are tried on
+    What is judged by predictions has four bits or more there, unless no ratio leaves it that many, and no input stays
+    in floating point that may be rounded. Ratios are tried on
     the images of the select draw. Those with a budget below the least bits are left out.
     """
     work, mixed = program.work, program.mixed
@@ -274,7 +277,8 @@ def _at_ratio(program: BitChoices, ratio: float, least: int) -> tuple[int, ...]:
     for metric, rows in groups.items():
         if metric != "sqnr":
             losses[rows] = program.table(lambda entry, metric=metric: entry.loss(metric))[rows]  # type: ignore[misc]
-    every = range(len(program.choices))
+    rounded = [j for j, (_, inputs) in enumerate(program.choices) if inputs != FLOAT_BITS]
+    every = rounded or range(len(program.choices))
     columns = ([*every], [j for j in every if program.choices[j][0] >= least])
     chosen = [0] * len(program.names)
     for rows, of, budget in zip((content, quality), columns, budgets, strict=True):

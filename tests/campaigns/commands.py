@@ -143,8 +143,9 @@ def results(folder: Path) -> dict[str, str]:
     found = {}
     newest, _ = newest_whole_checkpoint(folder / "checkpoints")
     if newest is not None:
-        for part, value in load_checkpoint(newest).items():
-            found[f"{newest.name}: {part}"] = digest(_bytes_of(value))
+        checkpoint = load_checkpoint(newest)  # by its step: one of an interruption at the end has a name of its own
+        for part, value in checkpoint.items():
+            found[f"step {checkpoint['global_step']}: {part}"] = digest(_bytes_of(value))
         found |= _rows(folder / "metrics.csv")
     files = [*folder.glob("search/*/history.jsonl"), *folder.glob("search/*/outcome.json")]
     files += [*folder.glob("*.safetensors"), *(folder / "artifact").rglob("*")]

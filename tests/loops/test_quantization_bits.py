@@ -94,15 +94,16 @@ def test_budgets_of_groups_are_a_rival_or_the_method() -> None:
 
 
 def test_what_is_not_rounded_does_not_outweigh_all_else() -> None:
-    """In a sum of dB an input in 16 bits counts as the quietest of those that are rounded, not as 200 dB."""
+    """In sums of dB an input in 16 bits counts as in 8, not as 200 dB; budgets of groups, as the paper's, have none."""
     work = work_of(GROUPS)
     found = [entry_of(work, *probe) for probe in probes_of(MIXED, GROUPS)]
     program = BitChoices(work, MIXED, found)
-    quietest = min(entry.noise for entry in found if entry.noise)
-    eight, sixteen = program.choices.index((8, 8)), program.choices.index((8, 16))
-    gains = program.decibels[:, eight] - program.decibels[:, sixteen]
-    noise = [entry.noise for entry in found if (entry.bits, entry.activation_bits) == (16, 8)]
-    assert gains == pytest.approx([decibels(quietest) - decibels(each) for each in noise])
+    four, eight, sixteen = (program.choices.index((8, bits)) for bits in (4, 8, 16))
+    gains = program.decibels[:, [four]] - program.decibels
+    assert gains[:, sixteen] == pytest.approx(gains[:, eight]) and (gains[:, eight] > 20).all()
+    assert {inputs for _, inputs in plans_of(MIXED)[0]["mixed by group budgets"].values()} == {8}
+    alone = replace(MIXED, activation_choices=(16,), average_activation_bits=None)
+    assert {inputs for _, inputs in plans_of(alone)[0]["mixed by group budgets"].values()} == {16}
 
 
 def test_an_answer_that_is_not_proved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

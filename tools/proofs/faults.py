@@ -3,7 +3,7 @@ disks, damaged and hostile files, and what else goes wrong with processes and ma
 
 The campaigns stand in tests/campaigns, where the tests take them in small numbers. `--share 0.1` takes a tenth of the
 faults of each campaign whose number can be chosen. Times and memory are measured last, on cores that must be quiet:
-`--timed` measures them again, and keeps what is recorded of the campaigns.
+`--only timed` measures them again, `--only signals` takes those campaigns again, and all else stays as it is recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -257,47 +257,46 @@ def bars_of(made: list[Campaign], found: list[Points]) -> list[Bar]:
     return bars
 
 
-def taken_again(share: float, started: float) -> None:
-    """What `alone` measures, in place of what is recorded of it."""
-    known = read_proof(RESULTS / "faults.json")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["GENLIGHT_CACHE"] = str(Path(folder) / "cache")
-        found = alone(Path(folder), share)
-    names = {bar.id for bar in found}
-    bars = [*(bar for bar in known.bars if bar.id not in names), *found]
-    record("faults", bars, known.table, known.seeds, started - known.wall_seconds, ("--timed",))
+def replaced(known: Sequence[Any], found: Sequence[Any], name: Callable[[Any], str]) -> list[Any]:
+    """What was recorded, with what was found now in place of what has its name."""
+    new = {name(each): each for each in found}
+    old = [new.pop(name(each), each) for each in known]
+    return [*old, *new.values()]
 
 
 def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--only", help="bars whose names hold this")
-    parser.add_argument("--timed", action="store_true", help="take times and memory again, keep what is recorded else")
+    parser.add_argument("--only", nargs="+", default=[], help="bars to take again; `timed`: all that is timed")
     options = parser.parse_args()
-    if options.timed:
-        return taken_again(options.share, started)
+    only: list[str] = options.only
     made = campaigns(options.share)
-    numbers = [n for n, campaign in enumerate(made) if not options.only or options.only in campaign.bar]
+    numbers = [n for n, campaign in enumerate(made) if not only or campaign.bar in only]
+    table, results = [], []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GENLIGHT_CACHE"] = str(Path(folder) / "cache")
-        table, results = [], []
         with ProcessPoolExecutor(2, mp_context=get_context("fork"), max_tasks_per_child=None) as pool:
             endings = pool.map(carry_out, numbers, [options.share] * len(made), [folder] * len(made))
             for number, (points, seconds) in zip(numbers, endings, strict=True):
-                results.append((points, seconds))
+                results.append(points)
                 row = {"faults": made[number].what, "tried": points.tried, "wrong": len(points.wrong)}
                 table.append({**row, "minutes": round(seconds / 60, 1)})
                 print(f"{seconds:6.0f} s  {made[number].what}: {len(points.wrong)} of {points.tried} wrong", flush=True)
                 for fault in points.wrong[:5]:
                     print("          ", fault, flush=True)
-        chosen = [made[number] for number in numbers]
-        bars = bars_of(chosen, [points for points, _ in results])
-        if options.only:
-            return
-        bars += alone(Path(folder), options.share)
+        bars = bars_of([made[number] for number in numbers], results)
+        if not only or "timed" in only:
+            bars += alone(Path(folder), options.share)
+    if only:
+        known = read_proof(RESULTS / "faults.json")
+        bars, table = (
+            replaced(known.bars, bars, lambda bar: bar.id),
+            replaced(known.table, table, lambda r: r["faults"]),
+        )
+        started -= known.wall_seconds
     words = ("--share", f"{options.share:g}") if options.share != 1 else ()
-    record("faults", bars, table, [0], started, words)
+    record("faults", bars, table, [0], started, (*words, *(("--only", *only) if only else ())))
 
 
 if __name__ == "__main__":
