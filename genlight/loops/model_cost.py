@@ -21,17 +21,16 @@ from genlight.loops.cost import (
     timed,
     times,
 )
+from genlight.loops.model_work import RULE_FINALISTS
 from genlight.reports.cost import CostEstimate, Phase
 from genlight.search.spaces.model_rules import evenly, single_models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from genlight.loops.model_work import ModelWork
 
 _MEASURED = 4
-# of what is chosen among, the share that is reported: the best of each rule
-_PER_RULE = 2
 
 
 def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
@@ -57,17 +56,35 @@ def model_cost(work: ModelWork, first: FirstValidation) -> CostEstimate:
     rehearsal = rehearsal_of(task.problem, task.plan, fmean(seconds))
     mean_cost = rehearsal.mean([trial.cost["cost"] for trial in rehearsal.trials])
     phases = [search_phase(task.name, work.evaluations, times(spread, line(mean_cost)), rehearsal)]
-    limits, rules = list(work.limits.values()), len(method.rules) + 1
     share, whole = method.select / settings.fidelity, work.datamodule.num_samples / settings.fidelity
-    choice = sum(beside.scaled(line(limit), share) for limit in limits) / work.evaluations.shares
     # the report has more metrics; what two short measurements differ by may fall below nothing
     more = max(0.0, reported.fixed - beside.fixed)
-    report = sum(more + beside.scaled(line(limit), whole) for limit in limits) / work.evaluations.shares
+    judged = [beside.scaled(line(cost), share) for cost in costs_kept(work, RULE_FINALISTS, settings.finalists)]
+    shown = [more + beside.scaled(line(cost), whole) for cost in costs_kept(work, 1, 1)]
     phases += [
-        Phase(CHOICE, times(spread, choice), settings.finalists + _PER_RULE * rules),
-        Phase(REPORT, times(spread, report), rules + 1),
+        Phase(name, times(spread, fmean(each) / work.evaluations.shares), len(each))
+        for name, each in ((CHOICE, judged), (REPORT, shown))
     ]
     return method_cost(work.evaluations, first, phases, [artifact_of(work.module)], pictures=4)
+
+
+def costs_kept(work: ModelWork, of_rule: int, of_search: int) -> list[float]:
+    """Costs of the distinct schedules that are kept, if within a budget the dearest ones of a rule are its best.
+
+    Args:
+        work: of the search.
+        of_rule: how many of each rule are kept for each budget, and of those that are drawn at random.
+        of_search: how many that the search found, which use up their budget.
+    """
+    kept: dict[Hashable, float] = {}
+    for limit in work.limits.values():
+        of: dict[str, dict[Hashable, float]] = {}
+        for rule, schedule in work.initial.values():
+            if (cost := work.space.cost(schedule)["cost"]) <= limit * (1 + 1e-9):
+                of.setdefault(rule, {})[work.space.key(schedule)] = cost
+        for found in of.values():
+            kept.update(sorted(found.items(), key=lambda each: each[1])[-of_rule:])
+    return [*kept.values(), *(limit for limit in work.limits.values() for _ in range(of_search + of_rule))]
 
 
 def _line(costs: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:

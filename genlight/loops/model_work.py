@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 COSTS, CURVES = "latency.json", "curves.json"
 SEARCHED = "searched"
 SCHEDULES = "schedules"
+# of each rule, and of what was drawn at random, these are judged for each budget
+RULE_FINALISTS = 2
 # of one batch, as `ModelWork.times` names them
 TIMES = ("measured_ms", "predicted_ms")
 
@@ -307,7 +309,7 @@ class ModelWork:
             made = RANDOM if record.source == RANDOM else SEARCHED
             score, cost = float(record.score or 0.0), record.cost["cost"] + self.costs.batch
             for rule, name in rules.get(record.key, {made: f"{made} {record.index}"}).items():
-                most = self.method.settings.finalists if rule == SEARCHED else 2
+                most = self.method.settings.finalists if rule == SEARCHED else RULE_FINALISTS
                 if sum(choice.rule == rule for choice in kept) < most:
                     kept.append(Choice(budget, rule, name, record.candidate, cost, score))
         return kept

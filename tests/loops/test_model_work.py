@@ -13,6 +13,7 @@ from genlight.diffusion.error_curves import ErrorCurve
 from genlight.errors import UserError
 from genlight.io import CorruptFileError
 from genlight.loops import model_curves, model_report
+from genlight.loops.model_cost import costs_kept
 from genlight.loops.model_costs import _overhead, wanted_key
 from genlight.loops.model_curves import read_curves, write_curves
 from genlight.loops.model_search import ModelSearch
@@ -64,6 +65,15 @@ def test_the_time_of_a_batch_is_a_line_over_its_evaluations() -> None:
     # a network that took longer by itself takes nothing off
     found = _overhead(costs(20, "a"), {"a": 2.5, ("around", 1): 5.0, ("around", 4): 11.0}, "a")
     assert found.evaluation_ms == 0.0 and found.batch_ms == pytest.approx(2.5)
+
+
+def test_what_is_judged_is_counted_once_and_at_its_own_cost() -> None:
+    """Schedules named by their costs, of two rules that share the cheapest; what is searched uses its budget up."""
+    space = SimpleNamespace(cost=lambda schedule: {"cost": float(schedule)}, key=str)
+    initial = {name: (rule, cost) for name, rule, cost in [("1", "a", 1), ("2", "a", 2), ("3", "a", 3), ("4", "b", 1)]}
+    given: Any = SimpleNamespace(space=space, initial=initial, limits={0.25: 1.0, 1.0: 4.0})
+    assert sorted(costs_kept(given, 1, 0)) == [1.0, 1.0, 3.0, 4.0]
+    assert sorted(costs_kept(given, 2, 1)) == [1.0] * 4 + [2.0, 3.0] + [4.0] * 3
 
 
 def test_curves_read_back_to_the_last_digit(tmp_path: Path) -> None:
