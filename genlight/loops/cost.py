@@ -136,9 +136,11 @@ def timed(work: Sequence[Callable[[], Any]]) -> tuple[float, ...]:
 
 
 def sample_line(measure: Callable[[int], Any], most: int) -> SampleLine:
-    """The line through measurements of `most` samples and of a quarter of them."""
+    """The line through measurements of `most` samples and of a quarter of them; `most` first, for data that is made
+    when it is first asked for, such as tokens.
+    """
     few = min(most, max(2, most // _QUARTER))  # of one image alone there are no statistics
-    small, large = timed([partial(measure, count) for count in (few, few, most)])
+    small, large = timed([partial(measure, count) for count in (most, few, most)])
     each = max(0.0, (large - small) / (most - few)) if most > few else large / most
     return SampleLine(max(0.0, small - each * few), each)
 
