@@ -141,7 +141,7 @@ def test_help_and_errors_cost_no_more_than_reading_a_config(arguments: list[str]
     readers = "import hydra.core.override_parser.overrides_parser, numpy, omegaconf"
     runs = [(cpu_of("-m", "genlight", *arguments), cpu_of("-c", readers)) for _ in range(3)]
     ours, bare = (min(seconds) for seconds in zip(*runs, strict=True))
-    assert ours <= 1.5 * bare
+    assert ours <= 2 * bare  # 1 on a quiet core; torch alone would make it 6
 
 
 def cpu_of(*arguments: str) -> float:
