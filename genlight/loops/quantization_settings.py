@@ -47,7 +47,7 @@ class GroupSettings:
     activation_bits: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS and self.metric[:4] != "val/":
+        if self.metric not in METRICS and not self.metric.startswith("val/"):
             raise ValueError(f"metric = {self.metric!r} must be one of {', '.join(METRICS)}, or val/<name>")
         for name in ("weight_bits", "activation_bits"):
             value = getattr(self, name)

@@ -290,13 +290,12 @@ def main() -> None:
             bars += alone(Path(folder), options.share)
     if only:
         known = read_proof(RESULTS / "faults.json")
-        bars, table = (
-            replaced(known.bars, bars, lambda bar: bar.id),
-            replaced(known.table, table, lambda r: r["faults"]),
-        )
+        bars = replaced(known.bars, bars, lambda bar: bar.id)
+        table = replaced(known.table, table, lambda row: row["faults"])
         started -= known.wall_seconds
     words = ("--share", f"{options.share:g}") if options.share != 1 else ()
-    record("faults", bars, table, [0], started, (*words, *(("--only", *only) if only else ())))
+    # the command that repeats all of it, also where parts were taken again
+    record("faults", bars, table, [0], started, words)
 
 
 if __name__ == "__main__":
