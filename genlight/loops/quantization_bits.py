@@ -240,8 +240,8 @@ def _by_budgets(program: BitChoices) -> tuple[int, ...]:
     """The paper's way: a budget for each group by a ratio, sums of dB or SSIM within it, and the ratio that does best.
 
     What is judged by predictions has four bits or more there, unless no ratio leaves it that many, and no input stays
-    in floating point that may be rounded. Ratios are tried on
-    the images of the select draw. Those with a budget below the least bits are left out.
+    in floating point that may be rounded. Ratios are tried on the images of the select draw. Those with a budget below
+    the least bits are left out.
     """
     work, mixed = program.work, program.mixed
     for least in (_LEAST_QUALITY_BITS, 0):
