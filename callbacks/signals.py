@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genlight import io
@@ -28,11 +28,11 @@ class SignalGuard(Callback):
     """On the first SIGTERM or Ctrl-C, finish the step, save `interrupted.ckpt` and leave; on the second, leave at once;
     on the third, exit hard.
 
-    During a validation inside `fit` the step is finished already: the checkpoint is saved without waiting for the
-    validation, which a resumed run repeats. Handlers are in place while the trainer's loops run, instead of Lightning's
-    own (which leave without saving), and are put back afterwards. SIGUSR1, which schedulers send ahead of SIGTERM, asks
-    for the same and never counts as a second signal; what handled it before is called too: in a SLURM job that is
-    Lightning's, which puts the job back into the queue.
+    A step that a checkpoint callback has just saved whole is not saved again. During a validation inside `fit` the step
+    is finished already: the run leaves without waiting for the validation, which a resumed run repeats. Handlers are in
+    place while the trainer's loops run, instead of Lightning's own (which leave without saving), and are put back
+    afterwards. SIGUSR1, which schedulers send ahead of SIGTERM, asks for the same and never counts as a second signal;
+    what handled it before is called too: in a SLURM job that is Lightning's, which puts the job back into the queue.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; by default the folder of the first checkpoint callback, else the
@@ -47,7 +47,7 @@ class SignalGuard(Callback):
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _move_before_checkpoints(trainer, self)
+        _move_to_the_end(trainer, self)
         self._install()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,15 +157,24 @@ class SignalGuard(Callback):
         return Path(self.dirpath or (folders[0] if folders else trainer.default_root_dir)) / INTERRUPTED_NAME
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self._path(trainer))
+        if not _is_saved(trainer):
+            trainer.save_checkpoint(self._path(trainer))
 
 
-def _move_before_checkpoints(trainer: Trainer, guard: Callback) -> None:
-    """After every callback that changes state at the end of a batch (weight averaging), before those that save it."""
+def _move_to_the_end(trainer: Trainer, guard: Callback) -> None:
+    """After every callback that changes state at the end of a batch (weight averaging), and those that save it."""
     others = [callback for callback in trainer.callbacks if callback is not guard]  # type: ignore[attr-defined]
-    checkpoints = [callback for callback in others if isinstance(callback, Checkpoint)]
-    rest = [callback for callback in others if not isinstance(callback, Checkpoint)]
-    trainer.callbacks = [*rest, guard, *checkpoints]  # type: ignore[attr-defined]
+    trainer.callbacks = [*others, guard]  # type: ignore[attr-defined]
+
+
+def _is_saved(trainer: Trainer) -> bool:
+    """Whether a checkpoint callback has saved the whole state of this step: the same on all ranks."""
+    return any(
+        isinstance(callback, ModelCheckpoint)
+        and not callback.save_weights_only
+        and callback._last_global_step_saved == trainer.global_step
+        for callback in trainer.checkpoint_callbacks
+    )
 
 
 def _leave_validation(trainer: Trainer, pl_module: LightningModule) -> None:

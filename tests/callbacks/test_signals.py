@@ -79,6 +79,21 @@ def test_the_first_signal_saves_and_the_run_continues_exactly(
         assert events[0][0] == "validation"
 
 
+@pytest.mark.parametrize("where", [{"step": 5}, {"validation": 4}], ids=str)
+def test_a_step_that_is_saved_already_is_not_saved_twice(where: dict, tmp_path: Path, never_stopped: tuple) -> None:
+    each = {"every_n_train_steps": 1, "save_top_k": -1}
+    assert in_child(stopped(tmp_path, Signalled(signal.SIGTERM, **where), each)) == 143
+    assert not (tmp_path / "interrupted.ckpt").exists()
+    newest, skipped = newest_whole_checkpoint(tmp_path)
+    assert newest is not None and skipped == []
+    events, state = train(tmp_path, resume=newest, callbacks=(SignalGuard(),), checkpoint=NO_CHECKPOINTS, **OPTIONS)
+    whole_events, whole_state = never_stopped
+    assert differing(state, whole_state) == []
+    assert set(events) == set(whole_events[-len(events) :])
+    if "validation" in where:
+        assert events[0][0] == "validation"
+
+
 def test_the_step_is_finished_before_leaving(tmp_path: Path) -> None:
     assert in_child(stopped(tmp_path, Signalled(signal.SIGTERM, step=6))) == 143
     saved = load_checkpoint(tmp_path / "interrupted.ckpt")
@@ -148,7 +163,7 @@ def test_a_second_signal_inside_the_save_leaves_the_old_state(tmp_path: Path) ->
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with hooked(hook):
-            stopped(tmp_path, Signalled(signal.SIGTERM, step=5), {"every_n_train_steps": 1, "save_top_k": -1})()
+            stopped(tmp_path, Signalled(signal.SIGTERM, step=5), {"every_n_train_steps": 2, "save_top_k": -1})()
 
     assert in_child(action) == 143
     newest, skipped = newest_whole_checkpoint(tmp_path)
