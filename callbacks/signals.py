@@ -28,8 +28,9 @@ class SignalGuard(Callback):
     """On the first SIGTERM or Ctrl-C, finish the step, save `interrupted.ckpt` and leave; on the second, leave at once;
     on the third, exit hard.
 
-    A step that a checkpoint callback has just saved whole is not saved again. During a validation inside `fit` the step
-    is finished already: the run leaves without waiting for the validation, which a resumed run repeats. Handlers are in
+    A step that a checkpoint callback has just saved whole in that folder is not saved again. In a validation inside
+    `fit` that follows a whole step the run leaves without waiting for the validation, which a resumed run repeats; one
+    between the batches of a step ends first, and so does the step. Handlers are in
     place while the trainer's loops run, instead of Lightning's own (which leave without saving), and are put back
     afterwards. SIGUSR1, which schedulers send ahead of SIGTERM, asks for the same and never counts as a second signal;
     what handled it before is called too: in a SLURM job that is Lightning's, which puts the job back into the queue.
@@ -74,9 +75,10 @@ class SignalGuard(Callback):
         if (code := self._requested(trainer)) is None:
             return
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            if trainer.fit_loop._should_accumulate():
+                return  # the step is not whole: it will be saved where it ends
             _leave_validation(trainer, pl_module)
-            if not trainer.fit_loop._should_accumulate():
-                self._save(trainer)
+            self._save(trainer)
         raise RunInterrupted(code)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,8 +159,9 @@ class SignalGuard(Callback):
         return Path(self.dirpath or (folders[0] if folders else trainer.default_root_dir)) / INTERRUPTED_NAME
 
     def _save(self, trainer: Trainer) -> None:
-        if not _is_saved(trainer):
-            trainer.save_checkpoint(self._path(trainer))
+        path = self._path(trainer)
+        if not _is_saved(trainer, path.parent):
+            trainer.save_checkpoint(path)
 
 
 def _move_to_the_end(trainer: Trainer, guard: Callback) -> None:
@@ -167,12 +170,13 @@ def _move_to_the_end(trainer: Trainer, guard: Callback) -> None:
     trainer.callbacks = [*others, guard]  # type: ignore[attr-defined]
 
 
-def _is_saved(trainer: Trainer) -> bool:
-    """Whether a checkpoint callback has saved the whole state of this step: the same on all ranks."""
+def _is_saved(trainer: Trainer, folder: Path) -> bool:
+    """Whether a checkpoint callback has saved the whole state of this step in a folder: the same on all ranks."""
     return any(
         isinstance(callback, ModelCheckpoint)
         and not callback.save_weights_only
         and callback._last_global_step_saved == trainer.global_step
+        and Path(callback._last_checkpoint_saved).parent.resolve() == folder.resolve()
         for callback in trainer.checkpoint_callbacks
     )
 

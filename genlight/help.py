@@ -44,7 +44,7 @@ def help_text() -> str:
         "for every command",
         "  run.name=<name>      results go to runs/<name>/<command>; run.overwrite=true replaces them",
         "  ckpt_path=<path>     weights to measure: a run folder, a .ckpt, a diffusers folder",
-        "  resume=true          continue an interrupted run; dry_run=true: three steps and an estimate of the cost",
+        "  resume=true          continue an interrupted run; dry_run=true: a few steps and an estimate of the cost",
         "  --cfg job            print the composed config; --multirun seed=0,1,2: one run for each value",
         "  traceback=true       show where in the code an error arose",
         "  --rerun runs/a/fit   repeat a finished run in a folder of its own, and compare metrics and weights",

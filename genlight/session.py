@@ -90,7 +90,7 @@ class Session:
             self._finish(report)
 
     def dry_run(self, trainings: Sequence[Training]) -> None:
-        """Three steps, and what the whole run will cost, with the fits that were found missing on the way.
+        """A few steps, and what the whole run will cost, with the fits that were found missing on the way.
 
         Args:
             trainings: where `genlight.recipes` notes them.

@@ -56,7 +56,8 @@ class Encoder:
         """The question after the solved examples `shots`, with all of its options.
 
         A tokenizer may draw the end of the prompt and the beginning of an answer together. So each option is encoded
-        with the prompt in front, and what all of them and the prompt alone begin with is the context.
+        with the prompt in front, and what all of them and the prompt alone, with `answer_prefix`, begin with is the
+        context.
 
         Args:
             room: tokens that must fit after the context, beside the longest option.
@@ -70,7 +71,8 @@ class Encoder:
             turns = [{"role": "user", "content": prompt}]
             prompt, prefix = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
         whole = [self._tokens(prompt + prefix + option) for option in example.options]
-        start = min(_common(self._tokens(prompt), ids) for ids in whole)
+        given = self._tokens(prompt + prefix.rstrip(" "))  # a space at its end is drawn to the answer
+        start = min(_common(given, ids) for ids in whole)
         context, options = whole[0][:start], tuple(ids[start:] for ids in whole)
         if not context or not all(options):
             raise UserError(f"{where} or an answer to it has no tokens")

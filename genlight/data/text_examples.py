@@ -189,13 +189,25 @@ def _options(task: TextTask, row: Row, where: str) -> tuple[str, ...]:
 def label_of(value: Any, options: Sequence[str], where: str) -> int:
     """Number of the right option: given by its text, by its number from 0, or by its letter.
 
+    A truth value is the option "true" or "yes" ("false" or "no") in any case, else the number 1 (0).
+
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of them, or a number that is also the text of another option.
     """
-    text = str(int(value)) if isinstance(value, bool | int) else str(value).strip()
     stripped = [option.strip() for option in options]
+    if isinstance(value, bool):
+        lowered = [option.lower() for option in stripped]
+        named = [name for name in (("true", "yes") if value else ("false", "no")) if name in lowered]
+        return lowered.index(named[0]) if named else int(value)
+    text = str(value).strip()
     if text in stripped:
-        return stripped.index(text)
+        found = stripped.index(text)
+        if isinstance(value, int) and found != value and 0 <= value < len(options):
+            raise UserError(
+                f"{where}: the answer {value} is the text of one choice and the number of another, of "
+                f"{', '.join(map(repr, stripped))}: set answer_labels to {list(range(len(options)))} or to the choices"
+            )
+        return found
     number = int(text) if text.isdecimal() else ord(text) - ord("A") if re.fullmatch("[A-Z]", text) else -1
     if not 0 <= number < len(options):
         raise UserError(f"{where}: the answer {value!r} is none of the choices {', '.join(map(repr, stripped))}")

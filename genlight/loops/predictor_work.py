@@ -122,6 +122,14 @@ class PredictorWork:
             digest.update(name.encode() + value.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def scores(self) -> str:
+        """SHA-256 of every score of the table, those held out among them."""
+        digest = hashlib.sha256()
+        for values in (self.table.target, self.table.low_fidelity):
+            digest.update(values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def compared(self) -> dict[tuple[int, int], Scores]:
         """Scores of every predictor by number and seed of the labels; what an earlier run measured is read."""
         wanted = [(labels, seed) for labels in self.numbers for seed in self.label_seeds]
@@ -132,7 +140,8 @@ class PredictorWork:
         """Scores on the candidates held out after one choice of labels; kept in the run folder."""
         method = self.method
         path = Path(self.evaluations.trainer.default_root_dir) / "comparison" / f"{labels}-{label_seed}.json"
-        facts = [self.datamodule.fingerprint, self.weights, method.predictors, method.finetune_steps, method.lr]
+        facts = [self.datamodule.fingerprint, self.scores, self.weights, method.predictors]
+        facts += [method.finetune_steps, method.lr]
         key = fingerprint_of([*facts, labels, label_seed, self.datamodule.batch_size])
         if path.is_file() and not again:
             kept = io.read_record(path, kind=_KIND, version=_VERSION)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from genlight.diffusion.flow_codes import Method, flow_choice
 from genlight.errors import UserError, in_config
-from genlight.modules.data_check import check_classes, check_images
+from genlight.modules.data_check import check_classes, check_images, check_precision
 from genlight.modules.generation import GeneratorValidation
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
@@ -135,6 +135,10 @@ class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.tokenizer.image_shape
+
+    def setup(self, stage: str) -> None:
+        """UserError where the trainer would hold images and noise in other numbers than the frozen tokenizer does."""
+        check_precision(self.trainer, "what the tokenizer reads and the noise that decides tokens")
 
     def check_data(self, datamodule: Any) -> None:
         """UserError naming both config keys and values if the data does not fit tokenizer or network."""

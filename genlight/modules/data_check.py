@@ -43,3 +43,12 @@ def check_classes(datamodule: Any, num_classes: int | None, key: str, hint: str 
 
 def _size(height: int, width: int) -> str:
     return str(height) if height == width else f"{height}x{width}"
+
+
+def check_precision(trainer: Any, what: str) -> None:
+    """UserError where the trainer holds all numbers in another type than float32, which would change `what`."""
+    precision = str(trainer.precision)
+    if precision.endswith("-true") and precision != "32-true":
+        raise UserError(
+            f"trainer.precision = {precision} changes {what}, which are float32: use 32-true or a mixed precision"
+        )

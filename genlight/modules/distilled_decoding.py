@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from genlight.diffusion.distances import Distance, distance
 from genlight.errors import UserError, in_config
-from genlight.modules.data_check import check_classes, check_images
+from genlight.modules.data_check import check_classes, check_images, check_precision
 from genlight.modules.described import DescribedWeights
 from genlight.modules.distilled_folder import save_student
 from genlight.modules.generation import GeneratorValidation
@@ -227,15 +227,16 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 f"data.guidance_range = {_shown(found)}, but module.guidance_range = {_shown(self.guidance_range)}: "
                 "set them equal"
             )
+        given = getattr(datamodule, "teacher", None)
+        if given is not None and given.fingerprint != self.teacher.fingerprint:
+            raise UserError(
+                "data.teacher and module.teacher are different networks: the pairs of one do not teach the other; set "
+                "data.teacher to ${module.teacher}"
+            )
 
     def setup(self, stage: str) -> None:
         """UserError where the trainer would hold noise and codes in other numbers than those that decide tokens."""
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            raise UserError(
-                f"trainer.precision = {precision} changes the numbers that decide the teacher's tokens, which are "
-                "float32: use 32-true or a mixed precision"
-            )
+        check_precision(self.trainer, "the numbers that decide the teacher's tokens")
 
     def on_fit_start(self) -> None:
         """Read the weights of the perceptual distance before the first step, if it has a weight."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from genlight.errors import UserError
-from genlight.modules.data_check import check_images
+from genlight.modules.data_check import check_images, check_precision
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.token_folder import SavedTokenizer, save_tokenizer
@@ -79,6 +79,10 @@ class TokenizerModule(Optimization, LightningModule):
         check_images(datamodule, self.image_shape, "module.network.image_channels", "module.image_size")
         if getattr(datamodule, "evaluation", None) != "classification":
             raise UserError("a tokenizer is validated on images: set data.evaluation=classification")
+
+    def setup(self, stage: str) -> None:
+        """UserError where the trainer would hold features in other numbers than those that choose codes."""
+        check_precision(self.trainer, "the features that choose codes")
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         if 0 < self.restart_every <= int(self.batches_since_restart):

@@ -54,6 +54,8 @@ class ResidualQuantizer(VectorQuantizer):
         self.phi_ratio = phi_ratio
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi))
         self.phi_of_scale = _phi_of_scale(len(self.scales), num_phi)
+        for number, phi in enumerate(self.phi):
+            phi.requires_grad_(number in self.phi_of_scale)  # several processes would wait for the gradients of others
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from genlight import io
 from genlight.errors import UserError
+from genlight.trainer.sharded_folder import TRAINER_FILE
 
 CHECKPOINT_KIND = "checkpoint"
 _STEP_IN_NAME = re.compile(r"(?:step[=_-]?|^)(\d+)")
@@ -37,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"storage_options are for remote stores; checkpoints are local files here, got {storage_options!r}"
             )
         _refuse_url(path)
-        io.save_state(path, checkpoint, kind=CHECKPOINT_KIND, labels=_progress_labels(checkpoint))
+        io.save_state(path, checkpoint, kind=CHECKPOINT_KIND, labels=progress_labels(checkpoint))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -105,9 +106,8 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple
 
 def _newness(path: Path) -> tuple[int, int, int, str]:
     labels: dict[str, str] = {}
-    if path.is_file():
-        with suppress(UserError, OSError):
-            labels = io.read_labels(path)
+    with suppress(UserError, OSError):
+        labels = io.read_labels(path / TRAINER_FILE if path.is_dir() else path)
     numbers = [_number(labels.get(key, "")) for key in ("step", "batches", "epochs")]
     if numbers[0] < 0 and (match := _STEP_IN_NAME.search(path.name)):
         numbers[0] = _number(match.group(1))
@@ -118,7 +118,7 @@ def _number(text: str) -> int:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
 
 
-def _progress_labels(checkpoint: dict[str, Any]) -> dict[str, str]:
+def progress_labels(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How far the training was: optimizer steps, then batches, then epochs, for files of the same step."""
     labels = {"step": str(int(checkpoint.get("global_step", 0)))}
     loops = checkpoint.get("loops", {}).get("fit_loop", {})

@@ -88,10 +88,19 @@ def drop_staging(path: str | os.PathLike[str]) -> None:
     remove_path(staging_folder(path))
 
 
-def write_common(staging: Path, weights: Mapping[str, Tensor], trainer_state: Mapping[str, Any]) -> None:
-    """Writes what belongs to all processes; called by process 0."""
+def write_common(
+    staging: Path,
+    weights: Mapping[str, Tensor],
+    trainer_state: Mapping[str, Any],
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Writes what belongs to all processes; called by process 0.
+
+    Args:
+        labels: how far the training was, which is read without the state.
+    """
     save_tensors(staging / WEIGHTS_FILE, dict(weights), {"kind": "consolidated-weights"})
-    save_state(staging / TRAINER_FILE, dict(trainer_state), kind=_TRAINER_KIND)
+    save_state(staging / TRAINER_FILE, dict(trainer_state), kind=_TRAINER_KIND, labels=labels)
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:

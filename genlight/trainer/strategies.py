@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from genlight.errors import UserError
 from genlight.trainer import sharded_folder
+from genlight.trainer.checkpoint_io import AtomicCheckpointIO, progress_labels
 from genlight.trainer.consolidate import gather_full_weights
 from genlight.trainer.deepspeed_engine import safe_checkpoint_engine
 
@@ -149,7 +150,7 @@ class _SafeDeepSpeedStrategy(DeepSpeedStrategy):
         }
 
         def write() -> None:
-            sharded_folder.write_common(staging, weights, state)
+            sharded_folder.write_common(staging, weights, state, progress_labels(checkpoint))
             sharded_folder.commit(path)
 
         self._on_process_zero(write, f"cannot write the checkpoint {path}")
@@ -203,8 +204,6 @@ class _SafeDeepSpeedStrategy(DeepSpeedStrategy):
                 f"{path} was written without DeepSpeed: its optimizer state cannot be split over the processes. "
                 "Continue with the strategy that wrote it"
             )
-        from genlight.trainer.checkpoint_io import AtomicCheckpointIO
-
         return AtomicCheckpointIO().load_checkpoint(path)
 
     def _check_layout(self, path: Path, state: Mapping[str, Any]) -> None:

@@ -94,6 +94,26 @@ def test_a_step_that_is_saved_already_is_not_saved_twice(where: dict, tmp_path: 
         assert events[0][0] == "validation"
 
 
+def test_a_step_that_is_saved_elsewhere_is_saved_here_too(tmp_path: Path) -> None:
+    def action() -> None:
+        guard, each = SignalGuard(str(tmp_path / "here")), {"every_n_train_steps": 1, "save_top_k": -1}
+        train(tmp_path, module=Signalled(signal.SIGTERM, step=5), callbacks=(guard,), checkpoint=each, **OPTIONS)
+
+    assert in_child(action) == 143
+    assert (tmp_path / "here" / "interrupted.ckpt").exists()
+
+
+def test_a_validation_between_the_batches_of_a_step_ends_before_the_run(tmp_path: Path) -> None:
+    options = OPTIONS | {"val_check_interval": 3}
+    guarded = {"callbacks": (SignalGuard(),), "checkpoint": NO_CHECKPOINTS}
+    whole_events, whole_state = train(tmp_path / "whole", **guarded, **options)
+    module = Signalled(signal.SIGTERM, validation=1)
+    assert in_child(lambda: train(tmp_path, module=module, **guarded, **options, num_sanity_val_steps=0)) == 143
+    assert load_checkpoint(tmp_path / "interrupted.ckpt")["global_step"] == 2
+    events, state = train(tmp_path, resume=tmp_path / "interrupted.ckpt", **guarded, **options)
+    assert differing(state, whole_state) == [] and set(events) <= set(whole_events)
+
+
 def test_the_step_is_finished_before_leaving(tmp_path: Path) -> None:
     assert in_child(stopped(tmp_path, Signalled(signal.SIGTERM, step=6))) == 143
     saved = load_checkpoint(tmp_path / "interrupted.ckpt")

@@ -73,7 +73,15 @@ def test_a_question_without_an_answer_has_the_one_that_says_so() -> None:
 
 
 def test_a_text_among_the_choices_is_no_number() -> None:
-    assert label_of("1", ("3", "2", "1"), "here") == label_of(1, ("3", "2", "1"), "here") == 2
+    assert label_of("1", ("3", "2", "1"), "here") == 2
+    assert label_of(1, ("0", "1", "2"), "here") == 1 and label_of(24, ("8", "2", "24", "120"), "here") == 2
+    with pytest.raises(UserError, match=r"here: the answer 2 is the text of one choice and the number of another"):
+        label_of(2, ("8", "2", "24", "120"), "here")
+
+
+@pytest.mark.parametrize("options", [("True", "False"), ("yes", "no"), ("TRUE", "FALSE", "unknown")])
+def test_a_truth_value_is_the_choice_that_says_so(options) -> None:
+    assert (label_of(True, options, "here"), label_of(False, options, "here")) == (0, 1)
 
 
 @pytest.mark.parametrize("value", [3, -1, "3", "D", "b", "", "perhaps", 0.5, None])

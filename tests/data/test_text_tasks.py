@@ -130,6 +130,18 @@ def test_generation_batches_hold_the_prompts_and_what_ends_an_answer() -> None:
         assert (given["max_new_tokens"][place], given["stop"][place]) == (4, ["\n"])
 
 
+def test_a_prefix_of_answers_is_given_and_no_part_of_them() -> None:
+    rows = {"t": [{"q": f"q{n}=", "c": ["x", "yy"], "a": n % 2} for n in range(40)]}
+    data = Embedded(rows, {"t": {**CHOICE, "answer_prefix": " A: "}}, eval_batch_size=1000)
+    for _, _, options in questions_of(data).values():
+        assert [data.tokenizer.decode(target) for _, target in options] == [" x", " yy"]
+    rows = {"t": [{"q": f"q{n}=", "a": "x"} for n in range(40)]}
+    data = Embedded(rows, {"t": {**WRITTEN, "answer_prefix": " A: "}}, eval_batch_size=1000)
+    (batch,) = data.val_dataloader()
+    given = batch["generation"]["input_ids"]
+    assert all(data.tokenizer.decode(row).endswith("= A:") for row in given)
+
+
 def test_solved_examples_stand_before_questions_and_come_from_training() -> None:
     rows = {"t": [{"q": f"q{n}=", "c": ["x", "yy"], "a": n % 2} for n in range(40)]}
     task = {**CHOICE, "num_shots": 2, "shot_separator": ";", "answer_prefix": " "}

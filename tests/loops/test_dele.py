@@ -173,8 +173,21 @@ def test_true_scores_beside_the_labels_change_no_comparison(root: Path) -> None:
     write_table(root / "other.csv", {number: repr(100.0 - number) for number in hidden})
     words = ["method.labels=null", "method.label_seeds=1", "method.searches=[]"]
     assert validate(root, "other", *words, table="other.csv") == 0
-    one, two = (io.read_json(root / run / "validate" / "comparison" / "12-0.json") for run in ("run", "other"))
+    files = [root / run / "validate" / "comparison" / "12-0.json" for run in ("run", "other")]
+    one, two = (io.read_json(file)["scores"] for file in files)
     assert one == two
+
+
+def test_a_comparison_counts_for_its_own_truth_only(root: Path) -> None:
+    held = tuple(data_of(root).prepared.held_out[0].tolist())
+    number = list(itertools.product(range(3), repeat=5)).index(held)
+    words = ["method.labels=null", "method.label_seeds=1", "method.searches=[]", "method.predictors=[tokens_gp]"]
+    found = []
+    for change, more in (({}, ()), ({number: "100.0"}, ("resume=true",))):
+        write_table(root / "truth.csv", change)
+        assert validate(root, "truth", *words, *more, table="truth.csv") == 0
+        found.append(io.read_json(root / "truth" / "validate" / "comparison" / "12-0.json")["scores"]["tokens_gp"])
+    assert found[0]["kendall_tau"] != found[1]["kendall_tau"]
 
 
 def test_no_search_measures_what_costs_too_much(root: Path) -> None:

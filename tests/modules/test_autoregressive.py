@@ -3,6 +3,7 @@
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -175,3 +176,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         made.check_data(digits(num_classes=None))
     with pytest.raises(UserError, match="image size = 8"):
         made.check_data(digits(image_size=16))
+
+
+def test_other_numbers_than_float32_are_refused() -> None:
+    made = module("llamagen", "nowhere")
+    made.trainer = SimpleNamespace(precision="bf16-true")  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"trainer\.precision = bf16-true"):
+        made.setup("fit")

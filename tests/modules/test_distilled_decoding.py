@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from modules.tiny_token_teacher import CLASSES, CODES, DIM, saved_teacher, tiny_captions
+from modules.tiny_token_teacher import CLASSES, CODES, DIM, saved_teacher, tiny_captions, tiny_teacher
 from nets.test_teachers import randomised
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ from genlight.diffusion.flow_codes import flow_choice
 from genlight.errors import UserError
 from genlight.io import read_json
 from genlight.modules.distilled_decoding import DistilledDecodingModule
+from genlight.modules.token_folder import save_token_teacher
 from genlight.nets.autoregressive import decode
 from genlight.nets.published import published_sources
 
@@ -336,6 +337,23 @@ def test_guidance_that_does_not_fit_is_named(folders: dict[str, str]) -> None:
         message = rf"data\.guidance_range = \[1.0, 3.0\], but module\.guidance_range = {shown}"
         with pytest.raises(UserError, match=message):
             module_of(folder, guidance_range=guidance_range).check_data(data)
+
+
+def test_pairs_of_another_teacher_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    teacher = tiny_teacher("llamagen")
+    with torch.no_grad():
+        next(teacher.model.transformer.parameters()).add_(1)
+    save_token_teacher(tmp_path / "other", teacher)
+    images = DigitsDataModule(
+        image_size=8, channels=1, num_classes=10, batch_size=4, eval_batch_size=8, num_samples=8, seed=0
+    )
+    same, other = (
+        PairsDataModule(images, folder, num_pairs=10, batch_size=4, seed=0)
+        for folder in (folders["llamagen"], str(tmp_path / "other"))
+    )
+    module_of(folders["llamagen"]).check_data(same)
+    with pytest.raises(UserError, match=r"data\.teacher and module\.teacher are different networks"):
+        module_of(folders["llamagen"]).check_data(other)
 
 
 def test_a_teacher_of_texts_is_distilled(tmp_path: Path) -> None:

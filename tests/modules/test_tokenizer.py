@@ -155,3 +155,10 @@ def test_what_does_not_fit_is_named() -> None:
         module().check_data(digits(image_size=16))
     with pytest.raises(UserError, match="missing"):
         module().load_state_dict({})
+
+
+def test_other_numbers_than_float32_are_refused() -> None:
+    made = module()
+    made.trainer = SimpleNamespace(precision="bf16-true")  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"trainer\.precision = bf16-true"):
+        made.setup("fit")

@@ -109,6 +109,13 @@ def test_gradients_reach_codebook_and_phi_and_pass_features_straight_through() -
     assert features.grad is not None and features.grad.any()
 
 
+def test_a_phi_that_no_scale_uses_is_not_trained() -> None:
+    made = ResidualQuantizer(8, 6, (1, 2, 4))
+    assert made.phi_of_scale == (0, 2, 3)
+    made(torch.randn(2, 6, 4, 4)).loss.backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in made.phi.parameters())
+
+
 def test_the_phi_of_the_published_scales() -> None:
     """Places 2/9 and 7/9 are half-way between two ticks of 1/12, 13/36, 23/36, 11/12; float64 decides."""
     assert _phi_of_scale(10, 4) == (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)

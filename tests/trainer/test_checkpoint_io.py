@@ -21,7 +21,13 @@ from oracles.toy_training import BATCHES, ToyData, ToyModule, differing, quiet, 
 from genlight import io
 from genlight.errors import UserError
 from genlight.io import primitives
-from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
+from genlight.trainer import sharded_folder
+from genlight.trainer.checkpoint_io import (
+    AtomicCheckpointIO,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    progress_labels,
+)
 
 quiet()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -178,6 +184,16 @@ def test_no_checkpoint_and_no_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_text("")
     newest, skipped = newest_whole_checkpoint(tmp_path)
     assert newest is None and len(skipped) == 1
+
+
+def test_a_sharded_folder_of_any_name_is_as_new_as_its_step(tmp_path: Path) -> None:
+    for name, step in (("step-000250.ckpt", 250), ("interrupted.ckpt", 430)):
+        path = tmp_path / name
+        sharded_folder.make_staging(path)
+        labels = progress_labels({"global_step": step})
+        sharded_folder.write_common(sharded_folder.staging_folder(path), {"w": torch.ones(2)}, {}, labels)
+        sharded_folder.commit(path)
+    assert newest_whole_checkpoint(tmp_path) == (tmp_path / "interrupted.ckpt", [])
 
 
 def test_folders_count_when_their_manifest_matches(tmp_path: Path) -> None:
