@@ -43,7 +43,8 @@ class QuantizationCalibration:
         weight_symmetric, activation_symmetric: whether zero has code 0.
         activation_mode: "dynamic" measures the range of each token as it comes, "static" takes one range for each input
             from the calibration.
-        split_shortcuts: convolutions that read two feature maps side by side have scales for each.
+        split_shortcuts: convolutions that read two feature maps side by side have scales for each, from the
+            calibration.
         constant_tokens: keep outputs of cross-attention's keys and values for text tokens that never change: "off";
             "warn" and multiply where such a token is another one; "raise" an error there.
         constant_ratio: how many times the largest magnitude of other tokens such a token must have; 0 keeps them all.
@@ -113,6 +114,8 @@ class QuantizationCalibration:
             raise ValueError(f"constant_tokens = {self.constant_tokens!r} must be off, warn or raise")
         if self.split_shortcuts and self.form.weight.needs_hessian:
             raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
+        if self.split_shortcuts and self.activation_mode == "dynamic":
+            raise ValueError("split_shortcuts needs activation_mode = 'static', which has a range for each feature map")
         check_groups(self.groups, self.mixed)
         if self.numbers == "float8" and self.mixed is not None:
             raise ValueError("numbers = 'float8' has eight bits only: mixed must be null")

@@ -14,7 +14,7 @@ from genlight.loops.cost import FirstValidation, first_validation, method_cost, 
 from genlight.loops.quantization_bits import ways_of
 from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import DEQUANTIZED, FULL, LAYERS, TORCHAO, VARIANTS, variants_of
-from genlight.loops.quantization_samples import SAMPLES
+from genlight.loops.quantization_samples import SAMPLES, samples_each
 from genlight.loops.quantization_sensitivity import measured_layer, probes_of
 from genlight.loops.quantization_settings import check_metrics
 from genlight.loops.quantization_speed import ROUNDS, SPEED, step_times
@@ -98,7 +98,7 @@ def calibrated_cost(
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, work.evaluations.rounds(len(variants))),
         Phase(SPEED, (turn,), ROUNDS),
-        Phase(SAMPLES, (sample,), 2 * work.datamodule.num_samples if method.samples_out else 0),
+        Phase(SAMPLES, (sample,), samples_each(work) if method.samples_out else 0),
     ]
     return method_cost(work.evaluations, first, phases, [*files, *_artifacts(work, packed)], pictures=5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     with evaluations.timing(OTHERS):
         others, notes = library_rows(work) if method.rivals else ([], [])
     winner = f"{method.title} {WAYS[0]}" if bits else method.title
-    own_rows, images, layers = _measured(work, variants_of(method, bits), winner, own)
+    own_rows, images, layers = _measured(work, variants_of(method, bits), winner, VariantRows(work, own, paired))
     rows = [full, *others, *own_rows]
     with evaluations.timing(SPEED):  # in one process, while the others wait
         speeds = evaluations.agreed(measured_speeds(work, layers) if first else None)
@@ -115,10 +115,8 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     headline |= {f"{name.removeprefix('val/')}_full_precision": value for name, value in own.items()}
     headline |= {f"{name}_full_precision": full[name] for name in ("bits", "megabytes")}
     if method.samples_out:
-        with evaluations.timing(SAMPLES):  # in one process, while the others wait
-            if first:
-                write_samples(work, layers)
-            evaluations.agreed(None)
+        with evaluations.timing(SAMPLES):
+            write_samples(work, layers)
     key = method.title.lower().replace("-", "")
     headline |= {f"{name}_{key}": chosen[name] for name in (*paired, "bits", "megabytes")}
     headline |= proxy_correlation(work, found)
@@ -136,14 +134,14 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
 
 
 def _measured(
-    work: QuantizationWork, variants: Sequence[Variant], winner: str, metrics: Iterable[str]
+    work: QuantizationWork, variants: Sequence[Variant], winner: str, kept: VariantRows
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, QuantizedLayer]]:
     """Rows of the variants, images of those that are shown, and the layers of the winner.
 
     What an earlier run has measured is read; then only what is shown and the artifact are made again. Several processes
     measure one variant each.
     """
-    kept, evaluations = VariantRows(work, metrics), work.evaluations
+    evaluations = work.evaluations
     rows, images, layers = list[dict[str, Any]](), dict[str, Tensor](), dict[str, QuantizedLayer]()
 
     def one(variant: Variant) -> tuple[dict[str, Any], Tensor | None]:

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from genlight import io
 from genlight.errors import UserError
-from genlight.loops.evaluation import noise_of
+from genlight.loops.evaluation import in_turn, noise_of
 from genlight.loops.quantization_work import QuantizationWork
 from genlight.quantization.trajectory import Reference
 
@@ -34,7 +35,7 @@ def check_samples(work: QuantizationWork) -> None:
 
 
 def write_samples(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> None:
-    """The report draw of both networks, below `samples/` of the run's folder.
+    """The report draw of both networks, below `samples/` of the run's folder; several processes write by turns.
 
     A file is called `<prompt>-<i>.png`, or `.mp4` of a video, where i counts the samples of a prompt, which is how
     VBench finds them. `prompts.json` beside them has the prompt of each.
@@ -49,14 +50,22 @@ def write_samples(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> No
     prompts = _prompts(work.module, label, len(noise))
     names = sample_names(prompts)
     for place, made in ((_FULL, {}), (_QUANTIZED, layers)):
-        folder, written = work.folder / SAMPLES / place, dict[str, str]()
+        folder, pieces = work.folder / SAMPLES / place, []
+        for start in range(0, len(noise), size):
+            rows = slice(start, start + size)
+            batch = Reference(noise[rows], None if label is None else label[rows], [], torch.empty(0))
+            pieces.append(partial(_write_batch, work, batch, folder, names[rows], prompts[rows]))
         with work.replaced(made):
-            for start in range(0, len(noise), size):
-                rows = slice(start, start + size)
-                part = Reference(noise[rows], None if label is None else label[rows], [], torch.empty(0))
-                for name, prompt, sample in zip(names[rows], prompts[rows], work.images(part), strict=True):
-                    written[_write(folder, name, sample)] = prompt
-        io.atomic_write_json(folder / "prompts.json", written)
+            parts = in_turn(work.evaluations, pieces)
+        if work.evaluations.trainer.is_global_zero:
+            written = {name: prompt for part in parts for name, prompt in part.items()}
+            io.atomic_write_json(folder / "prompts.json", written)
+
+
+def samples_each(work: QuantizationWork) -> int:
+    """How many samples of both networks a process writes at most."""
+    count, size = int(work.datamodule.num_samples), int(work.datamodule.eval_batch_size)
+    return 2 * min(count, size * work.evaluations.rounds(-(-count // size)))
 
 
 def sample_names(prompts: Sequence[str]) -> list[str]:
@@ -73,6 +82,14 @@ def _prompts(module: Any, label: Tensor | None, count: int) -> list[str]:
     if hasattr(module, "prompts_of") and label is not None:
         return list(module.prompts_of(label))
     return ["sample"] * count if label is None else [f"class {number}" for number in label.tolist()]
+
+
+def _write_batch(
+    work: QuantizationWork, batch: Reference, folder: Path, names: Sequence[str], prompts: Sequence[str]
+) -> dict[str, str]:
+    """Write what the network, as it is, makes of the noise of a batch; returns prompts by the names of the files."""
+    samples = zip(names, prompts, work.images(batch), strict=True)
+    return {_write(folder, name, sample): prompt for name, prompt, sample in samples}
 
 
 def _write(folder: Path, name: str, sample: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -171,7 +172,7 @@ def _number(value: int | Sequence[int] | None) -> int | None:
 
 
 def network_of(module: Any) -> Any:
-    """The denoising network of a generator.
+    """The denoising network of a generator, without `torch.compile`.
 
     Raises:
         UserError: a module that has none, several that take turns, a pipeline that switches between two, or one whose
@@ -196,6 +197,11 @@ def network_of(module: Any) -> Any:
                 "alone would be quantized: take a pipeline with one network, such as Wan 2.1"
             )
         return found
+    module.configure_model()
+    # compiled code does not see hooks that are added later, and layers are observed by hooks
+    if module.net._compiled_call_impl is not None:
+        module.net._compiled_call_impl = None
+        warnings.warn("module.compile=true is left aside: this method watches each layer by itself", stacklevel=2)
     return module.net
 
 

@@ -91,8 +91,14 @@ class _CalibrationStep(LightningModule):
             self.save()
 
     def save(self) -> None:
-        """Write what was observed so far, in the process that writes."""
+        """Write what was observed so far, in the process that writes.
+
+        Raises:
+            UserError: a layer was not observed.
+        """
         begun = time.monotonic()
+        if self._observer is not None:
+            _check_observed(self._observer.statistics)
         if self._observer is not None and self._writes:
             save_statistics(self.path, self._observer.statistics, fingerprint=self.fingerprint, batches=self.done)
         self._saved = time.monotonic()
@@ -132,7 +138,7 @@ def calibrated_statistics(
         fingerprint: of model, data and settings.
 
     Raises:
-        UserError: the file is of another calibration, or inputs are not finite.
+        UserError: the file is of another calibration, inputs are not finite, or a layer was not observed.
         CorruptFileError: the file is damaged.
         torch.OutOfMemoryError: memory does not suffice for one sample.
     """
@@ -210,7 +216,8 @@ def read_statistics(path: Path, network: nn.Module, fingerprint: str, batches: i
     more than the network.
 
     Raises:
-        UserError: there is no such file, it is of another calibration, or of one that did not come to its end.
+        UserError: there is no such file, it is of another calibration, or of one that did not come to its end or did
+            not observe a layer.
         CorruptFileError: the file is damaged.
     """
     if not path.is_file():
@@ -218,8 +225,16 @@ def read_statistics(path: Path, network: nn.Module, fingerprint: str, batches: i
     found, done = load_statistics(path, fingerprint=fingerprint)
     if done < batches:
         raise UserError(f"{path} holds {done} of {batches} batches: let that calibration come to its end")
+    _check_observed(found)
     device = next(network.parameters()).device
     return {name: on_device(entry, device, ("sample_keys", "hessian")) for name, entry in found.items()}
+
+
+def _check_observed(statistics: Mapping[str, InputStatistics]) -> None:
+    """UserError if a layer was not observed in any call: compiled code, for one, does not see hooks added later."""
+    missed = next((name for name, entry in statistics.items() if entry.rows == 0), None)
+    if missed is not None:
+        raise UserError(f"method: the calibration saw no input of {missed!r}: calibrate without torch.compile")
 
 
 def on_device(statistics: InputStatistics, device: torch.device, apart: tuple[str, ...]) -> InputStatistics:

@@ -84,17 +84,20 @@ class Variant:
 class VariantRows:
     """The file of a run; rows of other settings, networks or data than those of the run are passed over.
 
+    So are rows that lack a column which is measured now, such as that of a network whose weights were not there before.
+
     Args:
         work: of the run, with nothing quantized.
         metrics: names of what validate logs.
+        columns: what a row must have besides.
 
     Raises:
         UserError: a line is of an unknown version.
         CorruptFileError: a line is damaged.
     """
 
-    def __init__(self, work: QuantizationWork, metrics: Iterable[str]) -> None:
-        data = work.datamodule
+    def __init__(self, work: QuantizationWork, metrics: Iterable[str], columns: Iterable[str] = ()) -> None:
+        data, self._columns = work.datamodule, frozenset(columns)
         self._path = work.folder / FILE
         self._rows: dict[str, dict[str, Any]] = work.evaluations.agreed(_read(self._path))
         # a variant has its bits, however they were chosen
@@ -109,11 +112,12 @@ class VariantRows:
 
     def get(self, variant: Variant) -> dict[str, Any] | None:
         """The row of a variant; None where it is still to be measured."""
-        return self._rows.get(self._key(variant))
+        row = self._rows.get(self._key(variant))
+        return row if row is not None and row.keys() >= self._columns else None
 
     def keep(self, variant: Variant, row: Mapping[str, Any]) -> None:
         """Add the row of a variant, if it is new, and make it durable; the first process writes."""
-        if not self._writes or self._key(variant) in self._rows:
+        if not self._writes or self.get(variant) is not None:
             return
         content = {"variant": variant.name, "fingerprint": self._key(variant), "row": dict(row), "columns": list(row)}
         io.append_line(self._path, seal({"kind": _KIND, "version": _VERSION, **content}))

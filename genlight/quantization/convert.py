@@ -148,17 +148,24 @@ def quantize_split(layer: nn.Conv2d, form: LayerFormat, channels: int, ranges: T
         layer: not changed.
         form: bits of both ranges of channels.
         channels: of the first feature map.
-        ranges: with static activations, minimum and maximum of both feature maps, float32 [2, 2].
+        ranges: minimum and maximum of both feature maps, float32 [2, 2], for inputs that are rounded.
 
     Raises:
-        ValueError: channels that leave no second feature map, or what `quantize_layer` refuses.
+        ValueError: channels that leave no second feature map, inputs rounded with one scale for both, or what
+            `quantize_layer` refuses.
     """
     if not 0 < channels < layer.in_channels:
         raise ValueError(f"channels = {channels} must lie between 0 and the {layer.in_channels} that the layer reads")
+    rounded = form.activation.bits != FLOAT_BITS
+    if rounded and form.activation.mode != "static":
+        raise ValueError(
+            f"activation.mode = {form.activation.mode!r} must be 'static': a range that is measured as inputs come is "
+            "of both feature maps together"
+        )
     kernel = layer.weight[0, 0].numel()
     form = replace(form, weight=replace(form.weight, granularity="group", group_size=channels * kernel))
     by_channel = None
-    if ranges is not None and form.activation.mode == "static" and form.activation.bits != FLOAT_BITS:
+    if ranges is not None and rounded:
         widths = [channels, layer.in_channels - channels]
         rows = [bounds[:, None].expand(2, width) for bounds, width in zip(ranges, widths, strict=True)]
         by_channel = torch.cat(rows, dim=1)[None, None]

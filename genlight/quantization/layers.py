@@ -272,10 +272,11 @@ class QuantizedLinear(QuantizedLayer):
         return output.reshape(*values.shape[:-1], -1)
 
     def _low_rank(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x'' downᵀ and up, whose product is the low-rank branch."""
+        """x'' downᵀ and up, whose product is the low-rank branch, of one type."""
         if self.up is None or self.down is None:
             return None
-        return functional.linear(inputs, self.down.to(inputs.dtype)), self.up.to(inputs.dtype)
+        inner = functional.linear(inputs, self.down.to(inputs.dtype))  # of another type than inputs under autocast
+        return inner, self.up.to(inner.dtype)
 
 
 def row_grid(grid: Grid, inputs: Tensor) -> Grid:

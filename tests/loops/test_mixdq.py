@@ -179,6 +179,7 @@ def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> 
         (["method.samples=2"], "8 or more different prompts"),
         (["method.constant_tokens=some"], "constant_tokens"),
         (["method.rounding=gptq"], "split_shortcuts needs rounding"),
+        (["method.activation_mode=dynamic"], "split_shortcuts needs activation_mode"),
         (["method.mixed.average_bits=2"], "average_bits"),
         (["method.mixed.average_activation_bits=5"], "average_activation_bits"),
         (["method.mixed.activation_choices=null"], "need activation_choices"),

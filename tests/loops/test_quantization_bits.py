@@ -37,7 +37,7 @@ def work_of(groups: Mapping[str, GroupSettings]) -> Any:
     torch.manual_seed(0)
     layers = {name: nn.Linear(8, 4 + 4 * index) for index, name in enumerate(groups)}
     return SimpleNamespace(
-        method=QuantizationCalibration("MixDQ", split_shortcuts=True, rounding="nearest"),
+        method=QuantizationCalibration("MixDQ", split_shortcuts=True, rounding="nearest", activation_mode="static"),
         forms=dict.fromkeys(groups, LayerFormat()),
         groups=groups,
         metrics={name: group.metric for name, group in groups.items()},

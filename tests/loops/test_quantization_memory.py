@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from genlight.errors import UserError
 from genlight.loops import quantization_statistics
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
 from genlight.loops.quantization_work import QuantizationWork
@@ -126,6 +127,16 @@ def test_layers_whose_second_moments_do_not_fit_together_are_observed_in_turn(
     for name, one in expected.items():
         for a, b in zip(vars(found[name]).values(), vars(one).values(), strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_a_calibration_that_saw_nothing_is_refused_and_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(InputObserver, "__enter__", lambda self: self)
+        with pytest.raises(UserError, match=r"saw no input of 'first': .* without torch.compile"):
+            calibrated(8, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_what_was_observed_is_let_go_before_it_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

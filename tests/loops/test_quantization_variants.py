@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +23,7 @@ from genlight.io import CorruptFileError, read_json
 from genlight.loops.cost import first_validation
 from genlight.loops.evaluation import noise_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
-from genlight.loops.quantization_report import variants_of
+from genlight.loops.quantization_report import quantization_result, variants_of
 from genlight.loops.quantization_samples import check_samples, sample_names, write_samples
 from genlight.loops.quantization_speed import Speeds, StepTimes, compiled_times, milliseconds, step_times
 from genlight.loops.quantization_variants import FILE, Variant, VariantRows
@@ -74,6 +77,23 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert changed["dynamic"]["ssim_low"] is None and rows["dynamic"]["ssim_low"] <= rows["dynamic"]["ssim"]
 
 
+def test_a_row_that_lacks_what_is_measured_now_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the weights of LPIPS came between two runs; not where they went."""
+    trainer, module, data = parts_of("sd", tmp_path, samples=2)
+    module.num_inference_steps = 1
+    work = checked_work(QuantizationCalibration(trajectory=1, **SETTINGS, rivals=False), trainer, module, data)
+    own, speeds = first_validation(trainer, module, data).logged, Speeds(StepTimes([1], [1]), "cpu")
+    monkeypatch.setattr("genlight.loops.quantization_report.measured_speeds", lambda *_: speeds)
+    for number, scores in enumerate(({}, {"lpips": 0.1}, {"lpips": 0.2}, {})):
+        for place in ("work", "report"):
+            monkeypatch.setattr(f"genlight.loops.quantization_{place}.perceptual_scores", lambda *_, s=scores: s)
+        _, row = quantization_result(work, own, None).table  # type: ignore[arg-type]
+        assert row.get("lpips") == (0.1 if number else None)
+    assert len((tmp_path / FILE).read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
@@ -99,7 +119,8 @@ def test_clip_and_branch_are_those_of_the_method_and_of_no_rival() -> None:
     assert (own.clip, own.rank, own.form("", method.form).weight) == ("mse", 2, method.form.weight)
     assert {(v.clip, v.rank, v.form("", method.form).weight.clip) for v in rivals} == {("none", 0, "none")}
     # the same without the parts for inputs of two kinds: what those are worth
-    kept = QuantizationCalibration(rounding="nearest", clip="mse", split_shortcuts=True, constant_tokens="warn")
+    special = {"split_shortcuts": True, "activation_mode": "static", "constant_tokens": "warn"}
+    kept = QuantizationCalibration(rounding="nearest", clip="mse", **special)
     assert {variant.clip for variant in variants_of(kept, {})} == {"mse"}
 
 
@@ -139,6 +160,43 @@ def test_samples_of_both_networks_are_written_under_the_names_of_their_prompts(t
     expected = work.images(Reference(noise, conditions["label"], [], torch.empty(0)))[0].clamp(-1, 1)
     assert torch.allclose(pictures[0], expected, atol=1 / 127) and not torch.equal(*pictures)
     assert sample_names(["a/b", "a b", "c"]) == ["a b-0", "a b-1", "c-0"]
+
+
+def test_processes_write_samples_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first one the names of all, in the order of the draw."""
+    noise, prompts = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, 1, 4, 4), [f"class {i}" for i in range(5)]
+    monkeypatch.setattr("genlight.loops.quantization_samples.noise_of", lambda *_: (noise, {"label": torch.arange(5)}))
+    made, sent, both = ([], []), {}, Barrier(2, timeout=30)
+
+    def process(rank: int) -> None:
+        def broadcast(value: Any, src: int) -> Any:
+            if rank == src:
+                sent[src] = value
+            both.wait()
+            found = sent[src]
+            both.wait()
+            return found
+
+        def images(batch: Reference) -> Tensor:
+            made[rank].append(len(batch.noise))
+            return batch.noise
+
+        strategy, data = SimpleNamespace(broadcast=broadcast), SimpleNamespace(num_samples=5, eval_batch_size=2)
+        trainer = SimpleNamespace(global_rank=rank, is_global_zero=rank == 0, strategy=strategy)
+        evaluations = SimpleNamespace(shares=2, trainer=trainer, display=SimpleNamespace(counted=lambda work: work))
+        work: Any = SimpleNamespace(
+            folder=tmp_path, module=None, datamodule=data, evaluations=evaluations, images=images,
+            replaced=lambda layers: nullcontext(),
+        )  # fmt: skip
+        write_samples(work, {})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    assert made == ([2, 1] * 2, [2] * 2)
+    for place in ("full_precision", "quantized"):
+        found = read_json(tmp_path / "samples" / place / "prompts.json")
+        assert list(found.items()) == [(f"{prompt}-0.png", prompt) for prompt in prompts]
+        assert {path.name for path in (tmp_path / "samples" / place).glob("*.png")} == set(found)
 
 
 class Slow(nn.Module):

@@ -288,7 +288,7 @@ def test_what_is_wrong_is_said_in_one_line(
 
 def test_two_processes_give_the_table_and_artifact_of_one(root: Path) -> None:
     """Each measures layers and variants of its own, the second the winner; lines are in the order of one process."""
-    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=ddp", "method.rivals=false"]
+    words = [*MODEL, *SMALL, f"run.root={root}", "run.name=ddp", "method.rivals=false", "method.samples_out=true"]
     run_in_own_process("validate", *words, "strategy=ddp", "trainer.devices=2")
     two, one = root / "ddp" / "validate", root / "run" / "validate"
     assert histories(two)["sensitivity"] == histories(one)["sensitivity"]
@@ -296,6 +296,9 @@ def test_two_processes_give_the_table_and_artifact_of_one(root: Path) -> None:
     assert list(rows) == ["full precision", "ViDiT-Q", "ViDiT-Q mixed"]
     assert rows == {name: every[name] for name in rows}
     assert weights_of(two) == weights_of(one)
+    for place in ("full_precision", "quantized"):
+        names = io.read_json(two / "samples" / place / "prompts.json")
+        assert len(names) == 20 and {path.name for path in (two / "samples" / place).glob("*.png")} == set(names)
 
 
 def test_weights_in_parts_are_refused() -> None:

@@ -239,3 +239,14 @@ def test_a_split_in_floating_point_is_the_convolution() -> None:
     assert torch.allclose(split(values), conv(values), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="channels = 6 must lie between 0 and the 6"):
         quantize_split(conv, LayerFormat(WeightFormat(8), ActivationFormat(16)), 6)
+
+
+def test_a_split_with_one_scale_for_both_maps_is_refused() -> None:
+    """As a range that is measured as inputs come would be."""
+    conv, _ = two_maps()
+    for granularity in ("sample", "tensor"):
+        form = LayerFormat(WeightFormat(4), ActivationFormat(8, granularity=granularity))
+        with pytest.raises(ValueError, match="mode = 'dynamic' must be 'static'"):
+            quantize_split(conv, form, 4, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="split_shortcuts needs activation_mode = 'static'"):
+        QuantizationCalibration(split_shortcuts=True, rounding="nearest")

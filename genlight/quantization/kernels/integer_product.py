@@ -6,7 +6,7 @@ half of the bandwidth of int8; they are multiplied as int8.
 """
 
 # kernels are not typed, nor is what compiles them
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from typing import Any
 
@@ -81,7 +81,7 @@ def _low_rank(inner, up, m, n, rank, RANK: tl.constexpr):
     return tl.dot(left, tl.trans(right), input_precision="ieee")
 
 
-@triton.autotune(configs=_configs(), key=["rows_key", "outputs", "columns"])
+@triton.autotune(configs=_configs(), key=["rows_key", "outputs", "columns", "FIELD", "RANK"])
 @triton.jit
 def _product_kernel(
     codes, weight, output, row_scale, row_zero, row_sums, column_scale, column_zero, column_sums, bias, inner, up,
@@ -168,24 +168,27 @@ def integer_product(
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(outputs, meta["BLOCK_N"]),)
 
-    def dense(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.contiguous()
-
-    _product_kernel[grid](
-        codes.contiguous(), weight.contiguous().view(torch.int8), output,
-        dense(row_scale), dense(row_zero), dense(row_sums), dense(column_scale), dense(column_zero), dense(column_sums),
-        dense(bias), dense(inner), dense(up),
-        rows, outputs, columns, weight.shape[1], rank, int(len(row_scale) > 1), int(len(column_scale) > 1),
-        # tiles are chosen anew for other powers of two only
-        triton.next_power_of_2(rows),
-        FIELD=storage_bits(bits), RANK=max(16, triton.next_power_of_2(rank)),
-    )  # fmt: skip
+    # the device of the codes need not be the current one
+    with torch.cuda.device_of(codes):
+        _product_kernel[grid](
+            codes.contiguous(), weight.contiguous().view(torch.int8), output,
+            _dense(row_scale), _dense(row_zero), _dense(row_sums),
+            _dense(column_scale), _dense(column_zero), _dense(column_sums), _dense(bias), _dense(inner), _dense(up),
+            rows, outputs, columns, weight.shape[1], rank, int(len(row_scale) > 1), int(len(column_scale) > 1),
+            # of rows, tiles are chosen anew for other powers of two only
+            triton.next_power_of_2(rows),
+            FIELD=storage_bits(bits), RANK=max(16, triton.next_power_of_2(rank)),
+        )  # fmt: skip
     return output
 
 
 @integer_product.register_fake
 def _(codes: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=rest[-1])
+
+
+def _dense(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()
 
 
 def _check(

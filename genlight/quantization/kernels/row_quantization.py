@@ -6,7 +6,7 @@ the order is a power of two.
 """
 
 # kernels are not typed, nor is what compiles them
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from collections.abc import Mapping
 
@@ -182,14 +182,16 @@ def row_codes(
     _check(rows, width, samples, order, {"norm": norm, "gelu": gelu, "numbers": numbers})
     codes, scale, zero, sums, kept = outputs = _empty(values, symmetric, numbers, keep)
     (low, high), block = code_range(bits), triton.next_power_of_2(width)
-    _rows_kernel[(rows,)](
-        values.contiguous(), codes, scale, zero, sums, kept if keep else None,
-        _dense(norm_weight), _dense(norm_bias), _dense(modulation_scale), _dense(modulation_shift),
-        _dense(input_scale), _dense(signs), width, eps, rows // samples,
-        NORM=norm, GELU=gelu, ORDER=order, POWER=order.bit_length() - 1, FLOAT8=numbers == "float8",
-        SYMMETRIC=symmetric, LOW=low, HIGH=high, BLOCK=block,
-        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
-    )  # fmt: skip
+    # the device of the values need not be the current one
+    with torch.cuda.device_of(values):
+        _rows_kernel[(rows,)](
+            values.contiguous(), codes, scale, zero, sums, kept if keep else None,
+            _dense(norm_weight), _dense(norm_bias), _dense(modulation_scale), _dense(modulation_shift),
+            _dense(input_scale), _dense(signs), width, eps, rows // samples,
+            NORM=norm, GELU=gelu, ORDER=order, POWER=order.bit_length() - 1, FLOAT8=numbers == "float8",
+            SYMMETRIC=symmetric, LOW=low, HIGH=high, BLOCK=block,
+            num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+        )  # fmt: skip
     return outputs
 
 

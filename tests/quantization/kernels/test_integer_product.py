@@ -1,17 +1,20 @@
 """The kernel that multiplies codes, against exact sums in 64 bits, and the layers that use it."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from quantization.kernels.kernel_device import DEVICE, INTERPRETED, MARKS
 from torch import Tensor, nn
+from triton import Config
 
 from genlight.quantization.balance import Balance
 from genlight.quantization.convert import quantize_layer
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.integer import integer_is_valid, integer_linear
+from genlight.quantization.kernels import integer_product as integer_product_module
 from genlight.quantization.kernels.integer_product import LARGEST_RANK, integer_product
 from genlight.quantization.packing import pack_codes
 from genlight.quantization.uniform import Grid, code_range
@@ -174,6 +177,38 @@ def test_layers_give_what_their_numbers_give(form: LayerFormat, rank: int, kind:
     difference = (by_kernel - layer(values)).abs().amax(-1)
     # one code that fell to the other side of a tie moves a whole row
     assert float((difference > 2e-5 * float(by_kernel.abs().max())).float().mean()) < 0.05
+
+
+def test_a_branch_in_the_type_of_autocast_is_added() -> None:
+    """In float16, since the interpreter multiplies bfloat16 as if it were integers."""
+    torch.manual_seed(1)
+    layer, values = quantize_layer(nn.Linear(64, 32), LayerFormat(), rank=4).to(DEVICE), randn(6, 64).to(DEVICE)
+    expected = layer(values)
+    with torch.autocast(DEVICE, torch.float16):
+        found = layer(values)
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    assert float((found - expected).abs().max()) < 4 * torch.finfo(torch.float16).eps * float(expected.abs().max())
+
+
+def test_the_kernel_runs_on_the_device_of_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    on, real = list[Tensor](), torch.cuda.device_of
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: on.append(tensor) or real(tensor))
+    codes, weight = random_codes(3, 9, 8, 0).to(DEVICE), weight_of(random_codes(7, 9, 4, 1), grid_of(7, 4, True, 2))
+    integer_linear(codes, grid_of(3, 8, True, 4), weight)
+    assert len(on) == 1 and on[0].data_ptr() == codes.data_ptr()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tiles are not timed here")
+def test_tiles_are_chosen_for_each_width_of_codes_and_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner: Any = integer_product_module._product_kernel
+    monkeypatch.setattr(tuner, "configs", [*tuner.configs, Config({**tuner.configs[0].kwargs, "GROUP_M": 1})])
+    monkeypatch.setattr(tuner, "cache", {})
+    monkeypatch.setattr(tuner, "_bench", lambda *_, **__: 1.0)
+    for bits, rank in itertools.product((8, 4), (0, 20, 64)):
+        weight = weight_of(random_codes(7, 24, bits, 1), grid_of(7, bits, True, 2))
+        low_rank = (randn(3, rank), randn(7, rank)) if rank else None
+        integer_linear(random_codes(3, 24, 8, 0), grid_of(3, 8, True, 4), weight, low_rank=low_rank)
+    assert len(tuner.cache) == 6
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the compiler for GPUs takes long")

@@ -68,6 +68,14 @@ def test_codes_in_float8_are_those_of_the_reference(dtype: torch.dtype) -> None:
     assert bool(dequantize(found.codes, found.grid)[1].isnan().all())
 
 
+def test_the_kernel_runs_on_the_device_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    on, real = list[Tensor](), torch.cuda.device_of
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: on.append(tensor) or real(tensor))
+    values = randn(3, 5).to(DEVICE)
+    by_kernel(values, ActivationFormat(8))
+    assert len(on) == 1 and on[0].data_ptr() == values.data_ptr()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_zeros_ends_ties_and_what_is_not_finite(symmetric: bool) -> None:
     form, (low, high) = ActivationFormat(8, symmetric), code_range(8)
