@@ -17,6 +17,9 @@ class EMAWeightAveraging(lightning_callbacks.EMAWeightAveraging):
     Lightning leaves it where the module is when it is set up, which is the CPU: all weights would be copied from the
     GPU after every step.
 
+    The first update copies the weights, and whoever looks at the average before that gets the weights too. Lightning's
+    is the untrained network until then, and in the end, where a training is shorter.
+
     Args:
         decay: share of the average that stays at a step.
         update_starting_at_step: optimizer steps before the first update.
@@ -42,6 +45,28 @@ class EMAWeightAveraging(lightning_callbacks.EMAWeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._device = self._device or trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._follow(pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _follow(self, module: LightningModule) -> None:
+        """Make the average the weights, where it was never updated."""
+        average = self._average_model
+        if average is not None and average.n_averaged == 0:
+            average.update_parameters(module)  # the first one copies
+            average.n_averaged.zero_()
 
 
 def ramped_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

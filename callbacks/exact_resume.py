@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from genlight.callbacks.checkpoint_collector import CheckpointCollector
+from genlight.callbacks.ema_bank import EMABank
 from genlight.trainer.loggers import WholeCSVLogger
 
 _BATCHES = "epoch_loop.batch_progress"
@@ -27,7 +29,8 @@ class ExactResume(Callback):
       epochs wrongly from then on.
     - A checkpoint at the end of an epoch, in a run limited by `max_steps`, would resume inside the finished epoch and
       train one batch too many.
-    - A checkpoint of the last step resumes to nothing, and the averaged weights would not become the model's.
+    - A checkpoint of the last step resumes to nothing: the averaged weights would not become the model's, and what
+      `CheckpointCollector` and `EMABank` write at the end would be missing.
     - The row of `metrics.csv` of a step is written after the step's checkpoint, and lost where the run dies in between.
 
     What was logged is kept too, for the report of a run that was killed after its last step.
@@ -41,6 +44,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
+        self._states: frozenset[str] = frozenset()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint.get("loops", {}).get("fit_loop")
@@ -65,6 +69,7 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.metrics = dict(checkpoint.get(_METRICS, {}))
+        self._states = frozenset(checkpoint.get("callbacks", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._has_trained = self._finishes_epoch = False
@@ -95,6 +100,9 @@ class ExactResume(Callback):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
+                callback.on_train_end(trainer, pl_module)
+            elif isinstance(callback, CheckpointCollector | EMABank) and callback.state_key in self._states:
+                callback.on_train_start(trainer, pl_module)  # takes up what the checkpoint holds
                 callback.on_train_end(trainer, pl_module)
 
     @staticmethod

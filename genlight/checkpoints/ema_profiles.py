@@ -65,7 +65,7 @@ def ema_weights(steps: Sequence[int], rate: float) -> Weights:
     r^(I(K-i)) (1 - r^I) / (1 - r^(IK)).
 
     Raises:
-        ValueError: the rate is not in [0, 1), or the steps do not ascend.
+        ValueError: the rate is not in [0, 1), or the steps do not ascend from at least 0, or are 0 alone.
     """
     _check_rate(rate)
     edges = _edges(steps)
@@ -75,10 +75,10 @@ def ema_weights(steps: Sequence[int], rate: float) -> Weights:
 
 def power_weights(steps: Sequence[int], gamma: float) -> Weights:
     """The power-function EMA of exponent `gamma` over checkpoints at `steps`; each stands for the steps since the one
-    before it.
+    before it, so that initial weights (step 0) have no weight.
 
     Raises:
-        ValueError: the steps do not ascend from at least 1.
+        ValueError: the steps do not ascend from at least 0, or are 0 alone.
     """
     edges = _edges(steps) / float(steps[-1])
     mass = edges[1:] ** (gamma + 1.0) - edges[:-1] ** (gamma + 1.0)
@@ -164,7 +164,7 @@ def _check_rate(rate: float) -> None:
 def _edges(steps: Sequence[int]) -> Weights:
     """Where the span of each checkpoint begins and ends; the first one is as long as the second."""
     array = numpy.asarray(steps, dtype=numpy.float64)
-    if not len(array) or array[0] < 1 or (numpy.diff(array) <= 0).any():
-        raise ValueError(f"steps must ascend from at least 1, got {list(steps)[:5]}")
+    if not len(array) or array[0] < 0 or array[-1] < 1 or (numpy.diff(array) <= 0).any():
+        raise ValueError(f"steps must ascend from at least 0, and not be 0 alone, got {list(steps)[:5]}")
     first = 2 * array[0] - array[1] if len(array) > 1 else array[0] - 1
     return numpy.concatenate([[max(first, 0.0)], array])

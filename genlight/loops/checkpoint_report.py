@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
         f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}",
         *([] if chosen is winner else [_not_found(chosen, winner)]),
+        *_screened_note(work, order),
         *remarks,
         *work.runner.notes,
     ]
@@ -81,10 +83,16 @@ def _not_found(chosen: Variant, winner: Variant) -> str:
     )
 
 
+def _screened_note(work: CheckpointWork, variants: Sequence[Variant]) -> list[str]:
+    names = [variant.name for variant in variants if math.isnan(variant.search)]
+    return [f"no search score on {work.method.settings.fidelity} samples: {', '.join(names)}"] if names else []
+
+
 def _row(work: CheckpointWork, variant: Variant, values: Mapping[str, float]) -> dict[str, Any]:
     row: dict[str, Any] = {"weights": variant.name, "kind": variant.kind}
     mode = work.method.mode
-    row |= {"search": as_logged(mode, variant.search), "select": as_logged(mode, variant.select)}
+    scores = {"search": variant.search, "select": variant.select}
+    row |= {draw: as_logged(mode, score) for draw, score in scores.items() if not math.isnan(score)}
     row |= {name.removeprefix("val/"): value for name, value in values.items()}
     if isinstance(variant.weights, Combination):
         row["l1"] = work.space.cost(variant.weights)["l1"]

@@ -50,7 +50,7 @@ class Variant:
         name: e.g. "ema 3.16".
         kind: e.g. "ema", "LCSC".
         weights: a combination, or an average that was tracked in training or made of such.
-        search, select: scores on these draws, lower is better.
+        search, select: scores on these draws, lower is better; search is nan where only few samples were measured.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Variant:
     @property
     def is_measured(self) -> bool:
         """Whether no measurement of it failed."""
-        return math.isfinite(self.search) and math.isfinite(self.select)
+        return not math.isinf(self.search) and math.isfinite(self.select)
 
 
 @dataclass
@@ -166,25 +166,28 @@ class CheckpointWork:
         judged = [replace(variant, select=score) for variant, score in zip(found, scores, strict=True)]
         measured = [variant for variant in judged if variant.is_measured]
         if not any(variant.kind == LCSC for variant in measured):
-            raise UserError(f"no combination could be measured: see {self.runner.folder}")
+            samples = self.method.settings.fidelity
+            raise UserError(f"no combination could be measured on {samples} samples: see {self.runner.folder}")
         if failed := [variant.name for variant in judged if not variant.is_measured]:
             self.runner.notes.append(f"could not be measured, and are left out: {', '.join(failed)}")
         return sorted(measured, key=lambda variant: variant.select)
 
     def _of_records(self) -> list[Variant]:
-        """Of every kind those that were best on the search draw."""
+        """Of every kind those that were best on the search draw: scores of different fidelities are not compared."""
         names = {self.space.key(candidate): name for name, candidate in reversed(self.baselines.items())}
         found: list[Variant] = []
         for kind, result in self.results.items():
-            full = [record for record in result.records if record.score is not None]
-            ranked: Sequence[Record[Combination]] = sorted(full, key=lambda record: record.rank)
+            scored = [record for record in result.records if record.score is not None]
+            ranked: Sequence[Record[Combination]] = sorted(scored, key=lambda record: record.rank)
+            full = [record for record in ranked if record.fidelity == self.method.settings.fidelity]
             if kind == LCSC:
-                for record in ranked:
-                    name = names.get(record.key)
-                    if name is not None:
-                        found.append(Variant(name, name.split(" ")[0], record.candidate, float(record.score or 0.0)))
-            made = [record for record in ranked if record.key not in names] or ranked[:1]
-            made = list(made)[: self.method.settings.finalists]
+                found += _averages(full, names)
+                known = {variant.kind for variant in found}
+                screened = [record for record in ranked if record.fidelity != self.method.settings.fidelity]
+                rest = [each for each in _averages(screened, names) if each.kind not in known]
+                found += [replace(each, search=math.nan) for each in rest]
+            made = [record for record in full if record.key not in names] or full[:1]
+            made = made[: self.method.settings.finalists]
             found += [Variant(f"{kind} {r.index}", kind, r.candidate, float(r.score or 0.0)) for r in made]
         kept: list[Variant] = []
         for variant in found:
@@ -262,3 +265,14 @@ class CheckpointWork:
         objective = self.objective("report")
         found = self.measured(objective, weights, self.datamodule.num_samples).facts
         return {name: float(value) for name, value in found.items()}
+
+
+def _averages(ranked: Sequence[Record[Combination]], names: Mapping[str, str]) -> list[Variant]:
+    """The usual averages among records, in their order.
+
+    Args:
+        ranked: with scores.
+        names: of the averages, by key.
+    """
+    found = [(names[record.key], record) for record in ranked if record.key in names]
+    return [Variant(name, name.split(" ")[0], record.candidate, float(record.score or 0.0)) for name, record in found]

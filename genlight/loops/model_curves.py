@@ -40,7 +40,8 @@ def member_curves(
     for name in names:
         own = Prediction(module.zoo.predictions[name].prediction_type, schedule)
         try:
-            found[name] = error_curve(_Member(module.members[name]).eval(), images, own, grid, conditions=conditions)
+            member = _Member(module.scheduled.brought(name)).eval()
+            found[name] = error_curve(member, images, own, grid, conditions=conditions)
         except Exception as error:  # whatever a network raises
             failed[name] = reason_of(error)
     return found, failed

@@ -161,7 +161,7 @@ class ScheduledDenoiser(nn.Module):
             raise
 
     def _answer(self, name: str, timestep: float, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        network = self._brought(name)
+        network = self.brought(name)
         x = next((options[key] for key in _INPUTS if options.get(key) is not None), arguments[0] if arguments else None)
         own, wanted = _dtype_of(network), self.dtype
         if own == wanted:
@@ -192,8 +192,8 @@ class ScheduledDenoiser(nn.Module):
             raise ValueError("timestep is missing from the call of the network")
         return options["timestep"] if "timestep" in options else arguments[place]
 
-    def _brought(self, name: str) -> nn.Module:
-        """The member, on the device."""
+    def brought(self, name: str) -> nn.Module:
+        """The member, on the device, to be called by itself; the least recently used one leaves, see `resident`."""
         network = self.networks[_key(name)]
         if self.resident is None:
             return network

@@ -145,6 +145,23 @@ def test_a_resumed_run_ends_with_the_same_bytes(options: dict[str, Any], tmp_pat
     assert contents(tmp_path / "whole") == contents(tmp_path / "t")
 
 
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16_difference"}, {"mode": "bins", "bins": 3}])
+def test_a_run_that_died_after_its_last_step_ends_when_it_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    train(tmp_path / "run", callbacks=(collector(tmp_path / "whole", **options),), max_steps=12)
+
+    def killed() -> None:
+        callback = collector(tmp_path / "t", **options)
+        callback.on_train_end = lambda *_: os._exit(EXIT_CODE)  # type: ignore[method-assign]
+        train(tmp_path / "killed", callbacks=(callback,), max_steps=12)
+
+    assert in_child(killed) == EXIT_CODE
+    newest, _ = newest_whole_checkpoint(tmp_path / "killed")
+    assert newest is not None and "step=12" in newest.name
+    assert contents(tmp_path / "whole") != contents(tmp_path / "t")
+    train(tmp_path / "killed", resume=newest, callbacks=(collector(tmp_path / "t", **options),), max_steps=12)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "t")
+
+
 def test_every_member_before_a_checkpoint_is_on_the_disk(tmp_path: Path) -> None:
     """Killed at any of the calls that write: what the newest checkpoint follows is there."""
     calls: list[str] = []

@@ -89,6 +89,22 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "t") == whole
 
 
+def test_a_run_that_died_after_its_last_step_ends_when_it_is_resumed(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=12)
+    whole = contents(tmp_path / "t")
+    (checkpoint,) = (tmp_path / "run").glob("*step=12.ckpt")
+    rates = list((tmp_path / "t" / "ema").glob("rate-*"))
+    for path in rates:
+        path.unlink()
+    run(tmp_path, max_steps=12, resume=checkpoint)
+    assert len(rates) == len(RATES) and contents(tmp_path / "t") == whole
+    # of a run that tracked nothing there is nothing to write
+    train(tmp_path / "bare", max_steps=12)
+    (bare,) = (tmp_path / "bare").glob("*step=12.ckpt")
+    train(tmp_path / "bare", max_steps=12, resume=bare, callbacks=(EMABank(str(tmp_path / "late")),))
+    assert not (tmp_path / "late").exists()
+
+
 def test_a_checkpoint_of_other_settings_is_refused_and_one_without_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,12 @@
 """Baselines are the averages and extrapolations that their names say, as weights and as mixed parameters."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from checkpoints.stand_in import MemoryTrajectory, Target, live_weights, random_trajectory
+from checkpoints.stand_in import MemoryMember, MemoryTrajectory, Target, live_weights, random_trajectory
 
 from genlight.checkpoints.baselines import baseline_candidates, baseline_weights
 from genlight.checkpoints.bases import GeometricBins, Raw
@@ -44,6 +47,19 @@ def test_members_that_are_means_weigh_their_checkpoints() -> None:
     named = baseline_weights(MemoryTrajectory(random_trajectory(3).tensors, counts=[4, 2, 1]))
     assert named["swa"].tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
     assert named["lawa 2"].tolist() == pytest.approx([0, 2 / 3, 1 / 3])
+
+
+def test_initial_weights_have_no_part_in_a_power_function_average() -> None:
+    """Checkpoints at steps 0, 500 and 1000; the others share the training as they do without the first."""
+    later = random_trajectory(2, every=500)
+    trajectory: Any = SimpleNamespace(members=[MemoryMember(0, 0), *later.members])
+    named = baseline_weights(trajectory)
+    assert all(np.isfinite(weights).all() for weights in named.values())
+    assert all(weights.sum() == pytest.approx(1, abs=1e-12) for weights in named.values())
+    for name, weights in baseline_weights(later).items():
+        if name.startswith("power"):
+            assert named[name].tolist() == pytest.approx([0.0, *weights])
+    assert ema_weights([0, 500, 1000], 0.999).tolist() == pytest.approx([0.0, *ema_weights([500, 1000], 0.999)])
 
 
 @pytest.mark.parametrize("basis", [Raw(), GeometricBins(3)])

@@ -114,7 +114,8 @@ def test_wrong_input_is_named() -> None:
         (lambda: profiles.reconstruct_power_ema([1.0], [], 1.0), "as many ends as gammas"),
         (lambda: profiles.reconstruct_power_ema([2.0, 2.0], [1.0, 1.0], 1.0), "same step and exponent"),
         (lambda: profiles.ema_weights([2, 1], 0.9), "steps must ascend"),
-        (lambda: profiles.power_weights([0, 1], 2.0), "steps must ascend from at least 1"),
+        (lambda: profiles.power_weights([-1, 1], 2.0), "steps must ascend from at least 0"),
+        (lambda: profiles.power_weights([0], 2.0), "steps must ascend from at least 0, and not be 0 alone"),
         (lambda: profiles.ema_weights([1, 2], 1.0), r"rate must be in \[0, 1\)"),
         (lambda: profiles.power_rate(1.0, 0), "step must be at least 1"),
     ):

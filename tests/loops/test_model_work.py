@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from genlight.diffusion.error_curves import ErrorCurve
+from genlight.diffusion.noise_schedules import VPSchedule
+from genlight.diffusion.prediction import Prediction
 from genlight.errors import UserError
 from genlight.io import CorruptFileError
 from genlight.loops import model_curves, model_report
@@ -18,6 +20,7 @@ from genlight.loops.model_costs import _overhead, wanted_key
 from genlight.loops.model_curves import read_curves, write_curves
 from genlight.loops.model_search import ModelSearch
 from genlight.loops.model_work import ModelWork
+from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
 
 MODULE = SimpleNamespace(
@@ -98,6 +101,37 @@ def test_images_are_encoded_batch_by_batch_to_their_mean() -> None:
     data: Any = SimpleNamespace(reference_loader=lambda split: iter(batches))
     x, labels = model_curves._images(module, data, 10)
     assert sizes == [4, 4, 4] and x.shape == (10, 1, 2, 2) and labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
+
+
+class Travelling(torch.nn.Module):
+    """Says where it was sent, which is the CPU or elsewhere."""
+
+    place = "elsewhere"
+
+    def to(self, device: Any) -> Travelling:  # type: ignore[override]
+        self.place = str(device)
+        return self
+
+
+def test_members_that_wait_on_the_cpu_are_brought_before_their_errors_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = {name: Travelling() for name in "abc"}
+    scheduled = ScheduledDenoiser(members, "a", resident=1)
+    scheduled._device = "elsewhere"  # type: ignore[assignment]
+    schedule = VPSchedule()
+    zoo = SimpleNamespace(predictions=dict.fromkeys(members, Prediction("epsilon", schedule)))
+    module: Any = SimpleNamespace(
+        zoo=zoo, scheduled=scheduled, members=members, prediction=zoo.predictions["a"], class_conditional=False
+    )
+    monkeypatch.setattr(model_curves, "_images", lambda *_: (None, None))
+    monkeypatch.setattr(model_curves, "network_style", lambda network: "unet2d")
+    monkeypatch.setattr(model_curves, "error_curve", lambda model, *_, **__: (model.network, model.network.place))
+    for name in "bc":
+        members[name].to("cpu")
+    found, failed = model_curves.member_curves(module, None, tuple(members), 4)
+    assert found == {name: (member, "elsewhere") for name, member in members.items()} and not failed
+    assert [member.place for member in members.values()] == ["cpu", "cpu", "elsewhere"]
 
 
 @pytest.mark.parametrize(("mode", "more"), [("min", True), ("max", False)])
