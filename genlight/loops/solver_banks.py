@@ -64,9 +64,15 @@ class BankSizes:
 
 @dataclass(frozen=True)
 class PipelineSampling:
-    """A module that samples compiled tables by itself, by calls of its pipeline."""
+    """A module that samples compiled tables by itself, by calls of its pipeline.
+
+    Attributes:
+        module: the pipeline.
+        integer_timesteps: as in `Sampling`; the scheduler of a table gives integers where all times are.
+    """
 
     module: Any
+    integer_timesteps: bool = False
 
     @property
     def prediction(self) -> Any:
@@ -78,12 +84,12 @@ class PipelineSampling:
         return samples
 
 
-def sampling_of(module: Any) -> Sampling:
+def sampling_of(module: Any, integer_timesteps: bool = False) -> Sampling:
     """How a module is sampled with solver tables; UserError for a module that is no diffusion model."""
     if hasattr(module, "denoiser"):
-        return NetworkSampling(module.denoiser(), module.prediction)
+        return NetworkSampling(module.denoiser(), module.prediction, integer_timesteps=integer_timesteps)
     if hasattr(module, "sample_tables"):
-        return PipelineSampling(module)
+        return PipelineSampling(module, integer_timesteps)
     raise UserError(
         f"method=s3 searches the sampler of a diffusion or flow model, which {type(module).__name__} is not; use "
         "module=diffusion, module=diffusion_pretrained or module=pipeline"
@@ -98,6 +104,7 @@ class Banks:
         module, datamodule: of the run.
         teacher, sizes, end: see `Teacher`, `BankSizes`, `spacings.grid`.
         folder: where they are kept.
+        integer_times: the teacher's times are whole too.
     """
 
     def __init__(
@@ -109,12 +116,17 @@ class Banks:
         sizes: BankSizes,
         end: End,
         folder: Path,
+        integer_times: bool = False,
     ) -> None:
         self.evaluations, self.module, self.datamodule, self.sizes = evaluations, module, datamodule, sizes
         self.folder, self.device = folder, evaluations.trainer.strategy.root_device
-        self.sampling = sampling_of(module)
+        self.sampling = sampling_of(module, integer_times)
         self.schedule = teacher_schedule(
-            self.sampling.prediction.schedule, teacher.steps, solver=teacher.solver, end=end
+            self.sampling.prediction.schedule,
+            teacher.steps,
+            solver=teacher.solver,
+            end=end,
+            integer_times=integer_times,
         )
         self.uses_labels = bool(getattr(module, "class_conditional", True))
         self.model_fingerprint = f"{evaluations.fingerprint(module)}/{module.guidance_scale}"

@@ -22,7 +22,7 @@ from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.serialization import SolverBank
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
 from genlight.loops.cost import REPORT
-from genlight.loops.evaluation import in_turn, measured
+from genlight.loops.evaluation import in_turn, measured, score_label
 from genlight.loops.result import MethodResult
 from genlight.loops.solver_outcome import SolverOutcome
 from genlight.reports.bootstrap import rms_interval
@@ -92,7 +92,14 @@ def samplers_of(work: SolverWork, outcome: SolverOutcome) -> dict[str, Sampler]:
     schedule = work.module.prediction.schedule
     for name, (solver, spacing) in _COMMON.items():
         try:
-            made = named_schedule(solver, schedule, outcome.nfe, spacing=spacing, end=work.method.end)
+            made = named_schedule(
+                solver,
+                schedule,
+                outcome.nfe,
+                spacing=spacing,
+                end=work.method.end,
+                integer_times=work.integer_times,
+            )
             compile_schedule(made, schedule)
             samplers[name] = made
         except ValueError:
@@ -147,8 +154,9 @@ def _measure_metrics(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: 
 
 def _table_sampler(work: SolverWork, sampler: Sampler, schedule: SolverSchedule) -> TableSampler:
     if isinstance(sampler, SolverTable):
-        return TableSampler(schedule, sampler)
-    return TableSampler(sampler, compile_schedule(sampler, work.module.prediction.schedule))
+        return TableSampler(schedule, sampler, work.integer_times)
+    table = compile_schedule(sampler, work.module.prediction.schedule)
+    return TableSampler(sampler, table, work.integer_times)
 
 
 def _headline(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
@@ -161,18 +169,15 @@ def _headline(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
 def _pictures(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]]) -> None:
     figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
     schedule = work.module.prediction.schedule
-    scored = "distance to the teacher (RMS)" if work.by_teacher else work.method.objective
+    method, distance = work.method, "distance to the teacher"
+    label = distance if work.by_teacher else score_label(method.mode, method.objective)
     titled = [(f"{o.nfe} evaluations", o.schedule) for o in outcomes]
     schedule_drawing(titled, schedule, figures / "schedules.png")
     for nfe, result in work.results.items():
         points = [(r.index, r.score, r.source, r.fidelity) for r in result.records]
-        search_curve(
-            points,
-            figures / f"search-nfe{nfe}.png",
-            ylabel="distance to the teacher" if work.by_teacher else work.method.objective,
-        )
+        search_curve(points, figures / f"search-nfe{nfe}.png", ylabel=label)
     if work.by_teacher and len(outcomes) > 1:
-        quality_against_nfe(rows, figures / "quality.png", ylabel=scored, thin=tuple(_COMMON))
+        quality_against_nfe(rows, figures / "quality.png", ylabel=f"{distance} (RMS)", thin=tuple(_COMMON))
 
 
 def _stock_forms(work: SolverWork, outcomes: Sequence[SolverOutcome]) -> tuple[dict[int, StockForm], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from genlight.diffusion.solver.compile import compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
+from genlight.diffusion.solver.finetune import schedule_times
 from genlight.diffusion.solver.fitting import LevenbergMarquardt
 from genlight.diffusion.solver.gits import gits_times
 from genlight.diffusion.solver.learned_times import learn_times
@@ -20,27 +21,33 @@ _GITS_SOLVERS = ("ddim", "ipndm_3", "dpmpp_2m")
 def rival_schedules(problem: TuningProblem, name: str, schedule: SolverSchedule, end: End) -> dict[str, SolverSchedule]:
     """Schedules of other methods with as many evaluations, by name.
 
+    Times are learned where there are inner ones, and where those need not be integers.
+
     Args:
         problem: bank and network.
         name, schedule: the best hand-made schedule, whose solver is kept.
         end: of the search.
     """
-    found = {f"learned times ({name.split('/')[0]})": learn_times(problem, schedule, LevenbergMarquardt())[0]}
-    sampling = problem.sampling
+    found: dict[str, SolverSchedule] = {}
+    sampling, noise_schedule, integers = problem.sampling, problem.prediction.schedule, problem.integer_timesteps
+    if not integers and len(schedule_times(schedule, noise_schedule)[0].start):
+        learned, _ = learn_times(problem, schedule, LevenbergMarquardt())
+        found[f"learned times ({name.split('/')[0]})"] = learned
     if not isinstance(sampling, NetworkSampling):
         return found
-    noise_schedule, bank = sampling.prediction.schedule, problem.train.rows(slice(0, _SAMPLES))
+    bank = problem.train.rows(slice(0, _SAMPLES))
     times = gits_times(
         sampling.model,
         bank.noise,
-        teacher_schedule(noise_schedule, _GRID, end=end),
+        teacher_schedule(noise_schedule, _GRID, end=end, integer_times=integers),
         sampling.prediction,
         schedule.nfe,
         conditions=bank.conditions,
+        integer_timesteps=integers,
     )
     for solver in dict.fromkeys((name.split("/")[0], *_GITS_SOLVERS)):
         try:
-            made = preset(solver, noise_schedule, times)
+            made = preset(solver, noise_schedule, times, integer_times=integers)
             compile_schedule(made, noise_schedule)
         except ValueError:
             continue  # a solver with more evaluations than steps, or none on this family

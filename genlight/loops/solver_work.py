@@ -16,6 +16,7 @@ from genlight.diffusion.solver.teacher import TuningProblem
 from genlight.diffusion.solver.trajectory import TeacherTrajectories
 from genlight.errors import UserError, in_config
 from genlight.loops.cost import CHOICE
+from genlight.loops.draw_metrics import DrawMetrics
 from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.loops.solver_banks import Banks, TeacherScoring
@@ -68,7 +69,14 @@ class SolverWork:
         method, folder = self.method, Path(self.evaluations.trainer.default_root_dir) / "search"
         with in_config("method.teacher"):
             return Banks(
-                self.evaluations, self.module, self.datamodule, method.teacher, method.noise, method.end, folder
+                self.evaluations,
+                self.module,
+                self.datamodule,
+                method.teacher,
+                method.noise,
+                method.end,
+                folder,
+                self.integer_times,
             )
 
     @property
@@ -76,12 +84,17 @@ class SolverWork:
         """Whether candidates are measured by their distance to a teacher."""
         return self.method.objective == TEACHER
 
+    @property
+    def integer_times(self) -> bool:
+        """Whether all times are whole."""
+        return bool(self.method.space["integer_times"])
+
     def space(self, nfe: int) -> SolverScheduleSpace:
         """The space of one number of evaluations on the module's noise schedule."""
         schedule, slack = self.module.prediction.schedule, self.method.start_slack
         if slack is None:
             finite = schedule.half_log_snr(schedule.t_max) > float("-inf")
-            slack = START_SLACK if finite and not self.method.space["integer_times"] else 0.0
+            slack = START_SLACK if finite and not self.integer_times else 0.0
         with in_config("method"):
             return SolverScheduleSpace(schedule, nfe, start_slack=slack, **self.method.space)
 
@@ -97,9 +110,16 @@ class SolverWork:
     def hand_made(self, nfe: int) -> list[tuple[str, SolverSchedule]]:
         """Every hand-made schedule of the settings, by name; made once, since all of them are compiled."""
         if nfe not in self._hand_made:
-            method, schedule = self.method, self.module.prediction.schedule
+            method, schedule = self.method, self.space(nfe).noise_schedule
             with in_config("method"):
-                made = baselines(schedule, nfe, end=method.end, solvers=method.solvers, spacings=method.spacings)
+                made = baselines(
+                    schedule,
+                    nfe,
+                    end=method.end,
+                    solvers=method.solvers,
+                    spacings=method.spacings,
+                    integer_times=self.integer_times,
+                )
             self._hand_made[nfe] = made
         return self._hand_made[nfe]
 
@@ -159,19 +179,23 @@ class SolverWork:
             return in_one_batch(scoring, limit)
         return one_by_one(self.metric(space, "search"), limit)
 
-    def metric(self, space: SolverScheduleSpace, draw: str) -> MetricObjective:
-        """The objective that is a metric of validate, on the noise of a draw."""
+    @cached_property
+    def draws(self) -> DrawMetrics:
+        """The metric on each draw."""
         method = self.method
-        return MetricObjective(
-            self.evaluations, space, self.module, self.datamodule, method.objective, method.mode, draw
+        return DrawMetrics(
+            self.evaluations, self.module, self.datamodule, method.objective, method.mode, self.runner.folder
         )
+
+    def metric(self, space: SolverScheduleSpace, draw: str) -> MetricObjective:
+        """The objective that is a metric of validate, on the noise and against the real images of a draw."""
+        return self.draws.objective(space, draw)
 
     def _depends_on(self) -> dict[str, str]:
         """What scores depend on beside the search itself."""
         if self.by_teacher:
             return {"objective": TEACHER, "bank": self.scoring("search").fingerprint}
-        data, weights = str(self.datamodule.fingerprint), self.banks.model_fingerprint
-        return {"objective": f"{self.method.mode} {self.method.objective}", "data": data, "weights": weights}
+        return {**self.draws.describe(), "weights": self.banks.model_fingerprint}
 
     def judge(self, space: SolverScheduleSpace, schedules: Sequence[Any], draw: str) -> list[float]:
         """Scores on the noise of a draw, lower is better; infinite where a schedule fails."""
@@ -236,12 +260,16 @@ class SolverWork:
 
 
 def _refined(problem: TuningProblem, space: SolverScheduleSpace, schedule: SolverSchedule, method: Any) -> Any:
-    genes = ContinuousGenes(space, schedule)
+    """The schedule itself where nothing of it can move; whole times stay, whose small differences are rounded away."""
+    kept = tuple(gene for gene in space.genes if gene != "times" or not space.integer_times)
+    genes = ContinuousGenes(replace(space, genes=kept), schedule) if kept else None
+    if genes is None or len(genes.start) == 0:
+        return schedule
     return refine(problem, genes.start_tensor, genes.schedule, method)[0]
 
 
 def _tuned(problem: TuningProblem, schedule: SolverSchedule, method: Any) -> tuple[float, TableRecord]:
-    table, record = finetune(problem, schedule, method)
+    table, record = finetune(problem, schedule, method, times=not problem.integer_timesteps)
     return min(step.select_rms for step in record.steps), TableRecord.of(table)
 
 

@@ -22,7 +22,7 @@ from oracles.kills import at_line, kill
 from genlight import io
 from genlight.cli import main
 from genlight.diffusion.solver.serialization import bank_from_json
-from genlight.loops import solver_work
+from genlight.loops import evaluation, solver_report, solver_work
 
 SMALL = [
     "experiment=s3/digits",
@@ -179,8 +179,20 @@ def test_two_processes_give_the_archive_of_one(root: Path, strategy: list[str]) 
     assert outcomes(folder) == outcomes(one)
 
 
-def test_a_metric_can_be_the_objective(root: Path) -> None:
-    """Polishing in place of refinement, which needs a teacher; the hand-made schedules are measured the same way."""
+def test_a_metric_can_be_the_objective(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polishing in place of refinement, which needs a teacher; the hand-made schedules are measured the same way.
+
+    Search and choice have real images of their own, apart from each other's and the report's.
+    """
+    compared: dict[str, Any] = {}
+    measure = evaluation.measured
+
+    def noted(evaluations: Any, module: Any, data: Any, draw: str, count: int, metrics: Any = None) -> dict[str, float]:
+        compared[draw] = (metrics or module.metrics).reference.split
+        return measure(evaluations, module, data, draw, count, metrics)
+
+    monkeypatch.setattr(evaluation, "measured", noted)
+    monkeypatch.setattr(solver_report, "measured", noted)
     words = ["method.objective=val/fd_digits", "search.strategy.polish=6", "method.nfe=[2]", "search.fidelity=20"]
     assert validate(root, "metric", *words, "search.strategy.screening_fidelity=null", "method.noise.select=20") == 0
     report = report_of(root / "metric" / "validate")
@@ -188,6 +200,7 @@ def test_a_metric_can_be_the_objective(root: Path) -> None:
     assert {"best hand-made", "searched schedule"} == rows.keys()
     lines = histories(root / "metric" / "validate")["nfe2"].splitlines()[1:]
     assert any("val/fd_digits" in json.loads(line)["facts"] for line in lines)
+    assert compared == {"search": "train, part 0 of 2", "select": "train, part 1 of 2", "report": "test"}
 
 
 @pytest.mark.parametrize("search", ["random", "evolution", "guided", "cma_es"])
@@ -253,7 +266,7 @@ def test_the_method_needs_a_search(root: Path, capsys: pytest.CaptureFixture) ->
 
 def test_whole_times_of_one_solver_are_a_stock_schedulers(root: Path) -> None:
     """Which lies in the artifact; the model itself takes any times."""
-    words = ["method.integer_times=true", "method.nfe=[3]", "method.refine=null", "method.finetune=null"]
+    words = ["method.integer_times=true", "method.nfe=[3]", "method.finetune=null"]
     assert validate(root, "integers", *words, "method.solvers=[ddim]", "method.genes=[times]") == 0
     artifact = root / "integers" / "validate" / "artifact"
     bank = bank_from_json((artifact / "solver_bank.json").read_text())
@@ -265,3 +278,21 @@ def test_whole_times_of_one_solver_are_a_stock_schedulers(root: Path) -> None:
     assert scheduler.timesteps.tolist() == times
     assert io.read_json(stock / "model_index.json")["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     assert any("artifact/stock/3" in note for note in report_of(root / "integers" / "validate")["notes"])
+
+
+def test_a_network_that_looks_timesteps_up_is_given_whole_ones(root: Path) -> None:
+    """Teacher, hand-made and searched schedules, tuned table, rivals, and what the artifact samples with."""
+    words = [word for word in SMALL if not word.startswith(("experiment", "module.network"))]
+    words += ["search=s3", "method=s3", "method.integer_times=true", "method.nfe=[2]", "method.rivals=true"]
+    words += ["module.network.block_out_channels=[16]", "module.network.norm_num_groups=4"]
+    words += ["module.network.down_block_types=[DownBlock2D]", "module.network.up_block_types=[UpBlock2D]"]
+    words += ["+module.network.time_embedding_type=learned", "+module.network.num_train_timesteps=1000"]
+    assert main(["validate", *words, f"run.root={root}", "run.name=looked"]) == 0
+    rows = {row["sampler"] for row in report_of(root / "looked" / "validate")["table"]}
+    assert {"searched schedule", "tuned table", "GITS times (ddim)", "DPM-Solver++ 2M"} <= rows
+    artifact = root / "looked" / "validate" / "artifact"
+    entry = io.read_json(artifact / "scheduler" / "scheduler_config.json")["schedules"]["2"]
+    assert entry["fine_tuned"] and all(time == round(time) for time in entry["timesteps"])
+    pipeline = DiffusionPipeline.from_pretrained(artifact, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)

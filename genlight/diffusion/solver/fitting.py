@@ -214,6 +214,8 @@ def _damped_gauss_newton(run: _Run, method: LevenbergMarquardt) -> None:
     for step in range(1, method.iterations + 1):
         curvature, slope = normal_equations(run.problem, run.make, raw, method.difference, central=method.central)
         diagonal = curvature.diagonal()
+        if not bool(diagonal.any()):
+            return  # nothing that is fitted moves a sample
         scale = diagonal.clamp_min(1e-12 * diagonal.max().item() + 1e-300)
         for _ in range(_TRIES):
             proposal = raw - torch.linalg.solve(curvature + damping * scale.diag(), slope)

@@ -46,7 +46,16 @@ def gits_times(
 
     For several numbers of steps make the costs once, with `local_errors`, and call `best_path` and `times_at`.
     """
-    costs = local_errors(model, noise, teacher, prediction, metric=metric, conditions=conditions, batch_rows=batch_rows)
+    costs = local_errors(
+        model,
+        noise,
+        teacher,
+        prediction,
+        metric=metric,
+        conditions=conditions,
+        batch_rows=batch_rows,
+        integer_timesteps=integer_timesteps,
+    )
     return times_at(teacher, prediction, best_path(costs, steps, discount))
 
 

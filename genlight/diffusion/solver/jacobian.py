@@ -30,7 +30,7 @@ def normal_equations(
 
     J is by differences in the entries of the table, row by row: tables that differ in row i only share the evaluations
     before i. The way from parameters to entries is differentiated exactly where tables carry gradients, else by
-    differences too.
+    differences too. Where no parameter moves an entry, both are zero.
 
     Args:
         central: differences to both sides; one side costs half as much and is off by the order of `difference`.
@@ -38,6 +38,8 @@ def normal_equations(
     table = detached(make(raw))
     chain = _chain(make, raw)
     used = chain.any(1).nonzero().flatten()
+    if len(used) == 0:
+        return torch.zeros(len(raw), len(raw), dtype=torch.float64), torch.zeros(len(raw), dtype=torch.float64)
     wide = problem.train.noise.dtype == torch.float64
     steps = _neighbours(table, problem.prediction.schedule, used, difference or (1e-5 if wide else 2e-3), central)
     most = max(len(pairs) for pairs in steps)

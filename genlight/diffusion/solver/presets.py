@@ -34,17 +34,25 @@ from genlight.diffusion.solver.decisions import (
     StepDecision,
     nearest_points,
 )
-from genlight.diffusion.solver.spacings import End, Times, grid
+from genlight.diffusion.solver.spacings import End, Times, are_integers, grid, on_integers
 
 Steps = list[StepDecision]
 
 
-def preset(name: str, noise_schedule: NoiseSchedule, times: Times, *, lower_order_final: bool = True) -> SolverSchedule:
+def preset(
+    name: str,
+    noise_schedule: NoiseSchedule,
+    times: Times,
+    *,
+    lower_order_final: bool = True,
+    integer_times: bool = False,
+) -> SolverSchedule:
     """The solver `name` on given times of the noise schedule (domain "time"; the last may be None, the clean image).
 
     Args:
         lower_order_final: end with falling orders …, 3, 2, 1, as diffusers does by default for few steps. The step to a
             clean image is of order 1 in any case.
+        integer_times: times are rounded, for networks that look them up.
 
     Raises ValueError for an unknown name, or times that the solver cannot have.
     """
@@ -52,9 +60,12 @@ def preset(name: str, noise_schedule: NoiseSchedule, times: Times, *, lower_orde
         raise ValueError(f"solver = {name!r}; known are {', '.join(PRESETS)}")
     if len(times) < 2:
         raise ValueError(f"times = {times}: at least two are needed")
+    times = on_integers(times) if integer_times else times
     clean = times[-1] is None or (noise_schedule.family == "flow" and times[-1] == 0)
     orders = Orders(len(times) - 1, lower_order_final, clean)
     times, steps = PRESETS[name](times, noise_schedule, orders)
+    if integer_times and not are_integers(times):
+        raise ValueError(f"solver = {name!r} evaluates between integer times")
     return SolverSchedule(times, tuple(steps), time_domain="time")
 
 
@@ -66,10 +77,11 @@ def named_schedule(
     spacing: str = "log_snr",
     end: End = "t_min",
     lower_order_final: bool = True,
+    integer_times: bool = False,
 ) -> SolverSchedule:
     """The solver `name` with exactly `nfe` network evaluations on a hand-made grid (see `spacings.grid`).
 
-    Raises ValueError if the solver has no form with that number of evaluations.
+    Other arguments are those of `preset`. Raises ValueError if the solver has no form with that number of evaluations.
     """
     possible = []
     for steps in range(nfe, 0, -1):
@@ -79,6 +91,8 @@ def named_schedule(
         except _TooFewSteps:
             continue
         possible.append(schedule.nfe)
+        if schedule.nfe == nfe and integer_times:
+            return preset(name, noise_schedule, times, lower_order_final=lower_order_final, integer_times=True)
         if schedule.nfe == nfe:
             return schedule
     raise ValueError(

@@ -58,15 +58,22 @@ def grid(noise_schedule: NoiseSchedule, steps: int, spacing: str = "log_snr", en
     return (*times[:-1], last)
 
 
-def on_integers(times: Times) -> Times:
+def on_integers(times: Times, *, merged: bool = False) -> Times:
     """The times rounded to integers, for networks that look their timesteps up.
 
-    Raises ValueError if two times fall together.
+    Times that fall together become one where `merged`; else ValueError.
     """
     rounded = tuple(None if time is None else float(round(time)) for time in times)
+    if merged:
+        return tuple(dict.fromkeys(rounded))
     if len(set(rounded)) != len(rounded):
         raise ValueError(f"times {times} are not {len(times)} different integers")
     return rounded
+
+
+def are_integers(times: Times) -> bool:
+    """Whether all finite times are integers."""
+    return all(time is None or time == round(time) for time in times)
 
 
 def _levels(noise_schedule: NoiseSchedule, count: int, spacing: str) -> Tensor:

@@ -17,9 +17,9 @@ from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.blocks import Blocks
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
-from genlight.diffusion.solver.presets import named_schedule
+from genlight.diffusion.solver.presets import named_schedule, preset
 from genlight.diffusion.solver.serialization import fingerprint, schedule_to_json
-from genlight.diffusion.solver.spacings import End
+from genlight.diffusion.solver.spacings import End, on_integers
 from genlight.diffusion.solver.teacher import ConditionalModel, NetworkSampling, Sampling, TeacherBank
 from genlight.search.protocols import Evaluation
 
@@ -32,10 +32,23 @@ _KEPT_STARTS, _SEEN_STARTS = 4, 32
 
 
 def teacher_schedule(
-    noise_schedule: NoiseSchedule, steps: int = TEACHER_STEPS, *, solver: str = "dpmpp_3m_exact", end: End = "t_min"
+    noise_schedule: NoiseSchedule,
+    steps: int = TEACHER_STEPS,
+    *,
+    solver: str = "dpmpp_3m_exact",
+    end: End = "t_min",
+    integer_times: bool = False,
 ) -> SolverSchedule:
-    """A schedule of many steps, even in λ, that stands for the exact solution. `end` is that of the search space."""
-    return named_schedule(solver, noise_schedule, steps, end=end)
+    """A schedule of many steps, even in λ, that stands for the exact solution.
+
+    Args:
+        end, integer_times: those of the search space. Integer times that fall together are one, so that there may be
+            fewer evaluations.
+    """
+    schedule = named_schedule(solver, noise_schedule, steps, end=end)
+    if not integer_times:
+        return schedule
+    return preset(solver, noise_schedule, on_integers(schedule.times, merged=True), integer_times=True)
 
 
 def bank_fingerprint(

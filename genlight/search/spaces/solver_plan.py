@@ -41,11 +41,12 @@ def baselines(
     end: End = "t_min",
     solvers: Iterable[str] = tuple(PRESETS),
     spacings: Iterable[str] = SPACINGS,
+    integer_times: bool = False,
 ) -> list[tuple[str, SolverSchedule]]:
     """Every hand-made solver on every grid that has a form with `nfe` evaluations on the noise schedule.
 
     Names are solver/spacing, with "/full_order" for those that do not end with falling orders. Schedules that are the
-    same (`schedule_key`) appear once, under the first of their names.
+    same (`schedule_key`) appear once, under the first of their names. With `integer_times` all times are rounded.
 
     Raises ValueError for an unknown solver or spacing, or where no solver has a form.
     """
@@ -59,7 +60,13 @@ def baselines(
             for solver in solvers:
                 try:
                     schedule = named_schedule(
-                        solver, noise_schedule, nfe, spacing=spacing, end=end, lower_order_final=lower_order_final
+                        solver,
+                        noise_schedule,
+                        nfe,
+                        spacing=spacing,
+                        end=end,
+                        lower_order_final=lower_order_final,
+                        integer_times=integer_times,
                     )
                     compile_schedule(schedule, noise_schedule)
                 except ValueError:
@@ -139,7 +146,13 @@ class S3Settings:
         if evaluations - self.polish < 1:
             raise ValueError(f"search.budget = {evaluations!r} must be above strategy.polish = {self.polish}")
         if initial is None:
-            made = baselines(space.noise_schedule, space.nfe, end=space.end, spacings=PLAIN_SPACINGS)
+            made = baselines(
+                space.noise_schedule,
+                space.nfe,
+                end=space.end,
+                spacings=PLAIN_SPACINGS,
+                integer_times=space.integer_times,
+            )
             initial = [schedule for _, schedule in made]
         unique = without_duplicates(space, initial)
         settings = self._for_budget(evaluations - self.polish)

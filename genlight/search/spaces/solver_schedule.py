@@ -19,7 +19,7 @@ from genlight.diffusion.solver.edits import fitted
 from genlight.diffusion.solver.levels import levels_of
 from genlight.diffusion.solver.sample import sample
 from genlight.diffusion.solver.serialization import canonical_key
-from genlight.diffusion.solver.spacings import End
+from genlight.diffusion.solver.spacings import End, are_integers
 from genlight.diffusion.solver.trajectory import TeacherTrajectories
 from genlight.diffusion.solver.truncation import KnownSolutions
 from genlight.search.protocols import SettableSampler, Vector, require_capability
@@ -45,16 +45,18 @@ class TableSampler:
     Attributes:
         schedule: the decisions.
         table: they compiled on the noise schedule.
+        integer_timesteps: as in `solver.sample`.
     """
 
     schedule: SolverSchedule
     table: SolverTable
+    integer_timesteps: bool = False
 
     def __call__(
         self, model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, prediction: Prediction, **options: Any
     ) -> Tensor:
-        """Samples [B, ...] from standard normal noise [B, ...]; arguments and errors are those of `solver.sample`."""
-        return sample(model, noise, self.table, prediction, **options)
+        """Samples [B, ...] from standard normal noise [B, ...]; options and errors are those of `solver.sample`."""
+        return sample(model, noise, self.table, prediction, integer_timesteps=self.integer_timesteps, **options)
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ class SolverScheduleSpace:
     def apply(self, target: Any, candidate: SolverSchedule) -> None:
         """Hand the compiled schedule to `target.set_sampler`. Raises UserError if it has none."""
         require_capability(target, SettableSampler, self)
-        target.set_sampler(TableSampler(candidate, compile_schedule(candidate, self.noise_schedule)))
+        table = compile_schedule(candidate, self.noise_schedule)
+        target.set_sampler(TableSampler(candidate, table, self.integer_times))
 
     def encode(self, candidate: SolverSchedule) -> Tensor:
         """Float32 [steps, 25]: times, one-hot choices, and what the factors amount to in each step."""
@@ -306,12 +309,13 @@ class SolverScheduleSpace:
         ]
 
     def finished(self, draft: Draft, parent: SolverSchedule) -> SolverSchedule:
-        """The draft as a schedule; times are the parent's own numbers where they did not change."""
+        """The draft as a schedule; times are the parent's own numbers where they did not change and are allowed."""
         steps = tuple(self._repaired(draft))
         unchanged = len(parent.times) == len(draft.lambdas) and np.array_equal(
             self.draft(parent).lambdas, draft.lambdas
         )
-        if unchanged and (self.integer_times or parent.time_domain == "half_log_snr"):
+        whole = parent.time_domain == "time" and are_integers(parent.times)
+        if unchanged and (whole if self.integer_times else parent.time_domain == "half_log_snr"):
             return replace(parent, steps=steps, afs=draft.afs)
         if self.integer_times:
             return SolverSchedule(self._on_integers(draft.lambdas), steps, "time", draft.afs)

@@ -149,7 +149,9 @@ def test_integer_timesteps() -> None:
     costs = [local_errors(model, noise(), teacher, VP, integer_timesteps=whole) for whole in (False, True)]
     torch.testing.assert_close(*costs)
     assert set(seen) == {torch.float64, torch.int64}
+    seen.clear()
     times = gits_times(model, noise(), teacher, VP, 2, integer_timesteps=True)
+    assert set(seen) == {torch.int64}
     assert times[0] == 999.0 and times[1] in teacher.times[1:-1] and times[2] == 0.0
 
 

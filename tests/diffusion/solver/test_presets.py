@@ -10,7 +10,7 @@ from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, NoiseS
 from genlight.diffusion.solver.adams import polynomial_step
 from genlight.diffusion.solver.compile import compile_schedule
 from genlight.diffusion.solver.presets import PRESETS, named_schedule, preset
-from genlight.diffusion.solver.spacings import SPACINGS, grid, on_integers
+from genlight.diffusion.solver.spacings import SPACINGS, are_integers, grid, on_integers
 
 VP, SD, EDM, FLOW = VPSchedule(), VPSchedule("scaled_linear", 0.00085, 0.012), EDMSchedule(), FlowSchedule(shift=3.0)
 # these use noise above order 1 in the very first step, which has no value where α = 0
@@ -115,9 +115,22 @@ def test_grids_are_what_they_say() -> None:
     assert on_integers((999.0, 249.75, None)) == (999.0, 250.0, None)
     with pytest.raises(ValueError, match="different integers"):
         on_integers((2.0, 1.4, 1.2))
+    assert on_integers((2.0, 1.4, 1.2, None), merged=True) == (2.0, 1.0, None)
     for bad in ({"spacing": "cosine"}, {"end": "zero"}, {"steps": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             grid(VP, **{"steps": 4, **bad})
+
+
+def test_whole_times_are_those_of_the_grid_rounded() -> None:
+    """Weights too are those at the rounded times; a solver that evaluates between them has no such form."""
+    for name, nfe, steps in (("dpmpp_2m", 4, 4), ("deis_tab_3", 4, 4), ("heun", 5, 3)):
+        made = named_schedule(name, VP, nfe, integer_times=True)
+        assert made == preset(name, VP, on_integers(grid(VP, steps))) and are_integers(made.times)
+        assert not are_integers(named_schedule(name, VP, nfe).times)
+    with pytest.raises(ValueError, match="'pndm' evaluates between integer times"):
+        preset("pndm", VP, (999.0, 500.0, 11.0, 4.0, 1.0, 0.0), integer_times=True)
+    with pytest.raises(ValueError, match="different integers"):
+        named_schedule("ddim", VP, 80, integer_times=True)
 
 
 def test_published_lists_are_used_as_they_are() -> None:

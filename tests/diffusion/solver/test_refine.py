@@ -115,6 +115,19 @@ def test_the_start_is_kept_if_nothing_is_better() -> None:
     assert record.best_step == 0 and refined == make(start)
 
 
+@pytest.mark.parametrize("method", [LevenbergMarquardt(iterations=3), LevenbergMarquardt(central=True)])
+def test_times_that_are_rounded_stay(method: LevenbergMarquardt) -> None:
+    """No small difference moves the table, so there is nothing to go by."""
+    task, schedule = problem(VP, 16), named_schedule("ddim", VP.schedule, 3, integer_times=True)
+    monotone, times = schedule_times(schedule, VP.schedule)
+    refined, record = refine(
+        task, monotone.start, lambda raw: with_times(schedule, times(raw).round(), VP.schedule), method
+    )
+    assert refined == schedule and record.best_step == 0
+    for found in normal_equations(task, lambda raw: compile_schedule(schedule, VP.schedule), monotone.start):
+        assert found.shape[0] == len(monotone.start) and not bool(found.any())
+
+
 def test_the_first_time_moves_where_noise_is_a_state_at_every_time() -> None:
     """A schedule that begins where its noise is no state of the teacher: what is lost there is made up for in part."""
     schedule = in_half_log_snr(named_schedule("dpmpp_2m", VP.schedule, 4), VP.schedule)

@@ -15,6 +15,7 @@ from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.levels import in_half_log_snr
 from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.sample import sample
+from genlight.diffusion.solver.spacings import are_integers
 from genlight.diffusion.solver.teacher import NetworkSampling, TeacherBank
 from genlight.errors import UserError
 from genlight.io import CorruptFileError, save_tensors
@@ -78,6 +79,17 @@ def test_the_teacher_is_near_the_exact_solution(bank: TeacherBank) -> None:
     teacher_error = (bank.target - exact).square().mean().sqrt().item()
     best = min(TeacherObjective(NetworkSampling(Counted(), PREDICTION), bank).evaluate(s, 24).score for s in SCHEDULES)
     assert teacher_error < 0.02 * best
+
+
+@pytest.mark.parametrize("end", ["t_min", "clean"])
+def test_a_teacher_of_whole_times_has_each_once(bank: TeacherBank, end: Any) -> None:
+    """At the clean end, whole times are wider apart than its even λ: a few evaluations fewer, and as near."""
+    schedule = teacher_schedule(VP, end=end, integer_times=True)
+    assert are_integers(schedule.times) and 90 < schedule.nfe < 100
+    assert (schedule.times[0], schedule.times[-1]) == (VP.t_max, None if end == "clean" else VP.t_min)
+    if end == "t_min":
+        objective = TeacherObjective(NetworkSampling(Counted(), PREDICTION), bank)
+        assert objective.evaluate(schedule, 24).score < 0.02 * min(objective.evaluate(s, 24).score for s in SCHEDULES)
 
 
 @pytest.mark.parametrize("max_rows", [1024, 50, 24, 7, 1])

@@ -12,6 +12,7 @@ from oracles.gaussian import GaussianMixture
 
 from genlight.diffusion.noise_schedules import VPSchedule
 from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.solver.spacings import are_integers
 from genlight.diffusion.solver.teacher import NetworkSampling
 from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.predictors.losses import kendall_tau
@@ -157,6 +158,8 @@ def test_a_plan_without_initial_candidates_makes_them() -> None:
     space = SolverScheduleSpace(VP, 3)
     made = tuple(schedule for _, schedule in baselines(VP, 3, spacings=PLAIN_SPACINGS))
     assert S3Settings().plan(space, 10).strategy.candidates == made  # type: ignore[attr-defined]
+    whole = S3Settings().plan(replace(space, integer_times=True), 10).strategy.candidates  # type: ignore[attr-defined]
+    assert len(whole) > 20 and all(are_integers(schedule.times) and schedule.nfe == 3 for schedule in whole)
     plain = PlainPlan(Evolution()).plan(space, 10)
     assert (plain.strategy, plain.initial, plain.budget) == (Evolution(), (), Budget(10))
 

@@ -1,0 +1,83 @@
+"""Single pieces of S³'s work: what is refined and tuned, which rivals there are, what a picture of a metric says."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from diffusion.solver.tuning import FLOW, VP, problem
+
+from genlight.diffusion.prediction import Prediction
+from genlight.diffusion.solver.fitting import LevenbergMarquardt
+from genlight.diffusion.solver.presets import named_schedule
+from genlight.diffusion.solver.spacings import are_integers
+from genlight.diffusion.solver.teacher import TuningProblem
+from genlight.loops import solver_report
+from genlight.loops.solver_rivals import rival_schedules
+from genlight.loops.solver_work import _refined, _tuned
+from genlight.search.spaces.solver_schedule import SolverScheduleSpace
+
+QUICK = LevenbergMarquardt(iterations=2)
+
+
+def whole_problem() -> TuningProblem:
+    """Of a network that looks its timesteps up."""
+    task = problem(VP, 16)
+    return replace(task, sampling=replace(task.sampling, integer_timesteps=True))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "nfe", "options"),
+    [
+        pytest.param(VP, 3, {"genes": ("type", "order", "low_order", "corrector")}, id="no-times-and-no-factors"),
+        pytest.param(FLOW, 1, {}, id="one-step-between-infinite-ends"),
+        pytest.param(VP, 3, {"genes": ("times",), "integer_times": True}, id="whole-times-alone"),
+        pytest.param(VP, 3, {"integer_times": True}, id="whole-times-and-no-derivatives"),
+    ],
+)
+def test_a_schedule_of_which_nothing_can_move_stays(prediction: Prediction, nfe: int, options: dict[str, Any]) -> None:
+    integers = bool(options.get("integer_times"))
+    schedule = named_schedule("ddim", prediction.schedule, nfe, integer_times=integers)
+    space = SolverScheduleSpace(prediction.schedule, nfe, **options)
+    assert _refined(problem(prediction, 4), space, schedule, QUICK) is schedule
+
+
+def test_whole_times_stay_where_factors_and_weights_are_fitted() -> None:
+    task, schedule = whole_problem(), named_schedule("dpmpp_2m", VP.schedule, 4, integer_times=True)
+    refined = _refined(task, SolverScheduleSpace(VP.schedule, 4, integer_times=True), schedule, QUICK)
+    assert refined.times == schedule.times and refined.steps != schedule.steps
+    _, record = _tuned(task, schedule, QUICK)
+    table = record.table()
+    assert tuple(table.times.tolist()) == schedule.times[:-1]
+
+
+def test_one_evaluation_has_no_time_to_learn() -> None:
+    found = rival_schedules(problem(VP, 16), "ddim/log_snr", named_schedule("ddim", VP.schedule, 1), "t_min")
+    assert "GITS times (ddim)" in found and not any(name.startswith("learned times") for name in found)
+
+
+def test_rivals_of_whole_times_have_whole_times() -> None:
+    schedule = named_schedule("dpmpp_2m", VP.schedule, 3, integer_times=True)
+    found = rival_schedules(whole_problem(), "dpmpp_2m/log_snr", schedule, "t_min")
+    assert found and all(are_integers(rival.times) for rival in found.values())
+    assert not any(name.startswith("learned times") for name in found)
+
+
+@pytest.mark.parametrize(("mode", "label"), [("min", "val/is"), ("max", "-val/is")])
+def test_a_search_curve_says_that_its_scores_are_negated(
+    mode: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more is better; scores are minimised."""
+    labels = []
+    monkeypatch.setattr(solver_report, "schedule_drawing", lambda *given: None)
+    monkeypatch.setattr(solver_report, "search_curve", lambda *given, ylabel: labels.append(ylabel))
+    work: Any = SimpleNamespace(
+        evaluations=SimpleNamespace(trainer=SimpleNamespace(default_root_dir=str(tmp_path))),
+        module=SimpleNamespace(prediction=VP),
+        method=SimpleNamespace(mode=mode, objective="val/is"),
+        by_teacher=False,
+        results={4: SimpleNamespace(records=[])},
+    )
+    solver_report._pictures(work, [], [])
+    assert labels == [label]
