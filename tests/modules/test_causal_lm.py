@@ -48,7 +48,7 @@ TASKS = {
     "written": {"kind": "generation", "prompt": "{q}", "answer": "a", "max_new_tokens": 5, "stop": ["z"]},
 }
 ROWS = {
-    "choice": [{"q": f"{n}?" * (1 + n % 5), "c": ["x", "yes" * (1 + n % 3), f"{n}"], "a": n % 3} for n in range(60)],
+    "choice": [{"q": f"{n}?" * (1 + n % 5), "c": ["x", "yes" * (1 + n % 3), f"n{n}"], "a": n % 3} for n in range(60)],
     "letter": [{"q": f"{n}!" * (1 + n % 7), "a": n % 3} for n in range(60)],
     "written": [{"q": f"{n}:" * (1 + n % 4), "a": "ab" * (1 + n % 3)} for n in range(60)],
 }
