@@ -259,7 +259,8 @@ def table_of(results: list[dict[str, Any]], before: dict[str, Any], after: dict[
                 continue
             shown = {key: row.get(key) for key in ("model", "experts", "search", "select")}
             shown |= {key: row.get(key) for key in row if "/" in key} | {"accuracy": row.get("accuracy")}
-            saved_speed = before["speed"] if kind == FULL else after["speed"] if row.get("chosen") and result is results[0] else None
+            is_saved = bool(row.get("chosen")) and result is results[0]
+            saved_speed = before["speed"] if kind == FULL else after["speed"] if is_saved else None
             rows.append(
                 {
                     "search of": result["variant"],
