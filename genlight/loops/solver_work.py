@@ -209,12 +209,17 @@ class SolverWork:
         return [e.score for e in in_turn(self.evaluations, [partial(metric.evaluate, s, count) for s in schedules])]
 
     def _choose(self, task: SearchTask, result: SearchResult[SolverSchedule]) -> SolverOutcome:
-        """The winner on the select noise, after refinement and tuning."""
+        """The winner on the select noise, after refinement and tuning; UserError if the search ended too early."""
         space: SolverScheduleSpace = task.problem.space  # type: ignore[assignment]
         names = {space.key(schedule): name for name, schedule in reversed(self.hand_made(space.nfe))}
         full = [r for r in result.records if r.fidelity == task.problem.fidelity and r.score is not None]
         ranked = sorted(full, key=lambda record: record.rank)
         made = [r for r in ranked if r.key in names][:BEST_BASELINES]
+        if not made:
+            raise UserError(
+                f"no hand-made schedule of {space.nfe} evaluations was measured on {task.problem.fidelity} samples: "
+                "raise search.seconds or search.budget, and go on with resume=true"
+            )
         finalists = _named(ranked[: self.method.settings.finalists])
         hand_made = {names[r.key]: r.candidate for r in made}
         everyone = {**hand_made, **finalists}

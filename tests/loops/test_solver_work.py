@@ -13,9 +13,10 @@ from genlight.diffusion.solver.fitting import LevenbergMarquardt
 from genlight.diffusion.solver.presets import named_schedule
 from genlight.diffusion.solver.spacings import are_integers
 from genlight.diffusion.solver.teacher import TuningProblem
+from genlight.errors import UserError
 from genlight.loops import solver_report
 from genlight.loops.solver_rivals import rival_schedules
-from genlight.loops.solver_work import _refined, _tuned
+from genlight.loops.solver_work import SolverWork, _refined, _tuned
 from genlight.search.spaces.solver_schedule import SolverScheduleSpace
 
 QUICK = LevenbergMarquardt(iterations=2)
@@ -81,3 +82,12 @@ def test_a_search_curve_says_that_its_scores_are_negated(
     )
     solver_report._pictures(work, [], [])
     assert labels == [label]
+
+
+def test_a_search_that_ended_before_a_full_measurement_is_told() -> None:
+    space = SolverScheduleSpace(VP.schedule, 3)
+    task: Any = SimpleNamespace(problem=SimpleNamespace(space=space, fidelity=256))
+    screened = SimpleNamespace(fidelity=64, score=1.0, rank=1.0, key="")
+    work: Any = SimpleNamespace(hand_made=lambda nfe: [])
+    with pytest.raises(UserError, match=r"no hand-made schedule of 3 evaluations was measured on 256 samples"):
+        SolverWork._choose(work, task, SimpleNamespace(records=[screened]))  # type: ignore[arg-type]
