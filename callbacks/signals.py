@@ -30,10 +30,10 @@ class SignalGuard(Callback):
 
     A step that a checkpoint callback has just saved whole in that folder is not saved again. In a validation inside
     `fit` that follows a whole step the run leaves without waiting for the validation, which a resumed run repeats; one
-    between the batches of a step ends first, and so does the step. Handlers are in
-    place while the trainer's loops run, instead of Lightning's own (which leave without saving), and are put back
-    afterwards. SIGUSR1, which schedulers send ahead of SIGTERM, asks for the same and never counts as a second signal;
-    what handled it before is called too: in a SLURM job that is Lightning's, which puts the job back into the queue.
+    between the batches of a step ends first, and so does the step. Handlers are in place while the trainer's loops run,
+    instead of Lightning's own (which leave without saving), and are put back afterwards. SIGUSR1, which schedulers send
+    ahead of SIGTERM, asks for the same and never counts as a second signal; what handled it before is called too: in a
+    SLURM job that is Lightning's, which puts the job back into the queue.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; by default the folder of the first checkpoint callback, else the

@@ -1,12 +1,12 @@
 """The command line before anything heavy is imported: help, errors in one line, half a second."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from oracles.processor_time import children_seconds, keeping_modules
 
 from genlight import cli
 from genlight.help import help_text
@@ -146,12 +146,9 @@ def test_help_and_errors_cost_no_more_than_reading_a_config(arguments: list[str]
 
 def cpu_of(compiled: Path, *arguments: str) -> float:
     """Processor seconds of a process of Python, which keeps compiled modules in a folder."""
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environ["PYTHONPYCACHEPREFIX"] = str(compiled)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], capture_output=True, cwd=ROOT, env=environ, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    words, before = [sys.executable, *arguments], children_seconds()
+    subprocess.run(words, capture_output=True, cwd=ROOT, env=keeping_modules(compiled), check=False)
+    return children_seconds() - before
 
 
 def test_versions_name_every_package_and_import_none(capsys: pytest.CaptureFixture) -> None:

@@ -23,7 +23,7 @@ from genlight.loops.cost import (
 )
 from genlight.loops.model_work import RULE_FINALISTS
 from genlight.reports.cost import CostEstimate, Phase
-from genlight.search.spaces.model_rules import evenly, single_models
+from genlight.search.spaces.model_rules import evenly, fits, single_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -80,7 +80,7 @@ def costs_kept(work: ModelWork, of_rule: int, of_search: int) -> list[float]:
     for limit in work.limits.values():
         of: dict[str, dict[Hashable, float]] = {}
         for rule, schedule in work.initial.values():
-            if (cost := work.space.cost(schedule)["cost"]) <= limit * (1 + 1e-9):
+            if fits(cost := work.space.cost(schedule)["cost"], limit):
                 of.setdefault(rule, {})[work.space.key(schedule)] = cost
         for found in of.values():
             kept.update(sorted(found.items(), key=lambda each: each[1])[-of_rule:])

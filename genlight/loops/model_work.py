@@ -26,7 +26,7 @@ from genlight.search.proposing import RANDOM
 from genlight.search.protocols import Evaluation
 from genlight.search.records import Problem, Record
 from genlight.search.spaces.model_allocation import analytic_allocation
-from genlight.search.spaces.model_rules import chosen_singles, large_first, sandwich, single_models, small_first
+from genlight.search.spaces.model_rules import chosen_singles, fits, large_first, sandwich, single_models, small_first
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 if TYPE_CHECKING:
@@ -299,8 +299,8 @@ class ModelWork:
         rules: dict[str, dict[str, str]] = {}
         for name, (rule, schedule) in self.initial.items():
             rules.setdefault(self.space.key(schedule), {}).setdefault(rule, name)
-        limit = self.limits[budget] * (1 + 1e-9)
-        within = [r for r in _working(self.result.records) if r.score is not None and r.cost["cost"] <= limit]
+        limit, measured = self.limits[budget], [r for r in _working(self.result.records) if r.score is not None]
+        within = [record for record in measured if fits(record.cost["cost"], limit)]
         if not within:
             raise UserError(f"no schedule could be measured within {budget:g}: see {self.runner.folder}")
         ranked: Sequence[Record[ModelSchedule]] = sorted(within, key=lambda record: record.rank)

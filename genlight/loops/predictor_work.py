@@ -19,6 +19,7 @@ from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, in_turn
 from genlight.loops.search import SearchRunner, SearchTask
 from genlight.metrics.ranking import ranking_scores
+from genlight.modules.described import add_weights
 from genlight.predictors.contenders import Contenders
 from genlight.predictors.expert_training import ExpertTraining
 from genlight.predictors.experts import ExpertEnsemble
@@ -126,8 +127,7 @@ class PredictorWork:
     def scores(self) -> str:
         """SHA-256 of every score of the table, those held out among them."""
         digest = hashlib.sha256()
-        for values in (self.table.target, self.table.low_fidelity):
-            digest.update(values.contiguous().numpy().tobytes())
+        add_weights(digest, {"target": self.table.target, "low_fidelity": self.table.low_fidelity})
         return digest.hexdigest()
 
     def compared(self) -> dict[tuple[int, int], Scores]:

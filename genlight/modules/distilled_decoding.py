@@ -227,8 +227,9 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 f"data.guidance_range = {_shown(found)}, but module.guidance_range = {_shown(self.guidance_range)}: "
                 "set them equal"
             )
-        given = getattr(datamodule, "teacher", None)
-        if given is not None and given.fingerprint != self.teacher.fingerprint:
+        source = getattr(datamodule, "teacher_source", self.teacher_source)
+        # another folder may hold the same networks, which is told by reading them
+        if source != self.teacher_source and datamodule.teacher.fingerprint != self.teacher.fingerprint:
             raise UserError(
                 "data.teacher and module.teacher are different networks: the pairs of one do not teach the other; set "
                 "data.teacher to ${module.teacher}"

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, callbacks
-from oracles.toy_training import ToyData, ToyModule, quiet
+from lightning.pytorch import LightningModule, callbacks
+from oracles.toy_training import ToyModule, quiet, train
 
 from genlight.callbacks.ema import EMAWeightAveraging
-from genlight.callbacks.exact_resume import ExactResume
-from genlight.callbacks.step_seed import StepSeed
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO
 
 quiet()
@@ -53,26 +51,14 @@ def test_a_ramp_forgets_the_beginning_and_a_resumed_run_keeps_its_count() -> Non
 
 
 def fit(
-    folder: Path, averaging: callbacks.Callback | None, steps: int, resume: Path | None = None
+    folder: Path, *averaging: callbacks.WeightAveraging, steps: int, resume: Path | None = None
 ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """The first weights of each validation, one after every second step, and all weights in the end."""
     seen, module = [], ToyModule()
     weight = module.net[0].weight
     module.on_validation_epoch_start = lambda: seen.append(weight[0].tolist())  # type: ignore[method-assign]
-    saver = callbacks.ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[*([averaging] if averaging else []), StepSeed(3), ExactResume(), saver],
-        val_check_interval=2,
-        max_steps=steps,
-    )
-    trainer.fit(module, datamodule=ToyData(), ckpt_path=resume)
+    options = {"max_steps": steps, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    train(folder, averaging=averaging, module=module, resume=resume, **options)
     return seen, {name: value.clone() for name, value in module.state_dict().items()}
 
 
@@ -82,23 +68,24 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_until_its_first_update_the_average_is_the_trained_weights(tmp_path: Path) -> None:
     """In validations, in checkpoints, in the end, and in the end of a run that was resumed before it or at it."""
-    seen, trained = fit(tmp_path / "plain", None, 3)
+    seen, trained = fit(tmp_path / "plain", steps=3)
     averaging = EMAWeightAveraging(update_starting_at_step=100)
-    found, ended = fit(tmp_path / "averaged", averaging, 3)
+    found, ended = fit(tmp_path / "averaged", averaging, steps=3)
     assert same(ended, trained) and found == seen and not same(ended, ToyModule().state_dict())
     for step in (2, 3):
         (path,) = (tmp_path / "averaged").glob(f"*step={step}.ckpt")
         checkpoint = AtomicCheckpointIO().load_checkpoint(path)
         assert same(checkpoint["state_dict"], checkpoint["current_model_state"])
         assert int(checkpoint["averaging_state"]["n_averaged"]) == 0
-        resumed = fit(tmp_path / "resumed", EMAWeightAveraging(update_starting_at_step=100), 3, path)[1]
+        averaging = EMAWeightAveraging(update_starting_at_step=100)
+        _, resumed = fit(tmp_path / "resumed", averaging, steps=3, resume=path)
         assert same(resumed, trained)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_buffers": False}, {"update_every_n_steps": 3}])
 def test_after_its_first_update_it_is_lightnings(options: dict[str, Any], tmp_path: Path) -> None:
     options = {"decay": 0.9, "update_starting_at_step": 3, **options}
-    seen, ended = fit(tmp_path / "own", EMAWeightAveraging(**options), 8)
-    expected, end = fit(tmp_path / "lightning", callbacks.EMAWeightAveraging(**options), 8)
+    seen, ended = fit(tmp_path / "own", EMAWeightAveraging(**options), steps=8)
+    expected, end = fit(tmp_path / "lightning", callbacks.EMAWeightAveraging(**options), steps=8)
     assert same(ended, end)
     assert seen[0] != expected[0] and seen[-2:] == expected[-2:]

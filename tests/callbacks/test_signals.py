@@ -61,6 +61,16 @@ def stopped(folder: Path, module: ToyModule, checkpoint: dict | None = None) -> 
     return action
 
 
+def continues_exactly(folder: Path, newest: Path, where: dict, never_stopped: tuple) -> None:
+    """Resumed from there the run does what one that was never stopped does, a validation that was cut short again."""
+    events, state = train(folder, resume=newest, callbacks=(SignalGuard(),), checkpoint=NO_CHECKPOINTS, **OPTIONS)
+    whole_events, whole_state = never_stopped
+    assert differing(state, whole_state) == []
+    assert set(events) == set(whole_events[-len(events) :])
+    if "validation" in where:
+        assert events[0][0] == "validation"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
     "where", [{"step": 0}, {"step": 5}, {"step": 6}, {"validation": 0}, {"validation": 4}], ids=str
@@ -71,12 +81,7 @@ def test_the_first_signal_saves_and_the_run_continues_exactly(
     assert in_child(stopped(tmp_path, Signalled(number, **where))) == code
     newest, skipped = newest_whole_checkpoint(tmp_path)
     assert newest is not None and newest.name == "interrupted.ckpt" and skipped == []
-    events, state = train(tmp_path, resume=newest, callbacks=(SignalGuard(),), checkpoint=NO_CHECKPOINTS, **OPTIONS)
-    whole_events, whole_state = never_stopped
-    assert differing(state, whole_state) == []
-    assert set(events) == set(whole_events[-len(events) :])
-    if "validation" in where:
-        assert events[0][0] == "validation"
+    continues_exactly(tmp_path, newest, where, never_stopped)
 
 
 @pytest.mark.parametrize("where", [{"step": 5}, {"validation": 4}], ids=str)
@@ -86,12 +91,7 @@ def test_a_step_that_is_saved_already_is_not_saved_twice(where: dict, tmp_path: 
     assert not (tmp_path / "interrupted.ckpt").exists()
     newest, skipped = newest_whole_checkpoint(tmp_path)
     assert newest is not None and skipped == []
-    events, state = train(tmp_path, resume=newest, callbacks=(SignalGuard(),), checkpoint=NO_CHECKPOINTS, **OPTIONS)
-    whole_events, whole_state = never_stopped
-    assert differing(state, whole_state) == []
-    assert set(events) == set(whole_events[-len(events) :])
-    if "validation" in where:
-        assert events[0][0] == "validation"
+    continues_exactly(tmp_path, newest, where, never_stopped)
 
 
 def test_a_step_that_is_saved_elsewhere_is_saved_here_too(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader, Dataset
 
 from genlight.callbacks.exact_resume import ExactResume
@@ -110,6 +110,7 @@ def train(
     checkpoint: dict[str, Any] | None = None,
     callbacks: tuple[Any, ...] = (),
     module: ToyModule | None = None,
+    averaging: tuple[WeightAveraging, ...] | None = None,
     limit_val_batches: float = 1.0,
     max_steps: int = 17,
     **options: Any,
@@ -117,7 +118,7 @@ def train(
     """Train the toy; return what happened in order, and every tensor that a resumed run must have equal."""
     module = module or ToyModule()
     saver = ModelCheckpoint(dirpath=folder, **({"every_n_train_steps": 1, "save_top_k": -1} | (checkpoint or {})))
-    ema = EMAWeightAveraging(decay=0.9)
+    averaging = (EMAWeightAveraging(decay=0.9),) if averaging is None else averaging
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -127,20 +128,23 @@ def train(
         default_root_dir=folder,
         plugins=[TracedIO(module.trace)],
         limit_val_batches=limit_val_batches,
-        callbacks=[*callbacks, ema, StepSeed(3), ExactResume(), saver],
+        callbacks=[*callbacks, *averaging, StepSeed(3), ExactResume(), saver],
         max_steps=max_steps,
         **options,
     )
     trainer.fit(module, datamodule=ToyData(), ckpt_path=resume)
-    return module.trace, final_state(trainer, module, ema)
+    return module.trace, final_state(trainer, module, averaging)
 
 
-def final_state(trainer: Trainer, module: LightningModule, ema: EMAWeightAveraging) -> dict[str, torch.Tensor]:
+def final_state(
+    trainer: Trainer, module: LightningModule, averaging: tuple[WeightAveraging, ...]
+) -> dict[str, torch.Tensor]:
     state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     for number, entries in trainer.optimizers[0].state_dict()["state"].items():
         state |= {f"optimizer.{number}.{name}": tensor for name, tensor in entries.items()}
-    assert ema._average_model is not None
-    state |= {f"ema.{name}": tensor for name, tensor in ema._average_model.state_dict().items()}
+    for ema in averaging:
+        assert ema._average_model is not None
+        state |= {f"ema.{name}": tensor for name, tensor in ema._average_model.state_dict().items()}
     state["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"])
     state["step"] = torch.tensor(trainer.global_step)
     return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from genlight.reports.proof import Bar, bar_at_most
 
 sys.path.insert(0, str(ROOT / "tests"))
 from bad_commands import BadCommand, bad_commands
+from oracles.processor_time import children_seconds, keeping_modules
 
 LIMIT_S = 0.5
 TIMES = 5
@@ -69,18 +68,15 @@ def _answers(commands: Sequence[BadCommand], folder: Path) -> list[dict[str, Any
 
 
 def _once(command: BadCommand, folder: Path) -> dict[str, Any]:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = children_seconds()
     words = [sys.executable, "-m", "genlight", *command.words]
-    # with compiled modules kept, as a person has them
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environ |= {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
+    environ = keeping_modules(folder / "compiled") | {"PYTHONPATH": str(ROOT)}
     code: int | None = None
     try:
         done = subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S)
         code, error = done.returncode, done.stderr
     except subprocess.TimeoutExpired:
         error = "accepted, and stopped after a minute"
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "rule": command.rule,
         "words": command.words,
@@ -89,7 +85,7 @@ def _once(command: BadCommand, folder: Path) -> dict[str, Any]:
         "has_traceback": "Traceback" in error,
         "is_one_line": code == 2 and error.startswith("error: ") and error.count("\n") == 1,
         "names": any(name in error for name in command.named),
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "cpu_s": children_seconds() - before,
     }
 
 

@@ -91,10 +91,10 @@ def named_schedule(
         except _TooFewSteps:
             continue
         possible.append(schedule.nfe)
-        if schedule.nfe == nfe and integer_times:
-            return preset(name, noise_schedule, times, lower_order_final=lower_order_final, integer_times=True)
         if schedule.nfe == nfe:
-            return schedule
+            if not integer_times:
+                return schedule
+            return preset(name, noise_schedule, times, lower_order_final=lower_order_final, integer_times=True)
     raise ValueError(
         f"nfe = {nfe}: {name} has no form with so many evaluations; fewer steps give {sorted(possible)[-3:]}"
     )

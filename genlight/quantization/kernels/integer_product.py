@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genlight.quantization.kernels.available import INTERPRETED
+from genlight.quantization.kernels.row_quantization import dense
 from genlight.quantization.packing import packed_width, storage_bits
 
 # Above it, the factors of a low-rank branch do not fit beside the tiles
@@ -172,8 +173,8 @@ def integer_product(
     with torch.cuda.device_of(codes):
         _product_kernel[grid](
             codes.contiguous(), weight.contiguous().view(torch.int8), output,
-            _dense(row_scale), _dense(row_zero), _dense(row_sums),
-            _dense(column_scale), _dense(column_zero), _dense(column_sums), _dense(bias), _dense(inner), _dense(up),
+            dense(row_scale), dense(row_zero), dense(row_sums),
+            dense(column_scale), dense(column_zero), dense(column_sums), dense(bias), dense(inner), dense(up),
             rows, outputs, columns, weight.shape[1], rank, int(len(row_scale) > 1), int(len(column_scale) > 1),
             # of rows, tiles are chosen anew for other powers of two only
             triton.next_power_of_2(rows),
@@ -185,10 +186,6 @@ def integer_product(
 @integer_product.register_fake
 def _(codes: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=rest[-1])
-
-
-def _dense(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.contiguous()
 
 
 def _check(

@@ -186,8 +186,8 @@ def row_codes(
     with torch.cuda.device_of(values):
         _rows_kernel[(rows,)](
             values.contiguous(), codes, scale, zero, sums, kept if keep else None,
-            _dense(norm_weight), _dense(norm_bias), _dense(modulation_scale), _dense(modulation_shift),
-            _dense(input_scale), _dense(signs), width, eps, rows // samples,
+            dense(norm_weight), dense(norm_bias), dense(modulation_scale), dense(modulation_shift),
+            dense(input_scale), dense(signs), width, eps, rows // samples,
             NORM=norm, GELU=gelu, ORDER=order, POWER=order.bit_length() - 1, FLOAT8=numbers == "float8",
             SYMMETRIC=symmetric, LOW=low, HIGH=high, BLOCK=block,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
@@ -202,7 +202,8 @@ def _(
     return _empty(values, symmetric, numbers, bool(rest[-1]))
 
 
-def _dense(part: Tensor | None) -> Tensor | None:
+def dense(part: Tensor | None) -> Tensor | None:
+    """A tensor as kernels read it, in one piece; None stays."""
     return None if part is None else part.contiguous()
 
 

@@ -20,7 +20,7 @@ from genlight.diffusion.model_schedule import half_log_snr_range, solver_schedul
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import PredictionSpace
-from genlight.search.spaces.model_rules import BudgetedZoo, Layout, RuleSchedule, cost_of, evenly, layouts, within
+from genlight.search.spaces.model_rules import BudgetedZoo, Layout, RuleSchedule, cost_of, evenly, fits, layouts, within
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Curve = Callable[[Array], Any]
@@ -150,7 +150,7 @@ def _solve(
     exact = np.round  # costs that fill the budget to the last bit must not fail by rounding up
     for rounded in (exact, np.ceil):
         members = _solve_rounded(errors, costs, budget, switch, excluded, rounded)
-        if members is None or _cost(costs, switch, members) <= budget * (1 + 1e-9):
+        if members is None or fits(_cost(costs, switch, members), budget):
             return members
     return None
 

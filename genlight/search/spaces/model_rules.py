@@ -134,9 +134,14 @@ def cost_of(zoo: BudgetedZoo, members: Sequence[str]) -> float:
     return sum(zoo.costs[name] for name in members) + zoo.switch * changes
 
 
+def fits(cost: float, limit: float) -> bool:
+    """Whether a cost is within a limit, but for rounding."""
+    return cost <= limit * (1 + _SLACK)
+
+
 def within(zoo: BudgetedZoo, cost: float) -> bool:
     """Whether the budget allows it."""
-    return zoo.budget is None or cost <= zoo.budget * (1 + _SLACK)
+    return zoo.budget is None or fits(cost, zoo.budget)
 
 
 def single_models(zoo: BudgetedZoo) -> list[RuleSchedule]:
@@ -159,7 +164,7 @@ def chosen_singles(zoo: BudgetedZoo, limits: Iterable[float], count: int) -> lis
     largest: dict[tuple[float, str, Kind, int], RuleSchedule] = {}
     for limit in limits:
         for each in every:  # by number of evaluations
-            if each.cost <= limit * (1 + _SLACK):
+            if fits(each.cost, limit):
                 schedule = each.schedule
                 order = max(schedule.orders or map(len, schedule.steps))
                 largest[limit, schedule.members[0], schedule.kind, order] = each
