@@ -33,11 +33,8 @@ def dynamic_grid(values: Tensor, form: ActivationFormat) -> Grid:
         dims = [values.ndim - 1]
     else:
         dims = list(range(1 if form.granularity == "sample" else 0, values.ndim))
-    if form.symmetric:
-        greatest = values.abs().amax(dim=dims, keepdim=True)
-        return grid_from_range(-greatest, greatest, form.bits, symmetric=True, numbers=form.numbers)
     least, greatest = values.amin(dim=dims, keepdim=True), values.amax(dim=dims, keepdim=True)
-    return grid_from_range(least, greatest, form.bits, symmetric=False, numbers=form.numbers)
+    return grid_from_range(least, greatest, form.bits, symmetric=form.symmetric, numbers=form.numbers)
 
 
 def static_grids(ranges: Tensor, form: ActivationFormat) -> Grid:

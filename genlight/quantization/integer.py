@@ -67,12 +67,12 @@ def integer_linear(
     # in place from here: on a CPU each new matrix of this size costs as much as what is done to it
     total = torch._int_mm(codes, weight.unpacked().t())
     if weight_zero is not None and sums is not None:
-        total -= weight_zero.int().t() * sums[:, None]
+        total.addr_(sums, weight_zero.int().flatten().expand(total.shape[1]), alpha=-1)
     if input_zero is not None and column_sums is not None:
         total -= input_zero.int() * column_sums
         if weight_zero is not None:
             total += weight.columns * input_zero.int() * weight_zero.int().t()
-    output = total.float().mul_(grid.scale).mul_(weight.grid.scale.t())
+    output = (total * grid.scale).mul_(weight.grid.scale.t())
     if low_rank is not None:
         output = output + functional.linear(*low_rank)
     return (output if bias is None else output.add_(bias)).to(dtype)

@@ -33,6 +33,8 @@ _NOT_FASTER = (
 )
 # whatever type the model is cast to
 _KEPT_TYPES = ("weight_codes", "weight_scale", "input_scale", "activation_range", "static_scale")
+# so many of a thousand numbers, and their codes, fit the cache of a core
+_ROWS_OF_A_CORE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,25 +253,36 @@ class QuantizedLinear(QuantizedLayer):
         return (output if self.bias is None else output + self.bias).to(values.dtype)
 
     def _product_of_codes(self, values: Tensor, rows: int) -> Tensor:
-        weight, form = self.quantized_weight, self.form.activation
-        assert weight is not None
-        sums, inputs = None, None
-        if form.mode == "dynamic" and form.granularity == "token":
-            found = quantize_rows(values, form, balance=self.balance, keep=self.up is not None)
-            codes, grid, sums, inputs = found.codes, found.grid, found.sums, found.inputs
-        else:
+        form, inputs, grid = self.form.activation, values, None
+        if form.mode != "dynamic" or form.granularity != "token":
             inputs = self.balanced(values)
-            grid = self.grid(inputs)
-            codes, grid = quantize(inputs, grid).reshape(rows, -1), row_grid(grid, inputs)
-            inputs = inputs.reshape(rows, -1)
-        low_rank = None if inputs is None else self._low_rank(inputs)
-        if grid.numbers == "float8":
-            output = float8_linear(codes, grid, weight, low_rank=low_rank, bias=self.bias, dtype=values.dtype)
+            grid = row_grid(self.grid(inputs), inputs)
+        inputs, size, weight = inputs.reshape(rows, -1), _rows_at_once(inputs), self.quantized_weight
+        assert weight is not None
+        if rows <= size:
+            output = self._product_of_rows(inputs, grid, weight, values.dtype)
         else:
-            output = integer_linear(
-                codes, grid, weight, sums=sums, low_rank=low_rank, bias=self.bias, dtype=values.dtype
-            )
+            output, weight = values.new_empty(rows, self.outputs), weight.in_bytes()
+            for start in range(0, rows, size):
+                part = slice(start, start + size)
+                own = grid if grid is None or len(grid.scale) == 1 else grid.of_rows(part)
+                output[part] = self._product_of_rows(inputs[part], own, weight, values.dtype)
         return output.reshape(*values.shape[:-1], -1)
+
+    def _product_of_rows(
+        self, inputs: Tensor, grid: Grid | None, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> Tensor:
+        """Of [rows, columns]: balanced already if there is a grid, [rows | 1, 1]; else each row gets its own."""
+        sums = None
+        if grid is None:
+            found = quantize_rows(inputs, self.form.activation, balance=self.balance, keep=self.up is not None)
+            codes, grid, sums = found.codes, found.grid, found.sums
+            low_rank = None if found.inputs is None else self._low_rank(found.inputs)
+        else:
+            codes, low_rank = quantize(inputs, grid), self._low_rank(inputs)
+        if grid.numbers == "float8":
+            return float8_linear(codes, grid, weight, low_rank=low_rank, bias=self.bias, dtype=dtype)
+        return integer_linear(codes, grid, weight, sums=sums, low_rank=low_rank, bias=self.bias, dtype=dtype)
 
     def _low_rank(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
         """x'' downᵀ and up, whose product is the low-rank branch, of one type."""
@@ -277,6 +290,13 @@ class QuantizedLinear(QuantizedLayer):
             return None
         inner = functional.linear(inputs, self.down.to(inputs.dtype))  # of another type than inputs under autocast
         return inner, self.up.to(inner.dtype)
+
+
+def _rows_at_once(values: Tensor) -> int:
+    """Rows for which everything is done before the next are begun: on a CPU, what is made on the way stays in cache."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return values.numel()
+    return _ROWS_OF_A_CORE * torch.get_num_threads()
 
 
 def row_grid(grid: Grid, inputs: Tensor) -> Grid:

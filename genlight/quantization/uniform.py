@@ -36,6 +36,11 @@ class Grid:
     bits: int
     numbers: Numbers = "integer"
 
+    def of_rows(self, rows: slice) -> "Grid":
+        """That of some rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return Grid(self.scale[rows], zero_point, self.bits, self.numbers)
+
 
 def code_range(bits: int) -> tuple[int, int]:
     """The least and the greatest code of `bits` bits.
@@ -84,10 +89,11 @@ def quantize(values: Tensor, grid: Grid) -> Tensor:
     """Codes of the nearest levels, int8 or float8, of the shape of `values`; numbers outside the grid take its ends."""
     if grid.numbers == "float8":
         return (values.float() / grid.scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
-    codes = torch.round(values.float() / grid.scale)
+    # in place: on a CPU each new matrix costs as much as what is done to it
+    codes = (values.float() / grid.scale).round_()
     if grid.zero_point is not None:
-        codes = codes + grid.zero_point
-    return codes.clamp(*code_range(grid.bits)).to(torch.int8)
+        codes += grid.zero_point
+    return codes.clamp_(*code_range(grid.bits)).to(torch.int8)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:

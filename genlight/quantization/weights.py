@@ -41,6 +41,10 @@ class QuantizedWeight:
         """The codes, int8 or float8 [rows, columns]."""
         return unpack_codes(self.codes, self.grid.bits, self.columns)
 
+    def in_bytes(self) -> "QuantizedWeight":
+        """The same numbers with eight bits a code, to be multiplied more than once."""
+        return replace(self, codes=self.unpacked(), grid=replace(self.grid, bits=8))
+
     def row_sums(self) -> Tensor:
         """Σ p of each row, int32 [rows]."""
         return self.unpacked().sum(dim=1, dtype=torch.int32) if self.sums is None else self.sums
