@@ -64,18 +64,17 @@ def integer_linear(
     column_sums = None if input_zero is None else weight.row_sums()
     if triton_runs_on(codes.device):
         return _by_kernel(codes, grid, weight, sums, column_sums, low_rank, bias, dtype)
-    # in place from here: on a CPU each new matrix of this size costs as much as what is done to it
     total = torch._int_mm(codes, weight.unpacked().t())
     if weight_zero is not None and sums is not None:
-        total.addr_(sums, weight_zero.int().flatten().expand(total.shape[1]), alpha=-1)
+        total = torch.addr(total, sums, weight_zero.int().flatten().expand(total.shape[1]), alpha=-1)
     if input_zero is not None and column_sums is not None:
-        total -= input_zero.int() * column_sums
+        total = total - input_zero.int() * column_sums
         if weight_zero is not None:
-            total += weight.columns * input_zero.int() * weight_zero.int().t()
-    output = (total * grid.scale).mul_(weight.grid.scale.t())
+            total = total + weight.columns * input_zero.int() * weight_zero.int().t()
+    output = total * grid.scale * weight.grid.scale.t()
     if low_rank is not None:
         output = output + functional.linear(*low_rank)
-    return (output if bias is None else output.add_(bias)).to(dtype)
+    return (output if bias is None else output + bias).to(dtype)
 
 
 def _by_kernel(

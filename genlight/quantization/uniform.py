@@ -89,7 +89,7 @@ def quantize(values: Tensor, grid: Grid) -> Tensor:
     """Codes of the nearest levels, int8 or float8, of the shape of `values`; numbers outside the grid take its ends."""
     if grid.numbers == "float8":
         return (values.float() / grid.scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
-    # in place: on a CPU each new matrix costs as much as what is done to it
+    # in place: on a CPU a further matrix costs as much as what is done to it
     codes = (values.float() / grid.scale).round_()
     if grid.zero_point is not None:
         codes += grid.zero_point
