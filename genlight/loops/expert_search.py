@@ -29,7 +29,8 @@ from genlight.search.spaces.expert_maps import ExpertMapSpace
 
 # objectives that are shares of the questions, and how few of these are too few to tell candidates apart
 _SHARES, _FEW = ("accuracy", "accuracy_normalised", "exact_match"), 200
-_CHOICES = "val/choice_log_likelihood"
+# what is measured of tasks with choices alone; the first is the default
+_OF_CHOICES = ("val/choice_log_likelihood", "val/choice_probability")
 # how many times the nats of one task are those of another where a mean over them is of the first alone
 _UNEQUAL = 10
 
@@ -173,12 +174,12 @@ class ExpertSearch:
             UserError: the objective is about choices, and a task has none.
         """
         written = [name for name, kind in kinds.items() if kind == "generation"]
-        if written and self.objective == _CHOICES:
+        if written and self.objective in _OF_CHOICES:
             raise UserError(
-                f"method.objective={_CHOICES} says nothing of {', '.join(written)}, whose answers are written: leave "
-                "it null, or name the tasks with choices in method.tasks"
+                f"method.objective={self.objective} says nothing of {', '.join(written)}, whose answers are written: "
+                "leave it null, or name the tasks with choices in method.tasks"
             )
-        return self.objective or ("val/log_likelihood" if written else _CHOICES)
+        return self.objective or ("val/log_likelihood" if written else _OF_CHOICES[0])
 
     def experts_per_token(self, editor: Any, num_experts: int) -> int:
         """k of candidates: what was asked for, else the model's own, at most the experts that are left."""

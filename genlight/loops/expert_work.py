@@ -210,7 +210,7 @@ class ExpertWork:
     def objective(self, draw: str) -> ExpertObjective:
         """Scores candidates on a draw."""
         kinds = {self.task_data.tasks[name].kind for name in self.task_data.evaluate}
-        writes = "generation" in kinds and not self.metric.endswith("log_likelihood")
+        writes = "generation" in kinds and not self.metric.endswith(("log_likelihood", "choice_probability"))
         return ExpertObjective(self.draws.objective(self.space, draw), self.space, self.cache, writes)
 
     @cached_property

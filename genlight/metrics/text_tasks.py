@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-QUANTITIES = ("accuracy", "accuracy_normalised", "exact_match", "f1", "log_likelihood", "choice_log_likelihood")
-_OVERALL = ("accuracy", "log_likelihood", "choice_log_likelihood")
+QUANTITIES = (
+    "accuracy", "accuracy_normalised", "exact_match", "f1", "log_likelihood", "choice_log_likelihood",
+    "choice_probability",
+)  # fmt: skip
+_OVERALL = ("accuracy", "log_likelihood", "choice_log_likelihood", "choice_probability")
 
 
 class TaskScores:
@@ -54,7 +57,7 @@ class TaskScores:
         self._sums.update(task, QUANTITIES.index(quantity), values)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name, "<task>/<quantity>"; "accuracy" and the log-likelihoods are means over the tasks with them."""
+        """Means by name, "<task>/<quantity>"; without a task, means over the tasks that have the quantity."""
         sums, counts = self._sums.compute()
         result: dict[str, Tensor] = {}
         for number, task in enumerate(self.tasks):

@@ -32,12 +32,13 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
 
     Training minimises the cross-entropy of the labelled tokens, and for experts the load-balancing loss of their family
     times the config's `router_aux_loss_coef`. Validation asks the questions of a `TextTaskDataModule` and logs
-    val/accuracy and val/log_likelihood, means over the tasks, val/choice_log_likelihood, that over the tasks with
-    choices, and for each task
+    val/accuracy and val/log_likelihood, means over the tasks, val/choice_log_likelihood and val/choice_probability,
+    those over the tasks with choices, and for each task
 
     - val/<task>/log_likelihood: mean of log p(right answer | prompt), summed over its tokens, in nats;
     - val/<task>/choice_log_likelihood: the same among the options alone, which is what decides an answer: mean of
       log p(right answer | prompt, one of the options);
+    - val/<task>/choice_probability: mean of that probability itself: what answers drawn from it have right;
     - val/<task>/accuracy: share of questions whose right option is the likeliest; of generated answers, exact matches;
     - val/<task>/accuracy_normalised: the same with log-likelihoods divided by the characters of the option;
     - val/<task>/exact_match, val/<task>/f1: of answers generated greedily.
@@ -218,7 +219,9 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
         table, questions = _table(scores, batch["option_place"]), torch.arange(len(label), device=label.device)
         self._add(task, "log_likelihood", table[questions, label])
         if "generation" not in batch:
-            self._add(task, "choice_log_likelihood", table.log_softmax(1)[questions, label])
+            among = table.log_softmax(1)[questions, label]
+            self._add(task, "choice_log_likelihood", among)
+            self._add(task, "choice_probability", among.exp())
             lengths = batch["option_length"].to(scores)
             self._add(task, "accuracy", _is_best(scores, batch))
             self._add(task, "accuracy_normalised", _is_best(scores / lengths, batch))

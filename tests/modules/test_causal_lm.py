@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -149,6 +150,7 @@ def test_what_is_logged_are_means_of_single_examples(tmp_path) -> None:
             continue
         among = values[example.label] - float(torch.tensor(values).logsumexp(0))
         right.setdefault(f"{example.task}/choice_log_likelihood", []).append(among)
+        right.setdefault(f"{example.task}/choice_probability", []).append(math.exp(among))
         normalised = [value / len(text) for value, text in zip(values, example.options, strict=True)]
         right.setdefault(f"{example.task}/accuracy", []).append(values.index(max(values)) == example.label)
         best = normalised.index(max(normalised)) == example.label
@@ -160,8 +162,9 @@ def test_what_is_logged_are_means_of_single_examples(tmp_path) -> None:
     for name in ("accuracy", "log_likelihood"):
         mean = sum(means[f"val/{task}/{name}"] for task in TASKS) / 3
         assert found[f"val/{name}"] == pytest.approx(mean, abs=1e-4)
-    among = [means[f"val/{task}/choice_log_likelihood"] for task in ("choice", "letter")]
-    assert found["val/choice_log_likelihood"] == pytest.approx(sum(among) / 2, abs=1e-4)
+    for name in ("choice_log_likelihood", "choice_probability"):
+        mean = sum(means[f"val/{task}/{name}"] for task in ("choice", "letter")) / 2
+        assert found[f"val/{name}"] == pytest.approx(mean, abs=1e-4)
     assert found["val/choice/accuracy"] != found["val/choice/accuracy_normalised"]
     again = validated(module, tmp_path, eval_batch_size=2)
     assert again.keys() == found.keys()
