@@ -2,8 +2,8 @@
 
 A Mixtral of half a million parameters with eight experts a layer is trained by `fit experiment=eep/tiny_moe`. For each
 search seed `validate experiment=eep/digits` leaves it two of them for one of its tasks, handwritten digits, beside
-every baseline; once more as published, once without keeping hidden states, and with four experts, of which two or
-one answer each token.
+every baseline, by the log-likelihood of the right choice and by its probability; for the first seed once more as
+published, once without keeping hidden states, and with four experts, of which two or one answer each token.
 
 Every number is measured on questions that neither a search nor a choice has seen.
 
@@ -36,6 +36,7 @@ MERGING = ("m_smoe", "hc_smoe")
 PAPER = ("search=eep_paper", "method.objective=val/accuracy")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eep": (),
+    "by probability": ("method.objective=val/choice_probability",),
     "as published": PAPER,
     "no states kept": ("method.cache_bytes=0",),
     "four experts": ("method.num_experts=4",),
@@ -289,7 +290,8 @@ def main() -> None:
         seed = arguments.seeds[0]
         # the two that are timed against each other run side by side
         wanted = [("eep", seed), ("no states kept", seed), *(("eep", other) for other in arguments.seeds[1:])]
-        wanted += [(variant, seed) for variant in VARIANTS if variant not in ("eep", "no states kept")]
+        wanted += [("by probability", each) for each in arguments.seeds]
+        wanted += [(variant, seed) for variant in list(VARIANTS)[2:] if variant != "no states kept"]
         results = list(pool.map(lambda each: search(folder, *each, tuple(arguments.words)), wanted))
         results.sort(key=lambda result: (list(VARIANTS).index(result["variant"]), result["seed"]))
         before, after = saved(base), saved(results[0]["artifact"])
