@@ -52,9 +52,21 @@ def finish_axes(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
 
 
 def log_axis(axes: Axes, which: str, values: Sequence[float], factor: float = _WIDE) -> None:
-    """Make the axis "x" or "y" logarithmic if the values are positive and spread over `factor` at least."""
-    if values and min(values) > 0 and max(values) >= factor * min(values):
-        getattr(axes, f"set_{which}scale")("log")
+    """Make the axis "x" or "y" logarithmic if the values are positive and spread over `factor` at least.
+
+    Its ticks are numbers like 20, not powers of ten, where the values spread over less than three decades.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if not values or min(values) <= 0 or max(values) < factor * min(values):
+        return
+    getattr(axes, f"set_{which}scale")("log")
+    if max(values) < 1000 * min(values):
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        few = max(values) < 10 * min(values)
+        axis.set_major_locator(MaxNLocator(6) if few else LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def whole_numbers(axes: Axes, values: Sequence[float]) -> None:

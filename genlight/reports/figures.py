@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from genlight.io import atomic_write_bytes
+from genlight.reports.drawing import log_axis
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,8 +111,7 @@ def curves(csv_path: str | Path, path: str | Path, *, columns: Sequence[str] | N
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         # losses and distances fall over orders of magnitude
-        if min(values) > 0 and max(values) / min(values) > 20:
-            axes.set_yscale("log")
+        log_axis(axes, "y", values, 20.0)
         if position // across == down - 1:
             axes.set_xlabel("step", fontsize=8)
     data = io.BytesIO()

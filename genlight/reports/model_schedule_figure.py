@@ -72,7 +72,6 @@ def pareto_figure(
     log_axis(axes, "x", [cost for cost, _ in points], 1.0)
     if mode == "min":
         log_axis(axes, "y", [score for _, score in points], 1.0)
-    _plain_ticks(axes)
     for budget in budgets:
         axes.axvline(budget, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
         above = axes.get_xaxis_transform()
@@ -206,14 +205,3 @@ def _envelope(points: Sequence[Point], mode: str) -> list[Point]:
         if not kept or sign * score < sign * kept[-1][1]:
             kept.append((cost, score))
     return kept
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers like 20 in the place of 2 × 10¹, on both axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
