@@ -77,6 +77,17 @@ _ZERO_TERMINAL_SNR = (
 _FAMILY_NAMES = {"vp": "variance-preserving", "edm": "EDM", "flow": "flow-matching"}
 # options that would change the noise schedule or the meaning of the network's output behind the schedule's back
 _RESERVED = ("trained_betas", "prediction_type", "use_flow_sigmas", "flow_shift", "shift", "timestep_type")
+# options by which times are shifted by the size of the image; pipelines read the numbers from the scheduler's config
+_DYNAMIC = "use_dynamic_shifting"
+_SHIFTING = (
+    _DYNAMIC,
+    "time_shift_type",
+    "shift_terminal",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)
 
 
 def build_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_type: str, /, **options: Any) -> Any:
@@ -110,6 +121,31 @@ def build_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_t
     if getattr(schedule, "rescale_zero_terminal_snr", False) and "timestep_spacing" in known:
         options.setdefault("timestep_spacing", "trailing")
     return cls(**{**options, **config})
+
+
+def build_like(own: Any, scheduler: str | type, /, **options: Any) -> Any:
+    """As `build_scheduler`, for the schedule and prediction type of a scheduler `own`, and its dynamic shifting.
+
+    Raises:
+        ValueError: as there and in `read_scheduler`, and for a class without dynamic shifting where `own` has it.
+    """
+    schedule, prediction_type = read_scheduler(own)
+    shifting = {key: own.config[key] for key in _SHIFTING if key in own.config} if own.config.get(_DYNAMIC) else {}
+    name = _name(scheduler)
+    if not shifting or name == SEARCHED:  # searched times are those that are sampled
+        return build_scheduler(scheduler, schedule, prediction_type, **options)
+    check_scheduler(scheduler, schedule, prediction_type)
+    known = _arguments(name)
+    if _DYNAMIC not in known:
+        shifted = [other for other in _SUPPORTED[schedule.family] if _DYNAMIC in _arguments(other)]
+        raise ValueError(
+            f"scheduler = {name!r} cannot shift times by the size of the image, as {type(own).__name__} does here; "
+            f"use {_choice(shifted)}"
+        )
+    given = {key: value for key, value in shifting.items() if key in known}
+    made = build_scheduler(scheduler, schedule, prediction_type, **{**given, **options})
+    made.register_to_config(**{key: value for key, value in shifting.items() if key not in known})
+    return made
 
 
 def check_scheduler(scheduler: str | type, schedule: NoiseSchedule, prediction_type: str) -> None:
@@ -249,6 +285,12 @@ def _check_known(cls: Any, options: Mapping[str, Any]) -> list[str]:
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; it has {', '.join(known)}"
             raise ValueError(f"scheduler.{key}: {cls.__name__} has no such option{hint}")
     return known
+
+
+def _arguments(name: str) -> list[str]:
+    import diffusers
+
+    return _check_known(getattr(diffusers, name), {})
 
 
 def _name(scheduler: str | type) -> str:

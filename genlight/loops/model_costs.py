@@ -23,6 +23,8 @@ from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 # evaluations of two schedules by the cheapest member, whose times say what lies around its network
 _FEW, _SEVERAL = 1, 4
+# share of all timesteps by which pipelines in half precision may round them
+_NEAR = 0.01
 
 
 def member_costs(module: Any, rows: int, unit: Unit) -> tuple[MemberCosts, dict[str, str]]:
@@ -130,7 +132,22 @@ def _recorded(module: Any, space: ModelScheduleSpace, name: str, rows: int) -> _
         sampled(module, rows)
     finally:
         handle.remove()
+    _check_timesteps(module, space, calls)
     return _Step(module.scheduled, name, module.scheduled.schedule[0][0], calls)
+
+
+def _check_timesteps(module: Any, space: ModelScheduleSpace, calls: Sequence[Any]) -> None:
+    """UserError unless the networks were given the timestep of the one evaluation: members would not take turns."""
+    schedule, (wanted, _) = space.noise_schedule, module.scheduled.schedule[0]
+    ends = [schedule.model_timestep(time) for time in (schedule.t_min, schedule.t_max)]
+    for arguments, options in calls:
+        found = module.scheduled.timestep_of_call(arguments, options)
+        if abs(found - wanted) > _NEAR * abs(ends[1] - ends[0]):
+            name = type(getattr(module, "pipe", module)).__name__
+            raise UserError(
+                f"{name} gives its network the timestep {found:g} where {wanted:g} is scheduled, in a way that is not "
+                "known here: members cannot take turns in it"
+            )
 
 
 def _with_overhead(

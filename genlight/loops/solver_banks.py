@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.spacings import End
@@ -23,6 +25,10 @@ from genlight.search.spaces.solver_objective import (
     rms_evaluation,
     teacher_schedule,
 )
+
+_HALF = (torch.float16, torch.bfloat16)
+# names of the networks of a pipeline that are given timesteps
+_DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,35 @@ class PipelineSampling:
     @property
     def prediction(self) -> Any:
         return self.module.prediction
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents between evaluations."""
+        found: torch.dtype = self.module.latent_kind()[1]
+        return found
+
+    @cached_property
+    def rounded_timesteps(self) -> bool:
+        """Whether the pipeline gives its network timesteps in 16 bits, found by one evaluation."""
+        if self.dtype not in _HALF:
+            return False
+        given: list[torch.dtype] = []
+
+        def note(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            found = options.get("timestep", arguments[1] if len(arguments) > 1 else None)
+            given.extend([found.dtype] if isinstance(found, Tensor) else [])
+
+        networks = [self.module.networks[key] for key in _DENOISERS if key in self.module.networks]
+        handles = [network.register_forward_pre_hook(note, with_kwargs=True) for network in networks]
+        try:
+            schedule = self.prediction.schedule
+            table = compile_schedule(teacher_schedule(schedule, 1, solver="ddim"), schedule)
+            noise = torch.zeros(1, *self.module.sample_shape, device=self.module.device)
+            self.module.sample_tables([table], noise, torch.zeros(1, dtype=torch.long))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return any(dtype in _HALF for dtype in given)
 
     def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
         """Undecoded samples [S, M, ...]."""

@@ -6,6 +6,10 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import torch
+
+from genlight.diffusion.solver.fitting import LevenbergMarquardt
+from genlight.diffusion.solver.jacobian import goes_both_ways
 from genlight.diffusion.solver.teacher import NetworkSampling, TeacherBank
 from genlight.loops.cost import (
     CHOICE,
@@ -93,7 +97,12 @@ def _tuning(work: SolverWork, nfe: int) -> float:
     method = work.method
     steps = ((method.refine, method.refined), (method.finetune, method.tuned))
     count = sum(getattr(each, "iterations", 0) * starts for each, starts in steps)
-    central = any(getattr(each, "central", False) for each, _ in steps)
+    dtype = getattr(work.banks.sampling, "dtype", torch.float32)
+    central = any(
+        goes_both_ways(dtype, each.difference, each.central)
+        for each, _ in steps
+        if isinstance(each, LevenbergMarquardt)
+    )
     proposals = _PROPOSALS * nfe * (method.noise.search + method.noise.select)
     return float(count * (_evaluations_of_jacobian(nfe, central) * method.noise.search + proposals))
 

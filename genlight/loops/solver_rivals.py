@@ -21,7 +21,7 @@ _GITS_SOLVERS = ("ddim", "ipndm_3", "dpmpp_2m")
 def rival_schedules(problem: TuningProblem, name: str, schedule: SolverSchedule, end: End) -> dict[str, SolverSchedule]:
     """Schedules of other methods with as many evaluations, by name.
 
-    Times are learned where there are inner ones, and where those need not be integers.
+    Times are learned where there are inner ones, and where those need not be integers or are rounded.
 
     Args:
         problem: bank and network.
@@ -30,7 +30,7 @@ def rival_schedules(problem: TuningProblem, name: str, schedule: SolverSchedule,
     """
     found: dict[str, SolverSchedule] = {}
     sampling, noise_schedule, integers = problem.sampling, problem.prediction.schedule, problem.integer_timesteps
-    if not integers and len(schedule_times(schedule, noise_schedule)[0].start):
+    if not problem.fixed_times and len(schedule_times(schedule, noise_schedule)[0].start):
         learned, _ = learn_times(problem, schedule, LevenbergMarquardt())
         found[f"learned times ({name.split('/')[0]})"] = learned
     if not isinstance(sampling, NetworkSampling):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,7 +24,7 @@ from genlight.loops.solver_banks import Banks, TeacherScoring
 from genlight.loops.solver_outcome import SolverOutcome, load_outcome, outcome_fingerprint, save_outcome
 from genlight.loops.solver_rivals import rival_schedules
 from genlight.search.engine import SearchResult
-from genlight.search.evaluation import Evaluator, in_one_batch, one_by_one
+from genlight.search.evaluation import Evaluator, in_one_batch, is_lost, one_by_one
 from genlight.search.plan import SearchPlan
 from genlight.search.records import Problem, Record
 from genlight.search.spaces.solver_continuous import ContinuousGenes
@@ -206,7 +207,17 @@ class SolverWork:
             found = [scoring.evaluate_many(schedules[i : i + 16], count) for i in starts]
             return [e.score if e.score == e.score else float("inf") for part in found for e in part]
         metric, count = self.metric(space, draw), getattr(self.method.noise, draw)
-        return [e.score for e in in_turn(self.evaluations, [partial(metric.evaluate, s, count) for s in schedules])]
+
+        def one(schedule: Any) -> float:
+            try:
+                score = metric.evaluate(schedule, count).score
+            except (ValueError, FloatingPointError, RuntimeError) as error:
+                if is_lost(error):
+                    raise
+                return math.inf
+            return score if math.isfinite(score) else math.inf
+
+        return in_turn(self.evaluations, [partial(one, each) for each in schedules])
 
     def _choose(self, task: SearchTask, result: SearchResult[SolverSchedule]) -> SolverOutcome:
         """The winner on the select noise, after refinement and tuning; UserError if the search ended too early."""
@@ -227,6 +238,9 @@ class SolverWork:
             scores = dict(zip(everyone, self.judge(space, list(everyone.values()), "select"), strict=True))
         baseline = min(hand_made, key=lambda name: scores[name])
         order = sorted(finalists, key=lambda name: scores[name])
+        for kind, name in (("hand-made schedule", baseline), ("finalist", order[0])):
+            if not math.isfinite(scores[name]):
+                raise UserError(f"no {kind} of {space.nfe} evaluations could be measured on the select noise")
         evolved = finalists[order[0]]
         select = {"baseline": scores[baseline], "evolved": scores[order[0]]}
         outcome = SolverOutcome(space.nfe, baseline, hand_made[baseline], hand_made, evolved, evolved, select=select)
@@ -265,8 +279,8 @@ class SolverWork:
 
 
 def _refined(problem: TuningProblem, space: SolverScheduleSpace, schedule: SolverSchedule, method: Any) -> Any:
-    """The schedule itself where nothing of it can move; whole times stay, whose small differences are rounded away."""
-    kept = tuple(gene for gene in space.genes if gene != "times" or not space.integer_times)
+    """The schedule itself where nothing of it can move; whole and rounded times stay, whose differences are lost."""
+    kept = tuple(gene for gene in space.genes if gene != "times" or not (space.integer_times or problem.fixed_times))
     genes = ContinuousGenes(replace(space, genes=kept), schedule) if kept else None
     if genes is None or len(genes.start) == 0:
         return schedule
@@ -274,7 +288,7 @@ def _refined(problem: TuningProblem, space: SolverScheduleSpace, schedule: Solve
 
 
 def _tuned(problem: TuningProblem, schedule: SolverSchedule, method: Any) -> tuple[float, TableRecord]:
-    table, record = finetune(problem, schedule, method, times=not problem.integer_timesteps)
+    table, record = finetune(problem, schedule, method, times=not problem.fixed_times)
     return min(step.select_rms for step in record.steps), TableRecord.of(table)
 
 

@@ -145,6 +145,7 @@ class LatentConsistencyModule(Optimization, PipelineModule):
         """Take a pipeline that is there already, and make the student of its UNet; UserError if that cannot be."""
         self._held.prediction = None
         super().adopt(pipe)
+        pipe = self._pipe  # which may be another of the same parts
         unet, prediction = getattr(pipe, "unet", None), self.prediction
         if unet is None or type(unet).__name__ != "UNet2DConditionModel" or prediction.schedule.family != "vp":
             raise UserError(
@@ -268,7 +269,7 @@ class LatentConsistencyModule(Optimization, PipelineModule):
     def fingerprint(self, state: Mapping[str, Tensor] | None = None) -> str:
         """SHA-256 over the description and the trained weights; of ``state`` where it is given."""
         self.configure_model()
-        self._weights_digest = None if state is None else digest(state)
+        self._weights_digest = {} if state is None else {self.pipe.dtype: digest(state)}
         return super().fingerprint()
 
     def save_pretrained(self, folder: str | Path) -> None:

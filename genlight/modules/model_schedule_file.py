@@ -167,7 +167,8 @@ def write_model_schedule(
 
     Args:
         members, predictions: of a `Zoo`; those that the schedule does not use are left out.
-        primary: one that the schedule uses; None: the one with most parameters.
+        primary: of the search, on whose noise schedule the times are. Where it is None, or one that the schedule does
+            not use, that of the file is the one with most parameters.
 
     Raises ValueError for a member that there is not, or a schedule that the noise schedule cannot have.
     """
@@ -176,7 +177,8 @@ def write_model_schedule(
         raise ValueError(f"schedule: {', '.join(unknown)} is not among the members {', '.join(members)}")
     used = {name: member for name, member in members.items() if name in schedule.members}
     first = primary if primary in used else largest({name: member.network for name, member in used.items()})
-    prediction = predictions[first]
+    # members may differ in the shift of flow matching: the times are those of the primary of the search
+    prediction = Prediction(predictions[first].prediction_type, predictions[primary or first].schedule)
     solver = solver_schedule(schedule, prediction.schedule, slots)
     times = compile_schedule(solver, prediction.schedule).times
     scheduler = scheduler_of(SolverBank.of(prediction, {schedule.nfe: solver}))

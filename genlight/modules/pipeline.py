@@ -27,11 +27,11 @@ from genlight.modules.pipeline_calls import (
     FRAMES,
     SchedulerChoice,
     built_scheduler,
+    called,
     check_pipeline,
     fresh,
-    latent_kind,
     load_pipeline,
-    no_steps,
+    plain_pipeline,
     plain_settings,
     scheduler_of_table,
     signed,
@@ -39,6 +39,7 @@ from genlight.modules.pipeline_calls import (
     weights_digest,
     wrapped_prompts,
 )
+from genlight.modules.pipeline_latents import latent_kind, no_steps
 from genlight.modules.pipeline_lora import fuse_lora
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.modules.zoo import Zoo
@@ -67,7 +68,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         offload: keep the networks in the memory of the host, but for the one that runs; slower.
         members: further denoisers by name, beside the pipeline's, which is called "own"; see `load_zoo`.
         resident: so many of these and "own" at most stay on the device. None: all, or one where `offload` is set.
-        lora: adapters that are added to the weights as they are read, see `fuse_lora`.
+        lora: adapters that are added to the weights as they are read, see `fuse_lora`; not beside `members`.
 
     Attributes:
         prompts: texts by label; set by ``check_data``.
@@ -109,6 +110,8 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         for key, value in {"num_inference_steps": num_inference_steps, "resident": resident, **sizes}.items():
             if value is not None and value < 1:
                 raise ValueError(f"module.{key} = {value} must be at least 1")
+        if lora is not None and members:
+            raise ValueError("module.lora beside members: fuse it, and save the pipeline, for schedules name folders")
         self.pretrained, self.weights_dtype, self.variant = pretrained, dtype, variant
         self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
         self.trust_remote_code, self.entries = trust_remote_code, dict(members or {})
@@ -119,8 +122,8 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         self.zoo: Zoo | None = None
         self.networks = nn.ModuleDict()
         self._pipe: Any = None
-        self._latents: tuple[tuple[int, ...], torch.dtype] | None = None
-        self._weights_digest: str | None = None
+        self._latents: dict[torch.dtype, tuple[tuple[int, ...], torch.dtype]] = {}  # by type of the weights
+        self._weights_digest: dict[torch.dtype, str] = {}
 
     def configure_model(self) -> None:
         """Read the pipeline, once; called by Lightning and by whatever needs it."""
@@ -142,6 +145,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
     def adopt(self, pipe: Any) -> None:
         """Take a pipeline that is there already; UserError as in `load_pretrained`."""
         sizes = {"guidance_scale": self._guidance_scale, "height": self.height, "width": self.width}
+        pipe = plain_pipeline(pipe, self._guidance_scale)
         check_pipeline(pipe, {**sizes, "num_frames": self.num_frames}, self.call)
         if self.scheduler is not None:
             pipe.scheduler = built_scheduler(pipe.scheduler, self.scheduler)
@@ -155,7 +159,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(parts)
         self.networks.requires_grad_(False).eval()
-        self._pipe, self._latents, self._weights_digest = wrapped_prompts(pipe), None, None
+        self._pipe, self._latents, self._weights_digest = wrapped_prompts(pipe), {}, {}
 
     @property
     def pipe(self) -> Any:
@@ -197,7 +201,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample's noise: what the pipeline takes as ``latents``, without the batch; packed for Flux."""
-        return self._latent_kind()[0]
+        return self.latent_kind()[0]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -306,7 +310,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         """Results of the pipeline for noise [B, ...], at most `batch_size` samples in a call."""
         found = noise_seeded_generators(noise) if generator is None else generator
         prompts = [""] * len(noise) if label is None else self.prompts_of(label)
-        latents = noise.to(self._latent_kind()[1])
+        latents = noise.to(self.latent_kind()[1])
         arguments = {"num_inference_steps": steps, "output_type": output_type}
         scale = self._guidance_scale if guidance_scale is None else guidance_scale
         results = []
@@ -333,7 +337,7 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
     @torch.no_grad()
     def _call(self, scheduler: Any, count: int, arguments: Mapping[str, Any]) -> Tensor:
         """What the pipeline returns for `count` samples with another scheduler in it."""
-        pipe, own = self.pipe, self.pipe.scheduler
+        pipe = self.pipe
         known = inspect.signature(pipe.__call__).parameters
         settings: dict[str, Any] = {"height": self.height, "width": self.width}
         settings |= {key: self.num_frames for key in FRAMES if key in known}
@@ -341,19 +345,14 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
         further = {k: [v] * count if "prompt" in k and isinstance(v, str) else v for k, v in self.call.items()}
         given = {k: v for k, v in {**settings, **arguments}.items() if v is not None and k in known}
         self.networks.eval()
-        pipe.scheduler = scheduler
-        try:
-            result: Tensor = pipe(**given, **further, return_dict=False)[0]
-        finally:
-            pipe.scheduler = own
-        return result
+        return called(pipe, scheduler, {**given, **further})
 
-    def _latent_kind(self) -> tuple[tuple[int, ...], torch.dtype]:
+    def latent_kind(self) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape of one sample and type of the ``latents`` that the pipeline takes: those of what it draws itself."""
-        if self._latents is None:
+        if (dtype := self.pipe.dtype) not in self._latents:
             ask = partial(self._call, no_steps(), 1)
-            self._latents = latent_kind(ask, self._guidance_scale, type(self.pipe).__name__)
-        return self._latents
+            self._latents[dtype] = latent_kind(ask, self._guidance_scale, type(self.pipe).__name__)
+        return self._latents[dtype]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> None:
         """Sample, and hand images and, to metrics that want them, their prompts to the metrics."""
@@ -389,9 +388,9 @@ class PipelineModule(OffloadedNetworks, GeneratorValidation, LightningModule):
     def fingerprint(self) -> str:
         """SHA-256 over the description and the weights, which are read once."""
         digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True, default=str).encode())
-        if self._weights_digest is None:
-            self._weights_digest = weights_digest(self.networks)
-        digest.update(self._weights_digest.encode())
+        if (dtype := self.pipe.dtype) not in self._weights_digest:
+            self._weights_digest[dtype] = weights_digest(self.networks)
+        digest.update(self._weights_digest[dtype].encode())
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -8,6 +8,8 @@ import functools
 import hashlib
 import inspect
 import json
+import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,12 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from genlight.diffusion.export_scheduler import scheduler_of
 from genlight.diffusion.prediction import Prediction
-from genlight.diffusion.schedulers import SEARCHED, build_scheduler, read_scheduler
+from genlight.diffusion.schedulers import SEARCHED, build_like
 from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.serialization import SolverBank, TableRecord
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
@@ -152,54 +153,6 @@ def scheduler_of_table(table: SolverTable, prediction: Prediction) -> SolverSche
     return scheduler_of(SolverBank(**{**vars(bank), "tables": {table.nfe: TableRecord.of(table)}}))
 
 
-class NoSteps(DDIMScheduler):
-    """A scheduler without steps: a call of a pipeline returns the latents that it is given, or decodes them."""
-
-    def set_timesteps(
-        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None
-    ) -> None:
-        """No timesteps, whatever is asked for."""
-        self.num_inference_steps = 0
-        self.timesteps = torch.zeros(0, device=device)
-        self.sigmas = torch.zeros(1)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Nothing begins."""
-
-
-def no_steps() -> Any:
-    """A new `NoSteps`."""
-    return NoSteps()  # type: ignore[no-untyped-call]
-
-
-def latent_kind(
-    ask: Callable[[dict[str, Any]], Tensor], guidance_scale: float | None, name: str
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape of one sample and type of the ``latents`` that a pipeline takes: those of what it draws itself.
-
-    Args:
-        ask: what the pipeline, with no steps, returns for the arguments of its call.
-        guidance_scale: of its call.
-        name: of the pipeline.
-
-    Raises:
-        UserError: it does not take what it returns.
-    """
-    probe: dict[str, Any] = {"prompt": [""], "num_inference_steps": 1, "output_type": "latent"}
-    probe |= {"guidance_scale": guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
-    drawn = ask(probe)
-    try:
-        again = ask({**probe, "latents": torch.zeros_like(drawn)})
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{name} does not take latents of the shape that it returns: {error}") from error
-    if again.shape != drawn.shape or drawn.shape[0] != 1:
-        raise UserError(
-            f"{name} takes latents of shape {tuple(drawn.shape)} and returns {tuple(again.shape)}: noise and samples "
-            "must be of one shape here"
-        )
-    return tuple(drawn.shape[1:]), drawn.dtype
-
-
 class PromptMemo:
     """`encode_prompt` of a pipeline, which keeps what it has answered: text encoders run once for each call's prompts.
 
@@ -242,6 +195,56 @@ def wrapped_prompts(pipe: Any) -> Any:
     return pipe
 
 
+def plain_pipeline(pipe: Any, guidance_scale: float | None) -> Any:
+    """The pipeline; of a latent consistency model the Stable Diffusion of its parts, which makes the same images.
+
+    What LatentConsistencyModelPipeline returns is not its latents but what the step of LCM alone gives beside them, so
+    that no other scheduler can take its place, and none without steps.
+
+    Args:
+        guidance_scale: of its calls; a warning that the default is another where it is None.
+    """
+    import diffusers
+
+    lcm: Any = diffusers.LatentConsistencyModelPipeline
+    kind: Any = diffusers.StableDiffusionPipeline
+    if not isinstance(pipe, lcm):
+        return pipe
+    # without the scheduler, whose config it would change
+    parts = {**pipe.components, "scheduler": None}
+    made = kind(**parts, requires_safety_checker=pipe.config.requires_safety_checker)
+    made.register_modules(scheduler=pipe.scheduler)
+    made.set_progress_bar_config(disable=True)
+    if guidance_scale is None:
+        default = inspect.signature(made.__call__).parameters["guidance_scale"].default
+        warnings.warn(
+            f"a {type(pipe).__name__} is called as {kind.__name__}, whose guidance_scale is {default:g} where none is "
+            "set: set module.guidance_scale",
+            stacklevel=2,
+        )
+    return made
+
+
+def called(pipe: Any, scheduler: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """What a pipeline returns with another scheduler in it.
+
+    Raises:
+        UserError: the pipeline asks for timesteps in a way that the scheduler does not know.
+    """
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        result: Tensor = pipe(**arguments, return_dict=False)[0]
+    except (AssertionError, TypeError, ValueError) as error:
+        inside = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if not inside & {"retrieve_timesteps", "set_timesteps"}:
+            raise
+        kind = type(scheduler).__name__
+        raise UserError(f"{type(pipe).__name__} has no timesteps by {kind}: {first_line(error)}") from error
+    finally:
+        pipe.scheduler = own
+    return result
+
+
 def check_pipeline(pipe: Any, settings: Mapping[str, Any], call: Mapping[str, Any]) -> None:
     """UserError unless the pipeline's call takes prompts, noise and what the module sets.
 
@@ -277,7 +280,7 @@ def built_scheduler(own: Any, choice: SchedulerChoice) -> Any:
     options = choice.keywords if isinstance(choice, functools.partial) else {}
     kind = cast(type, choice.func) if isinstance(choice, functools.partial) else choice
     try:
-        return build_scheduler(kind, *read_scheduler(own), **options)
+        return build_like(own, kind, **options)
     except (KeyError, ValueError) as error:
         raise UserError(f"module.scheduler: {error}") from error
 

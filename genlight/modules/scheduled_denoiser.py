@@ -129,8 +129,15 @@ class ScheduledDenoiser(nn.Module):
         """The name of the member that answers at a timestep of a call."""
         if not self._schedule or self._paused:
             return self.primary
-        time = timestep if self.timestep_of is None else self.timestep_of(timestep)
+        time = self._on_schedule(timestep)
         return min(self._schedule, key=lambda entry: abs(entry[0] - time))[1]
+
+    def timestep_of_call(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> float:
+        """The timestep on the schedule that a call with these arguments stands for; ValueError as `forward`."""
+        return self._on_schedule(_one_timestep(self._timestep(arguments, options)))
+
+    def _on_schedule(self, timestep: float) -> float:
+        return timestep if self.timestep_of is None else self.timestep_of(timestep)
 
     @contextmanager
     def primary_only(self, active: bool = True) -> Iterator[None]:
@@ -178,8 +185,7 @@ class ScheduledDenoiser(nn.Module):
             changed = changed[:, : changed.shape[1] // 2]
         prediction, wanted = self.predictions.get(name), self.predictions.get(self.primary)
         if prediction and wanted and prediction.prediction_type != wanted.prediction_type:
-            time = self.timestep_of(timestep) if self.timestep_of else timestep
-            changed = _converted(prediction, wanted.prediction_type, changed, x, time)
+            changed = _converted(prediction, wanted.prediction_type, changed, x, self._on_schedule(timestep))
         changed = changed if dtype is None else changed.to(dtype)
         return result if changed is output else _with_output(result, changed)
 
@@ -278,6 +284,13 @@ def time_of_timestep(schedule: NoiseSchedule, timestep: float) -> float:
     return min(max(time, schedule.t_min), schedule.t_max)
 
 
+def process_of(schedule: NoiseSchedule) -> dict[str, Any]:
+    """Family and definition of a noise schedule as far as α(t) and σ(t) depend on it: the shift of flow matching moves
+    the times that are looked at, and not the process."""
+    definition = {key: value for key, value in schedule.definition().items() if key != "shift"}
+    return {"family": schedule.family, **definition}
+
+
 def _checked_predictions(
     members: Mapping[str, nn.Module], predictions: Mapping[str, Prediction]
 ) -> dict[str, Prediction]:
@@ -288,7 +301,8 @@ def _checked_predictions(
         missing = [name for name in members if name not in predictions]
         if missing:
             raise ValueError(f"predictions.{missing[0]} is missing, and the other members differ in prediction type")
-        if len({prediction.schedule.fingerprint() for prediction in predictions.values()}) > 1:
+        first, *others = (process_of(prediction.schedule) for prediction in predictions.values())
+        if any(other != first for other in others):
             raise ValueError("predictions: all members need one noise schedule")
     return dict(predictions)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from genlight.diffusion.schedulers import read_scheduler
 from genlight.errors import UserError
 from genlight.io import resolve_below
 from genlight.modules.model_schedule_file import load_model_schedule
@@ -31,7 +32,8 @@ def read_scheduled_zoo(path: str | Path) -> ZooModule:
             raise UserError(f"{sources[record.name]} has other weights than the member {record.name} of {path} had")
     costs = dict.fromkeys(sources, 1.0)  # what members cost decides nothing any more
     slots = file.slots or ModelScheduleSpace.slots
-    ModelScheduleSpace(module.prediction.schedule, costs, slots=slots).apply(module, file.schedule)
+    schedule, _ = read_scheduler(file.build_scheduler())  # the searched one; members may differ in its shift
+    ModelScheduleSpace(schedule, costs, slots=slots).apply(module, file.schedule)
     return module
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlight.errors import UserError
 from genlight.modules.networks import differences, first_of
+from genlight.modules.scheduled_denoiser import process_of
 
 if TYPE_CHECKING:
     from genlight.modules.zoo import Member
@@ -86,10 +87,7 @@ def _autoencoder(member: Member) -> dict[str, Any] | None:
 
 
 def _noise_schedule(member: Member) -> dict[str, Any] | None:
-    if member.prediction is None:
-        return None
-    schedule = member.prediction.schedule
-    return {"family": schedule.family, **schedule.definition()}
+    return None if member.prediction is None else process_of(member.prediction.schedule)
 
 
 def _classes(member: Member) -> dict[str, Any]:

@@ -16,7 +16,19 @@ from genlight.modules.zoo import COMPONENTS, Member, Zoo, ZooEntry, class_rows, 
 # the name of the pipeline's own network among the members
 OWN = "own"
 # pipelines that give their network t/1000 for the timestep t of their scheduler, by the beginning of their names
-_FRACTIONS = ("AuraFlow", "BriaFibo2", "Chroma", "Flux", "LongCat", "NucleusMoE", "Ovis", "QwenImage", "VisualCloze")
+_FRACTIONS = (
+    "AuraFlow",
+    "BriaFibo2",
+    "Chroma",
+    "Flux",
+    "Krea2",
+    "LongCat",
+    "NucleusMoE",
+    "Ovis",
+    "PRX",
+    "QwenImage",
+    "VisualCloze",
+)
 # and (1000 - t)/1000
 _REVERSED = ("Lumina", "ZImage")
 

@@ -1,6 +1,8 @@
 """Single pieces of S³'s work: what is refined and tuned, which rivals there are, what a picture of a metric says."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,10 @@ from genlight.diffusion.solver.spacings import are_integers
 from genlight.diffusion.solver.teacher import TuningProblem
 from genlight.errors import UserError
 from genlight.loops import solver_report
+from genlight.loops.solver_outcome import save_outcome
 from genlight.loops.solver_rivals import rival_schedules
 from genlight.loops.solver_work import SolverWork, _refined, _tuned
+from genlight.search.protocols import Evaluation
 from genlight.search.spaces.solver_schedule import SolverScheduleSpace
 
 QUICK = LevenbergMarquardt(iterations=2)
@@ -91,3 +95,44 @@ def test_a_search_that_ended_before_a_full_measurement_is_told() -> None:
     work: Any = SimpleNamespace(hand_made=lambda nfe: [])
     with pytest.raises(UserError, match=r"no hand-made schedule of 3 evaluations was measured on 256 samples"):
         SolverWork._choose(work, task, SimpleNamespace(records=[screened]))  # type: ignore[arg-type]
+
+
+def choosing(evaluate: Any) -> tuple[Any, Any, Any]:
+    """Work by a metric, its task, and the records of a hand-made schedule and of two that are better by their score."""
+    space, steps = SolverScheduleSpace(VP.schedule, 3), ("ddim", "dpmpp_2m", "deis_2")
+    schedules = [named_schedule(solver, VP.schedule, 3) for solver in steps]
+    records = [
+        SimpleNamespace(fidelity=8, score=3.0 - i, rank=3.0 - i, key=space.key(each), candidate=each, index=i)
+        for i, each in enumerate(schedules)
+    ]
+    timing, display = (lambda name: nullcontext()), SimpleNamespace(counted=iter)
+    method: Any = SimpleNamespace(settings=SimpleNamespace(finalists=2), noise=SimpleNamespace(select=8))
+    evaluations: Any = SimpleNamespace(shares=1, timing=timing, display=display)
+    work: Any = SimpleNamespace(method=method, evaluations=evaluations, by_teacher=False)
+    work.hand_made = lambda nfe: [("ddim", schedules[0])]
+    work.metric = lambda space, draw: SimpleNamespace(evaluate=lambda each, count: evaluate(schedules.index(each)))
+    work.judge = partial(SolverWork.judge, work)
+    return work, SimpleNamespace(problem=SimpleNamespace(space=space, fidelity=8)), SimpleNamespace(records=records)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_finalist_that_fails_is_not_chosen(raises: bool, tmp_path: Path) -> None:
+    """The last record is best on the search draw; on the select draw it has no score."""
+
+    def evaluate(index: int) -> Evaluation:
+        if index == 2 and raises:
+            raise FloatingPointError("the features are not finite")
+        return Evaluation((2.0, 1.0, float("nan"))[index], {})
+
+    work, task, result = choosing(evaluate)
+    found = SolverWork._choose(work, task, result)
+    assert found.evolved == result.records[1].candidate and found.select == {"baseline": 2.0, "evolved": 1.0}
+    save_outcome(tmp_path / "outcome.json", found, "of this")
+    assert (tmp_path / "outcome.json").is_file()
+
+
+@pytest.mark.parametrize(("broken", "expected"), [((0,), "no hand-made schedule of 3"), ((1, 2), "no finalist of 3")])
+def test_where_none_can_be_measured_again_it_is_told(broken: tuple[int, ...], expected: str) -> None:
+    work, task, result = choosing(lambda index: Evaluation(float("nan") if index in broken else 1.0, {}))
+    with pytest.raises(UserError, match=f"{expected} evaluations could be measured on the select noise"):
+        SolverWork._choose(work, task, result)

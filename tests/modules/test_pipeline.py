@@ -30,6 +30,7 @@ from genlight.diffusion.solver.serialization import SolverBank, fingerprint
 from genlight.errors import UserError
 from genlight.loops.quantization_settings import network_of
 from genlight.loops.solver_banks import PipelineSampling, sampling_of
+from genlight.modules.networks import noise_seeded_generators
 from genlight.modules.pipeline import PipelineModule
 from genlight.modules.pipeline_calls import PromptMemo
 from genlight.search.protocols import SettableSampler
@@ -271,6 +272,70 @@ def test_half_precision_noise_is_cast_to_what_the_pipeline_takes() -> None:
     assert found.dtype == torch.float32
     exact = module_of("sd").sample_tables([table_of(module)], noise_of(module), torch.tensor([0, 1]))
     assert 1e-6 < relative(found, exact) < 0.1
+
+
+def test_weights_that_are_cast_take_other_latents(tmp_path: Path) -> None:
+    """As Lightning does in bf16-true, after shape and fingerprint were asked for."""
+    module = module_of("sd", tokenized(tmp_path))
+    noise, before = noise_of(module), module.fingerprint()
+    exact = module.sample_latents(noise, torch.tensor([0, 1]))
+    module.to(torch.bfloat16)
+    assert module.latent_kind() == ((4, 8, 8), torch.bfloat16)
+    assert 1e-6 < relative(module.sample_latents(noise, torch.tensor([0, 1])), exact) < 0.1
+    assert module.fingerprint() != before
+
+
+def test_a_latent_consistency_model_is_sampled_as_by_its_own_pipeline(tmp_path: Path) -> None:
+    parts = tokenized(tmp_path).components
+    torch.manual_seed(5)
+    parts["unet"] = type(parts["unet"])(**{**parts["unet"].config, "time_cond_proj_dim": 8}).eval()
+    parts["scheduler"] = build_scheduler("LCMScheduler", VP, "epsilon", clip_sample=True)
+    pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    fixed = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "return_dict": False}
+    expected = [
+        pipe(["a dog", "a tree"], latents=noise, generator=noise_seeded_generators(noise), output_type=kind, **fixed)[0]
+        for kind in ("latent", "pt")
+    ]
+    module = module_of("sd", pipe)
+    found = module.sample_latents(noise, torch.tensor([1, 3]), num_inference_steps=4)
+    assert module.sample_shape == (4, 8, 8) and torch.equal(found, expected[0])
+    assert relative(module.decode(found), 2 * expected[1] - 1) <= 1e-5
+    assert module.prediction.schedule.definition() == VP.definition()
+    with pytest.warns(UserWarning, match=r"called as StableDiffusionPipeline, whose guidance_scale is 7.5"):
+        module_of("sd", pipe, guidance_scale=None)
+
+
+def test_a_pipeline_that_fails_without_steps_is_named() -> None:
+    pipe = tiny_pipe("sd")
+    pipe.encode_prompt = lambda *_, **__: 1 / 0
+    with pytest.raises(UserError, match=r"StableDiffusionPipeline cannot be asked for its latents.*division"):
+        module_of("sd", pipe).sample_shape  # noqa: B018
+
+
+def test_a_chosen_scheduler_shifts_times_as_the_pipelines_own() -> None:
+    pipe = tiny_pipe("flux")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7)
+    module = module_of("flux", pipe)
+    noise, label = noise_of(module), torch.tensor([0, 1])
+    own = module.sample_latents(noise, label)
+    assert torch.equal(module.sample_latents(noise, label, scheduler="FlowMatchEulerDiscreteScheduler"), own)
+    static = partial(diffusers.FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=False)
+    assert relative(module.sample_latents(noise, label, scheduler=static), own) > 1e-3
+    for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"):
+        assert bool(module.sample_latents(noise, label, scheduler=name).isfinite().all())
+        config = module.build_scheduler(name).config
+        assert config["use_dynamic_shifting"] and config["base_shift"] == 0.7
+    with pytest.raises(UserError, match=r"FlowMatchHeunDiscreteScheduler' cannot shift times .* as FlowMatchEuler"):
+        module.sample_latents(noise, label, scheduler="FlowMatchHeunDiscreteScheduler")
+
+
+def test_a_scheduler_that_a_pipeline_cannot_ask_for_timesteps_is_named() -> None:
+    """Flux always says how far to shift, which a DPM-Solver takes where it shifts alone."""
+    module = module_of("flux", scheduler="DPMSolverMultistepScheduler")
+    with pytest.raises(UserError, match="FluxPipeline has no timesteps by DPMSolverMultistepScheduler: AssertionError"):
+        module.sample_latents(noise_of(module), torch.tensor([0, 1]))
 
 
 def test_a_search_of_solver_schedules_can_measure_it() -> None:

@@ -47,6 +47,13 @@ def test_adapters_are_in_the_weights_before_anything_else(tmp_path: Path, monkey
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
 
 
+def test_adapters_beside_members_are_refused() -> None:
+    """A model schedule names folders of weights, and the fused ones are in none."""
+    with pytest.raises(ValueError, match=r"module.lora beside members: fuse it"):
+        PipelineModule("x", lora="adapters", members={"big": "folder"})
+    assert PipelineModule("x", lora="adapters", members={}).lora == "adapters"
+
+
 @needs_peft
 def test_adapters_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "other", "transformer")

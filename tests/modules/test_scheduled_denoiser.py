@@ -185,6 +185,11 @@ def test_members_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         ScheduledDenoiser(**{"members": {name: Constant(1) for name in "abc"}, **options})
 
 
+def test_members_of_several_prediction_types_may_differ_in_the_shift_of_flow_matching() -> None:
+    predictions = {"a": Prediction("flow", FLOW), "b": Prediction("epsilon", FlowSchedule(shift=3.0))}
+    assert ScheduledDenoiser({name: Constant(1) for name in "ab"}, predictions=predictions).predictions == predictions
+
+
 class Ideal(nn.Module):
     """The ideal network of data N(mean, std²) in its own prediction type, for scaled inputs as diffusers gives them."""
 

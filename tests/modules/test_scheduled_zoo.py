@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genlight.diffusion.model_schedule import ModelSchedule
+from genlight.diffusion.noise_schedules import FlowSchedule
 from genlight.errors import UserError
 from genlight.modules.artifact_kind import schedule_files
 from genlight.modules.diffusion import DiffusionModule
@@ -59,6 +60,23 @@ def test_a_folder_samples_as_the_zoo_did(tiny: SimpleNamespace, tmp_path: Path) 
     same = pytest.warns(UserWarning, match="the same weights")
     with same, pytest.raises(UserError, match="other weights than the member small"):
         read_scheduled_zoo(folder / "model_schedule_10.json")
+
+
+def test_times_stay_on_the_shift_that_was_searched(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Members of flow matching may differ in it: the primary's counts, also where the schedule does not use it."""
+    for name, shift in {"small": 1.0, "large": 3.0}.items():
+        network = tiny.unet(block_out_channels=(8, 8) if name == "small" else (16, 16))
+        module = tiny.module("flow", network)
+        module.noise_schedule = FlowSchedule(shift=shift)
+        module.save_pretrained(tmp_path / name)
+    zoo = ZooModule({name: str(tmp_path / name) for name in ("small", "large")}, "large", num_inference_steps=4)
+    zoo.configure_model()
+    assert zoo.prediction.schedule.definition()["shift"] == 3.0
+    schedule = ModelSchedule("ddim", (("small",), ("small",)), slots=(19, 7))
+    ModelScheduleSpace(zoo.prediction.schedule, {"small": 1.0, "large": 2.0}, slots=20).apply(zoo, schedule)
+    folder = folder_of(tmp_path / "oms", zoo, {2.0: schedule})
+    found = read_scheduled_zoo(folder / "model_schedule_2.json")
+    assert list(found.members) == ["small"] and torch.equal(found.sample(NOISE), zoo.sample(NOISE))
 
 
 def test_no_other_folder_has_schedules(tmp_path: Path) -> None:

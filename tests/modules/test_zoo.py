@@ -166,7 +166,7 @@ SCALED = {"scaling_factor": 0.18215, "latent_channels": 4}
         ({}, {"time_cond_proj_dim": 256}, "guidance: time_cond_proj_dim: 256 found"),
         ({}, {"schedule": VPSchedule("linear")}, "noise schedule: beta_schedule: 'linear' found"),
         ({}, {"schedule": FlowSchedule(), "kind": "flow"}, "noise schedule: family: 'flow' found, 'vp' expected"),
-        ({"schedule": FlowSchedule()}, {"schedule": FlowSchedule(shift=3.0)}, "noise schedule: shift: 3.0 found"),
+        ({"schedule": FlowSchedule()}, {"schedule": FlowSchedule(500)}, "noise schedule: num_train_timesteps: 500"),
         ({"kind": "v_prediction"}, {"schedule": ZERO_SNR, "kind": "v_prediction"}, "rescale_zero_terminal_snr: True"),
         (
             {"schedule": ZERO_SNR, "kind": "v_prediction"},
@@ -196,6 +196,8 @@ def test_what_may_differ_does() -> None:
             member("network alone", schedule="unknown"),
         ]
     )
+    # the shift of flow matching moves times, and not the process
+    check_compatible([member(str(shift), kind="flow", schedule=FlowSchedule(shift=shift)) for shift in (1.0, 3.0)])
     # networks with captions may be of any width inside
     check_compatible([member(str(width), caption_channels=8, cross_attention_dim=width) for width in (1152, 2240)])
 

@@ -22,6 +22,7 @@ from genlight.diffusion.schedulers import read_scheduler
 from genlight.diffusion.solver.compile import compile_schedule
 from genlight.diffusion.solver.serialization import SolverBank
 from genlight.errors import UserError
+from genlight.loops.model_costs import member_costs
 from genlight.modules.model_schedule_file import (
     MODEL_SCHEDULE,
     PLAIN_USE,
@@ -204,6 +205,22 @@ def test_members_that_a_pipeline_cannot_have(tmp_path: Path) -> None:
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(UserError, match="switches between transformer and transformer_2 by itself"):
         module_of("wan", pipe, members={"a": "b"})
+
+
+@pytest.mark.parametrize("name", ["PRXPipeline", "PRXPixelPipeline", "Krea2Pipeline", "FluxPipeline"])
+def test_timesteps_that_are_given_as_fractions(name: str) -> None:
+    reader = timestep_reader(type(name, (), {})())
+    assert reader is not None and reader(0.25) == 250
+
+
+def test_a_pipeline_that_gives_other_timesteps_than_is_known_is_refused(tmp_path: Path) -> None:
+    found, failed = member_costs(module_with("flux", tmp_path), 1, "macs")
+    assert list(found.costs) == ["own", "big"] and not failed
+    pipe = tiny_pipe("flux")
+    pipe.__class__ = type("NewPipeline", (diffusers.FluxPipeline,), {})
+    module = module_of("flux", pipe, members={"big": str(tmp_path / "big")})
+    with pytest.raises(UserError, match="NewPipeline gives its network the timestep 1 where 1000 is scheduled"):
+        member_costs(module, 1, "macs")
 
 
 # the file

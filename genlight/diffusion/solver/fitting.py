@@ -32,7 +32,8 @@ class LevenbergMarquardt:
             not.
         tolerance: stop after three steps in a row that lower the RMS by less than this share; or after five that do
             not lower it on the selection bank.
-        difference: size of the differences, in parameter units; None: 1e-5 in float64, 2e-3 in float32.
+        difference: size of the differences, in parameter units; None: 1e-5 in float64, 2e-3 in float32, and 6e-2 to
+            both sides where states are rounded to 16 bits.
         central: differences to both sides, at twice the cost.
     """
 
@@ -201,6 +202,10 @@ class _CountedSampling:
     @property
     def prediction(self) -> Prediction:
         return self.sampling.prediction
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return getattr(self.sampling, "dtype", None)
 
     def __call__(self, tables: Sequence[SolverTable], bank: TeacherBank) -> Tensor:
         self.count(sum(table.nfe for table in tables) * len(bank))

@@ -16,6 +16,9 @@ from genlight.diffusion.solver.compile import SolverTable
 from genlight.diffusion.solver.teacher import TuningProblem
 
 _CHAIN_DIFFERENCE = 1e-4
+_DIFFERENCES = {torch.float64: 1e-5, torch.float32: 2e-3}
+# in 16 bits, which round a state of size 1 by 2e-3
+_COARSE_DIFFERENCE = 6e-2
 
 
 def normal_equations(
@@ -33,6 +36,7 @@ def normal_equations(
     differences too. Where no parameter moves an entry, both are zero.
 
     Args:
+        difference: None: what suits the precision of the states, see `goes_both_ways`.
         central: differences to both sides; one side costs half as much and is off by the order of `difference`.
     """
     table = detached(make(raw))
@@ -40,8 +44,12 @@ def normal_equations(
     used = chain.any(1).nonzero().flatten()
     if len(used) == 0:
         return torch.zeros(len(raw), len(raw), dtype=torch.float64), torch.zeros(len(raw), dtype=torch.float64)
-    wide = problem.train.noise.dtype == torch.float64
-    steps = _neighbours(table, problem.prediction.schedule, used, difference or (1e-5 if wide else 2e-3), central)
+    central = goes_both_ways(problem.dtype, difference, central)
+    difference = difference or _DIFFERENCES.get(problem.dtype, _COARSE_DIFFERENCE)
+    # the root, so that differences stay above float32's rounding where the noise is small; above that of 16 bits, one
+    # size for all noise
+    power = 0.5 if problem.dtype in _DIFFERENCES else 0.0
+    steps = _neighbours(table, problem.prediction.schedule, used, difference, central, power)
     most = max(len(pairs) for pairs in steps)
     size = table.nfe + 1
     curvature, slope = torch.zeros(len(used), len(used), dtype=torch.float64), torch.zeros(len(used)).double()
@@ -61,6 +69,11 @@ def normal_equations(
             slope += (columns @ residual).cpu()
     chain, count = chain[used], problem.train.target.numel()
     return chain.T @ curvature @ chain / count, chain.T @ slope / count
+
+
+def goes_both_ways(dtype: torch.dtype, difference: float | None, central: bool) -> bool:
+    """Whether differences are to both sides: where asked for, and by default the large ones of states of 16 bits."""
+    return central or (difference is None and dtype not in _DIFFERENCES)
 
 
 def _chain(make: Callable[[Tensor], SolverTable], raw: Tensor) -> Tensor:
@@ -92,15 +105,14 @@ def _entries(table: SolverTable) -> Tensor:
 
 
 def _neighbours(
-    table: SolverTable, noise_schedule: NoiseSchedule, used: Tensor, difference: float, central: bool
+    table: SolverTable, noise_schedule: NoiseSchedule, used: Tensor, difference: float, central: bool, power: float
 ) -> list[list[tuple[int, SolverTable, SolverTable, float]]]:
     """For each row of the table: (position in `used`, table above, table below, distance) of its entries; the table
-    below is the table itself unless `central`."""
+    below is the table itself unless `central`. Weights are moved by the `power` of their units."""
     size = table.nfe + 1
     rows, columns = torch.tril_indices(size, size)
-    # the root, so that differences stay above float32's rounding where the noise is small
     units = weight_units(table, noise_schedule)
-    units[:, 1:] = units[:, 1:].sqrt()
+    units[:, 1:] **= power
     units[:, 0] = units[:, 1] / table.initial_scale
     low, high = noise_schedule.half_log_snr(noise_schedule.t_max), noise_schedule.half_log_snr(noise_schedule.t_min)
     result: list[list[tuple[int, SolverTable, SolverTable, float]]] = [[] for _ in range(size)]

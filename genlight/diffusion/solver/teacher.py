@@ -153,7 +153,9 @@ class TeacherBank:
 class Sampling(Protocol):
     """Whatever makes samples of solver tables: a network in a loop, or a whole pipeline that is handed the table.
 
-    An attribute `integer_timesteps` that is true says that times between integers are errors.
+    An attribute `integer_timesteps` that is true says that times between integers are errors, one `rounded_timesteps`
+    that the network is given times in 16 bits, which small differences do not move. `dtype` is the type of the states
+    between evaluations, where that is not the type of the noise.
     """
 
     @property
@@ -218,6 +220,17 @@ class TuningProblem:
     def integer_timesteps(self) -> bool:
         """Whether times between integers are errors."""
         return bool(getattr(self.sampling, "integer_timesteps", False))
+
+    @property
+    def fixed_times(self) -> bool:
+        """Whether times are not to be tuned: they are integers, or rounded by more than what tuning goes by."""
+        return self.integer_timesteps or bool(getattr(self.sampling, "rounded_timesteps", False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states between evaluations."""
+        found: torch.dtype = getattr(self.sampling, "dtype", None) or self.train.noise.dtype
+        return found
 
     def sample(self, bank: TeacherBank, table: SolverTable) -> Tensor:
         """The result of one table for a bank at once, [M, ...], with gradients where the sampling has some."""

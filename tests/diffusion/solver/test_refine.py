@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusion.solver.tuning import FAMILIES, VP, bank, family, problem
+from diffusion.solver.tuning import FAMILIES, FLOW, VP, bank, family, problem
 from torch import Tensor
 
 from genlight.diffusion.prediction import Prediction
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import SolverSchedule
-from genlight.diffusion.solver.finetune import finetune, schedule_times
+from genlight.diffusion.solver.finetune import _TableSpace, finetune, schedule_times
 from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.jacobian import normal_equations
 from genlight.diffusion.solver.learned_times import learn_times, with_times
@@ -73,6 +73,38 @@ def test_without_gradients_the_equations_are_the_same() -> None:
         normal_equations(task, opaque, monotone.start), normal_equations(task, smooth, monotone.start), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+class HalfPrecision:
+    """Sampling whose states are rounded to bfloat16 wherever a pipeline has them."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, sampling) -> None:
+        def model(x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+            return sampling.model(x.bfloat16().to(x.dtype), timestep, **conditions).bfloat16().to(x.dtype)
+
+        self._sampling, self.prediction = replace(sampling, model=model), sampling.prediction
+
+    def __call__(self, tables, bank) -> Tensor:
+        return self._sampling(tables, bank).bfloat16().to(bank.noise.dtype)
+
+
+def test_differences_are_larger_than_what_half_precision_rounds() -> None:
+    """By default those of a pipeline in half precision give what exact ones give, which small ones do not."""
+    schedule, task = named_schedule("dpmpp_2m", FLOW.schedule, 4), problem(FLOW, 256)
+    half = replace(task, sampling=HalfPrecision(task.sampling))
+    space = _TableSpace(schedule, FLOW.schedule, weights=True, times=False)
+    wanted, found, fine = (
+        normal_equations(each, space.table, space.start, difference)[0].diagonal()
+        for each, difference in ((task, None), (half, None), (half, 2e-3))
+    )
+    used = wanted > 3e-3 * wanted.max()  # what moves samples
+    assert used.sum() >= 6
+    assert (found / wanted - 1)[used].abs().max() < 0.2
+    assert (fine / wanted - 1)[used].abs().max() > 1
+    _, record = finetune(half, schedule, LevenbergMarquardt(iterations=4))
+    assert record.best_step > 0 and record.steps[-1].best_rms < 0.7 * record.steps[0].select_rms
 
 
 def test_at_the_edge_of_what_makes_a_table_one_side_is_enough() -> None:
