@@ -25,7 +25,8 @@ from genlight.errors import UserError
 from genlight.reports.cost import seconds_said
 from genlight.run_folder import RUN_FILE
 
-# what a launcher of several processes tells each of them
+# what a launcher of several processes tells each of them; SLURM's variables all begin alike
+SLURM = "SLURM_"
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
 # a file beside the copies of a dry run
 _COPY = "copy-of-a-dry-run"
@@ -197,7 +198,7 @@ def run_command(command: str, *words: str, show: bool = True) -> str:
     Raises:
         UserError: it failed.
     """
-    alone = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    alone = {key: value for key, value in os.environ.items() if not (key in LAUNCHED or key.startswith(SLURM))}
     done = subprocess.run(
         [sys.executable, "-m", "genlight", command, *words],
         check=False,

@@ -53,8 +53,10 @@ def rerun(arguments: Sequence[str]) -> int:
     words = [*repeated(old["command"][4:], keys), *typed]
     if "run.name" not in keys:
         words.append(f"run.name='{old['config']['run']['name']}-rerun'")
-    if "shared" in (old["config"].get("search") or {}) and "search.shared" not in keys:
-        words.append("search.shared=false")  # else it would take the scores of the run that it is compared with
+    # else it would take the scores of the run that it is compared with
+    own_scores = not any(key.endswith("search.shared") for key in keys)
+    if own_scores and "shared" in (old["config"].get("search") or {}):
+        words.append("search.shared=false")
     command = old["command"][3]
     found = composed(flags, [f"command={command}", *words])
     if found is None:
@@ -63,7 +65,7 @@ def rerun(arguments: Sequence[str]) -> int:
     changed = config_differences(old["config"], record, (*MAY_DIFFER, *keys))
     if changed:
         sys.stderr.write(f"beside what is typed the config differs from the recorded one: {'; '.join(changed)}\n")
-    code = main([command, *flags, *words])
+    code = _repeat([command, *flags, *words], own_scores)
     if code or plain["dry_run"]:
         return code
     again = Path(plain["run"]["dir"])
@@ -88,6 +90,19 @@ def repeated(words: Sequence[str], typed: Sequence[str]) -> list[str]:
         if MASK in word:
             raise UserError(f"the record holds {word}: secrets are not recorded, add {key}=… to the command")
     return kept
+
+
+def _repeat(words: list[str], own_scores: bool) -> int:
+    """The exit code of a command. With `own_scores` no search takes those of other runs, nor one that the command
+    starts, such as the stages of a stack."""
+    from genlight.loops.search import OWN_SCORES
+
+    if own_scores:
+        os.environ[OWN_SCORES] = "1"
+    try:
+        return main(words)
+    finally:
+        os.environ.pop(OWN_SCORES, None)
 
 
 def metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:

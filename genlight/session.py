@@ -152,6 +152,8 @@ class Session:
             enable_checkpointing=not config.dry_run,
             enable_progress_bar=any(type(c).__name__ == "StepProgress" for c in callbacks),
         )
+        if self.run.command == "fit" and is_sharded(trainer) and not (saving or config.dry_run):
+            raise UserError("callbacks.checkpoint is left out, but of weights in shards a checkpoint is the result")
         let_requeue(trainer)
         return trainer
 

@@ -1,5 +1,6 @@
 """`--rerun` with real commands of the tiny experiment: the same bits, what differs, what a record may not say."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from command_line import TINY, report_of, the_error, untrained_features
 from genlight import io, rerun
 from genlight.cli import main
 from genlight.errors import UserError
+from genlight.loops.search import OWN_SCORES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WORDS = [*TINY, "trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.checkpoint.every_n_train_steps=1"]
@@ -75,6 +77,19 @@ def test_another_config_is_told_and_a_failure_passed_on(root: Path, tmp_path: Pa
     (words,) = started
     assert words[0] == "fit" and words[-1] == "run.name='first-rerun'"
     assert "resume=true" not in words and "run.name=first" not in words
+
+
+@pytest.mark.parametrize(("typed", "own"), [([], True), (["search.shared=true"], False)])
+def test_nothing_that_a_repetition_starts_takes_scores_of_the_first_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], own: bool
+) -> None:
+    """Unless it is asked to: the searches of a stack are in commands of their own."""
+    seen: list[bool] = []
+    monkeypatch.setattr(rerun, "main", lambda words: seen.append(OWN_SCORES in os.environ) or 7)
+    monkeypatch.setattr(rerun, "composed", lambda flags, words: ({"dry_run": True}, {}))
+    monkeypatch.setattr(rerun, "config_differences", lambda *given: [])
+    assert rerun.rerun(["--rerun", str(root / "first" / "fit"), *typed]) == 7
+    assert seen == [own] and OWN_SCORES not in os.environ
 
 
 @pytest.mark.parametrize(

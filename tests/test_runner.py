@@ -193,6 +193,13 @@ def test_classes_and_guidance_work_by_switches(root: Path) -> None:
         (["validate", "run.name=v3", "data.draw=search"], "use report"),
         (["validate", "run.name=v2", "ckpt_path=."], "neither a run"),
         (["fit", "run.name=f1", "strategy=deepspeed_zero2"], "deepspeed_cpu"),
+        (
+            [
+                *("fit", "run.name=f8", "strategy=deepspeed_cpu", "strategy.stage=3"),
+                *("callbacks.ema=null", "callbacks.checkpoint=null"),
+            ],
+            "callbacks.checkpoint is left out",
+        ),
         (["fit", "run.name=f2", "data=cifar10", "data.root=nowhere"], "nowhere"),
         (["fit", "run.name=f3", "module.network.in_channels=3", "module.network.out_channels=3"], "data.channels"),
         (["fit", "run.name=f4", "module.prediction_type=flow"], "prediction_type"),

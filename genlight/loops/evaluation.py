@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader
 from genlight.callbacks.progress import display_of
 from genlight.data.loaders import KeptLoader
 from genlight.errors import UserError
-from genlight.search.evaluation import Evaluator, over_ranks
+from genlight.search.evaluation import Evaluator, Keyed, is_lost, one_line, over_ranks
 from genlight.search.protocols import Evaluation, SearchSpace
-from genlight.search.records import Outcome
 from genlight.trainer.consolidate import gather_full_weights
 from genlight.trainer.resident import is_sharded, local_trainer, silenced
 
@@ -126,7 +125,7 @@ class CandidateTrainer:
         full = gather_full_weights(module, keep=self.trainer.is_global_zero)
         return str(self.agreed(module.fingerprint(full) if self.trainer.is_global_zero else None))
 
-    def _gather(self, outcomes: list[Outcome]) -> list[list[Outcome]]:
+    def _gather(self, outcomes: list[Keyed]) -> list[list[Keyed]]:
         return [self.trainer.strategy.broadcast(outcomes, src) for src in range(self.shares)]
 
 
@@ -260,15 +259,12 @@ def measured(
 def in_turn(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of independent pieces of work, each done by one process where every one holds the whole module.
 
-    Each is a step of the phase that is shown.
+    Each is a step of the phase that is shown. Where one raises, all processes raise: UserError where it was another's.
     """
     share = evaluations.shares
     rank = int(evaluations.trainer.global_rank) if share > 1 else 0
     own = [(index, piece) for index, piece in enumerate(work) if index % share == rank]
-    mine = {index: piece() for index, piece in evaluations.display.counted(own)}
-    if share == 1:
-        return [mine[index] for index in range(len(work))]
-    parts = [evaluations.trainer.strategy.broadcast(mine, src) for src in range(share)]
+    parts = _of_all(evaluations, share, lambda: {index: piece() for index, piece in evaluations.display.counted(own)})
     return [parts[index % share][index] for index in range(len(work))]
 
 
@@ -278,8 +274,28 @@ def in_rounds(evaluations: CandidateTrainer, work: Sequence[Callable[[], Any]]) 
     rank = int(evaluations.trainer.global_rank) if share > 1 else 0
     for start in range(0, len(work), share):
         pieces = work[start : start + share]
-        mine = pieces[rank]() if rank < len(pieces) else None
-        if share == 1:
-            yield [mine]
-        else:
-            yield [evaluations.trainer.strategy.broadcast(mine, src) for src in range(len(pieces))]
+        yield _of_all(evaluations, len(pieces), pieces[rank] if rank < len(pieces) else lambda: None)
+
+
+def _of_all(evaluations: CandidateTrainer, sources: int, work: Callable[[], Any]) -> list[Any]:
+    """What `work` gives on each of the first `sources` processes, on all of them.
+
+    Where it raises on one of these every process raises, for the others would wait for it.
+    """
+    if evaluations.shares == 1:
+        return [work()]
+    mine, error = None, None
+    try:
+        mine = work()
+    except Exception as caught:
+        if is_lost(caught):
+            raise  # nothing can be shared any more
+        error = caught
+    said = None if error is None else one_line(error)
+    parts = [evaluations.trainer.strategy.broadcast((mine, said), src) for src in range(sources)]
+    if error is not None:
+        raise error
+    for _, failure in parts:
+        if failure is not None:
+            raise UserError(f"another process failed: {failure}")
+    return [part for part, _ in parts]

@@ -39,6 +39,7 @@ SCHEDULES = "schedules"
 RULE_FINALISTS = 2
 # of one batch, as `ModelWork.times` names them
 TIMES = ("measured_ms", "predicted_ms")
+FailedMember = tuple[str, str]  # its name, and the reason
 
 
 @dataclass(frozen=True)
@@ -318,18 +319,24 @@ class ModelWork:
         """Scores on the select draw, lower is better; infinite where a schedule fails."""
         objective = self.draws.objective(self.space, "select")
 
-        def one(schedule: ModelSchedule) -> float:
+        def one(schedule: ModelSchedule) -> float | FailedMember:
             try:
                 found = self.evaluated(objective, schedule, self.method.select)
             except (ValueError, FloatingPointError):
-                found = None
-            return float("inf") if found is None else found.score
+                return float("inf")
+            return found.score if isinstance(found, Evaluation) else found
 
-        pieces: list[Callable[[], float]] = [partial(one, each) for each in schedules]
-        return in_turn(self.evaluations, pieces)
+        pieces: list[Callable[[], float | FailedMember]] = [partial(one, each) for each in schedules]
+        scores: list[float] = []
+        for found in in_turn(self.evaluations, pieces):
+            if isinstance(found, tuple):
+                self.leave_out(*found)  # on all processes, whichever of them measured it
+                found = float("inf")
+            scores.append(found)
+        return scores
 
-    def evaluated(self, objective: MetricObjective, schedule: ModelSchedule, samples: int) -> Evaluation | None:
-        """The score and the metrics of a schedule; None where a member fails that may be left out."""
+    def evaluated(self, objective: MetricObjective, schedule: ModelSchedule, samples: int) -> Evaluation | FailedMember:
+        """The score and the metrics of a schedule, or the member that fails in it."""
         scheduled = self.module.scheduled
         scheduled.failed = None
         try:
@@ -337,14 +344,14 @@ class ModelWork:
         except Exception as error:
             if scheduled.failed is None:
                 raise
-            self.leave_out(scheduled.failed, reason_of(error))
-            return None
+            return scheduled.failed, reason_of(error)
 
     def report(self, schedule: ModelSchedule) -> dict[str, float]:
         """Every metric on the report draw. UserError where a member fails."""
         objective = self.draws.objective(self.space, "report")
         evaluation = self.evaluated(objective, schedule, self.datamodule.num_samples)
-        if evaluation is None:
+        if isinstance(evaluation, tuple):
+            self.leave_out(*evaluation)
             raise UserError(
                 f"{schedule} was chosen, and a member of it fails on the report draw; resume with it mended"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from genlight import io
 from genlight.callbacks.signals import RunInterrupted, SignalGuard
 from genlight.callbacks.timing import print_line
+from genlight.errors import UserError
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.predictors.gaussian_process import GaussianProcessPredictor
 from genlight.predictors.ranking import RankingPredictor
@@ -30,6 +32,8 @@ PREDICTORS: Mapping[str, Callable[[], Any]] = {
     "gp": GaussianProcessPredictor,
     "ranking": RankingPredictor,
 }
+# set in the environment where a run measures all by itself, and what it starts too
+OWN_SCORES = "GENLIGHT_OWN_SCORES"
 _BUDGET_FILE = "budget.json"
 _KIND, _VERSION = "search_budget", 1
 # of a config, what scores may depend on; what they depend on of the method stands in the fingerprint of its task
@@ -58,7 +62,7 @@ class SearchSettings:
         finalists: the best so many are measured again on the noise of the select draw, where the winner is chosen.
         seconds: a search ends after so many seconds of this run too; null: by its budget only.
         time_limit_s: a candidate that takes longer is failed; null: only one that hangs, see
-            `genlight.search.evaluation.HANGS_TIMES`.
+            `genlight.search.evaluation.HANGS_TIMES`. Not where several processes measure one candidate together.
         workers: candidates measured together in one process, in shared forward passes where the method can.
         failure_limits: when a search gives up.
         shared: take scores that other runs measured, see `SearchRunner.scores_file`, and let them have this run's.
@@ -118,11 +122,20 @@ class SearchRunner:
 
     Attributes:
         notes: what a report has to say of the searches.
+
+    Raises:
+        UserError: a limit of time where several processes measure one candidate together: by its own clock each would
+            fail others.
     """
 
     def __init__(self, evaluations: CandidateTrainer, settings: SearchSettings) -> None:
         self.evaluations, self.settings, self.notes = evaluations, settings, list[str]()
         trainer: Any = evaluations.trainer
+        if settings.time_limit_s is not None and evaluations.sharded and trainer.world_size > 1:
+            raise UserError(
+                f"search.time_limit_s = {settings.time_limit_s:g}: where weights lie in shards, {trainer.world_size} "
+                "processes measure each candidate together and cannot fail it by their own clocks; set it to null"
+            )
         self.folder = Path(trainer.default_root_dir) / "search"
         guards = [c for c in trainer.callbacks if isinstance(c, SignalGuard)]
         self.guard = guards[0] if guards else SignalGuard()
@@ -162,10 +175,10 @@ class SearchRunner:
 
         Other searches, budgets and methods' settings share a folder; another config of model, data, metric or trainer,
         other code, packages or processors do not. Classes of the user's own (`targets.allow`) share nothing, since
-        their code may change.
+        their code may change, nor does anything where the environment has `OWN_SCORES`.
         """
-        folder = self.folder.parent
-        if not (self.settings.shared and task.shared and (folder / RUN_FILE).is_file()):
+        folder, shared = self.folder.parent, self.settings.shared and task.shared and OWN_SCORES not in os.environ
+        if not (shared and (folder / RUN_FILE).is_file()):
             return None
         record = read_run(folder)
         config, here = record["config"], machine()

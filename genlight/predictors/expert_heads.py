@@ -134,12 +134,15 @@ class FittedExpertScores:
 
 
 def all_scores(network: ExpertEnsemble, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [N], those of the experts [E, N] and the gate's weights [E, N] on the CPU, in evaluation mode."""
+    """Scores [N], those of the experts [E, N] and the gate's weights [E, N] on the CPU, in evaluation mode.
+
+    Outside autocast, which would round close scores to the same number.
+    """
     device = next(network.parameters()).device
     training = network.training
     network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             parts = [network(rows.to(device)) for rows in torch.split(tokens, _ROWS_AT_ONCE)]
     finally:
         network.train(training)

@@ -21,6 +21,7 @@ from genlight.search.protocols import Candidate, CandidateIn, Evaluation, Object
 from genlight.search.records import Failure, Outcome, Trial
 
 Evaluator = Callable[[Sequence[Trial[Candidate]]], Sequence[Outcome]]
+Keyed = tuple[str, Outcome]  # with the key of its candidate
 _REASON_LENGTH = 300
 # A candidate hangs if it takes longer than so many times the median, but not before so many seconds
 HANGS_TIMES = 10
@@ -145,19 +146,25 @@ def over_ranks(
     evaluator: Evaluator[Candidate],
     rank: int,
     world_size: int,
-    gather: Callable[[list[Outcome]], Sequence[Sequence[Outcome]]],
+    gather: Callable[[list[Keyed]], Sequence[Sequence[Keyed]]],
 ) -> Evaluator[Candidate]:
     """Evaluate every `world_size`-th trial here and collect the others from their ranks, in the order of the trials.
 
-    `gather` is collective: it gives every rank the lists of all ranks, in the order of the ranks.
+    `gather` is collective: it gives every rank the lists of all ranks, in the order of the ranks. RuntimeError where
+    they hold outcomes of other candidates than this rank's trials.
     """
 
     def evaluate(trials: Sequence[Trial[Candidate]]) -> list[Outcome]:
-        shares = gather(list(evaluator(trials[rank::world_size])))
-        found, expected = [len(share) for share in shares], [len(trials[r::world_size]) for r in range(world_size)]
+        own = trials[rank::world_size]
+        shares = gather([(trial.key, outcome) for trial, outcome in zip(own, evaluator(own))])
+        found = [[key for key, _ in share] for share in shares]
+        expected = [[trial.key for trial in trials[r::world_size]] for r in range(world_size)]
         if found != expected:
-            raise RuntimeError(f"the ranks are not in step: they gave {found} outcomes where {expected} were due")
-        return [shares[position % world_size][position // world_size] for position in range(len(trials))]
+            wrong = [r for r, keys in enumerate(expected) if found[r : r + 1] != [keys]]
+            raise RuntimeError(
+                f"the ranks are not in step: those of {wrong} gave outcomes of other candidates than due"
+            )
+        return [shares[position % world_size][position // world_size][1] for position in range(len(trials))]
 
     return evaluate
 
@@ -185,7 +192,7 @@ def _evaluate_one(objective: Objective[Candidate], trial: Trial[Candidate], pace
     except Exception as error:
         if is_lost(error):
             raise
-        failure, text = Failure("exception", _one_line(error)), traceback.format_exc()
+        failure, text = Failure("exception", one_line(error)), traceback.format_exc()
     return Outcome(None, failure=failure, traceback=text)
 
 
@@ -211,7 +218,7 @@ def _plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The kind of exception and the first line of its message, without addresses, which differ from run to run."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

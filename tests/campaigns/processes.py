@@ -32,11 +32,11 @@ from torch import distributed
 from genlight.search import evaluation
 from genlight.search.archive import HISTORY_FILE
 from genlight.search.engine import Budget, Search, open_archive
-from genlight.search.evaluation import one_by_one, over_ranks
+from genlight.search.evaluation import Keyed, one_by_one, over_ranks
 from genlight.search.evolution import Evolution
 from genlight.search.protocols import Evaluation
 from genlight.search.random_search import RandomSearch
-from genlight.search.records import Outcome, Problem, Trial
+from genlight.search.records import Problem, Trial
 
 _STRATEGY = Evolution(population=6, children=5)
 
@@ -101,7 +101,7 @@ def _search_as(rank: int, ranks: int, meeting: Path, folder: Path, strategy: Any
     archive = open_archive(folder, problem, strategy, fingerprint=FINGERPRINT, writable=rank == 0)
     distributed.barrier()
 
-    def gather(outcomes: list[Outcome]) -> list[list[Outcome]]:
+    def gather(outcomes: list[Keyed]) -> list[list[Keyed]]:
         shares: list[Any] = [None] * ranks
         distributed.all_gather_object(shares, outcomes)
         return shares

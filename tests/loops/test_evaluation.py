@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from loops.pair import Pair
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -126,8 +127,8 @@ def test_rounds_of_two_processes_are_in_order(rank: int) -> None:
         done.append(index)
         return index
 
-    def broadcast(value: int | None, src: int) -> str:
-        return f"{value} of {src}"
+    def broadcast(shared: tuple[int | None, None], src: int) -> tuple[str, None]:
+        return f"{shared[0]} of {src}", shared[1]
 
     trainer = SimpleNamespace(global_rank=rank, strategy=SimpleNamespace(broadcast=broadcast))
     two: Any = SimpleNamespace(shares=2, trainer=trainer)
@@ -135,6 +136,29 @@ def test_rounds_of_two_processes_are_in_order(rank: int) -> None:
     assert done == ([0, 2] if rank == 0 else [1])
     assert found[0] == [f"{rank} of 0", f"{rank} of 1"] and found[1] == [f"{2 if rank == 0 else None} of 0"]
     assert list(in_rounds(evaluations(), [partial(piece, index) for index in range(3)])) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("method", [in_turn, lambda *given: list(in_rounds(*given))], ids=["in_turn", "in_rounds"])
+def test_where_a_piece_raises_on_one_process_both_raise(method: Any) -> None:
+    """The third piece is of the first process; the other must not wait for its result."""
+    pair, pieces = Pair(), [lambda: 0, lambda: 1, lambda: 1 // 0, lambda: 3]
+    own, other = pair.run(lambda two: method(two, pieces))
+    assert isinstance(own, ZeroDivisionError) and isinstance(other, UserError)
+    assert str(other).startswith("another process failed: ZeroDivisionError: integer division")
+    assert pair.calls[0] == pair.calls[1] > 0
+    assert Pair().run(lambda two: method(two, [lambda: 0, lambda: 1, lambda: 2])) in (
+        [[0, 1, 2]] * 2,
+        [[[0, 1], [2]]] * 2,
+    )
+
+
+def test_a_lost_process_is_not_waited_for() -> None:
+    def lost() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    pair = Pair()
+    assert [str(each) for each in pair.run(lambda two: in_turn(two, [lost, lost]))] == ["Connection closed by peer"] * 2
+    assert pair.calls == [0, 0]
 
 
 def test_the_local_trainer_is_silent_and_leaves_the_module_where_it_is() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops.pair import Pair
 
 from genlight.diffusion.error_curves import ErrorCurve
 from genlight.diffusion.noise_schedules import VPSchedule
@@ -22,6 +23,7 @@ from genlight.loops.model_search import ModelSearch
 from genlight.loops.model_work import ModelWork
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
+from genlight.search.protocols import Evaluation
 
 MODULE = SimpleNamespace(
     members={"a": None, "b": None}, sample_shape=(1, 8, 8), scheduled=SimpleNamespace(dtype=torch.float32)
@@ -132,6 +134,28 @@ def test_members_that_wait_on_the_cpu_are_brought_before_their_errors_are_measur
     found, failed = model_curves.member_curves(module, None, tuple(members), 4)
     assert found == {name: (member, "elsewhere") for name, member in members.items()} and not failed
     assert [member.place for member in members.values()] == ["cpu", "cpu", "elsewhere"]
+
+
+def test_a_member_that_fails_where_another_process_judges_is_noted_by_all() -> None:
+    """Of four schedules the second process judges the two that use b, which is broken."""
+
+    def judged(evaluations: Any) -> tuple[list[float], list[str]]:
+        scheduled = SimpleNamespace(failed=None)
+
+        def evaluate(schedule: str, samples: int) -> Evaluation:
+            if "b" in schedule:
+                scheduled.failed = "b"
+                raise RuntimeError("no such kernel")
+            return Evaluation(float(samples), {})
+
+        method: Any = SimpleNamespace(drop_failing=True, select=8)
+        of: Any = ModelWork(method, evaluations, SimpleNamespace(scheduled=scheduled), None)
+        of.draws = SimpleNamespace(objective=lambda space, draw: SimpleNamespace(evaluate=evaluate))
+        of.space, of.costs, of.runner = None, SimpleNamespace(notes=()), SimpleNamespace(main=False)
+        return of.judge(["a", "ab", "aa", "b"]), of.notes()
+
+    inf, note = float("inf"), "the member b fails and is left out: RuntimeError: no such kernel"
+    assert Pair().run(judged) == [([8.0, inf, 8.0, inf], [note])] * 2
 
 
 @pytest.mark.parametrize(("mode", "more"), [("min", True), ("max", False)])

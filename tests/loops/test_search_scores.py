@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from genlight.loops.search import SearchRunner, SearchSettings, SearchTask
+from genlight.loops.search import OWN_SCORES, SearchRunner, SearchSettings, SearchTask
 from genlight.run_folder import RunFolder
 
 CONFIG = {
@@ -69,3 +69,8 @@ def test_so_has_another_space(tmp_path: Path) -> None:
 )
 def test_some_runs_share_nothing(tmp_path: Path, given: dict[str, Any]) -> None:
     assert place(tmp_path / "run", **given) is None
+
+
+def test_nor_does_a_run_that_is_told_to_measure_all_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OWN_SCORES, "1")
+    assert place(tmp_path / "run") is None

@@ -82,6 +82,16 @@ def test_the_fused_scale_is_that_of_the_pool_and_networks_that_differ_are_unsure
     assert float(three[1].min()) > 0
 
 
+def test_autocast_does_not_round_predictions(trained: tuple[Pool, torch.Tensor, ExpertEnsemble]) -> None:
+    pool, truth, network = trained
+    for predictor in (FusionPredictor((network,), pool, TRAINING), ExpertScorePredictor(network, pool)):
+        fitted = predictor.fit(pool.tokens[:N], truth[:N], seed=0)
+        plain = fitted.predict(pool.tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = fitted.predict(pool.tokens)
+        assert torch.equal(plain[0], rounded[0]) and torch.equal(plain[1], rounded[1])
+
+
 def test_bad_candidates_are_refused(trained: tuple[Pool, torch.Tensor, ExpertEnsemble]) -> None:
     pool, truth, network = trained
     fusion, regression = FusionPredictor((network,), pool, TRAINING), ExpertScorePredictor(network, pool, "svm")
