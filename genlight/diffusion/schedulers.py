@@ -204,6 +204,8 @@ def read_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
         raise ValueError(f"scheduler = {name!r} is not known here; known are {_choice(known)}")
     if config.get("trained_betas") is not None:
         raise ValueError(f"scheduler.trained_betas: a {name} with its own table of betas is not supported")
+    if config.get("invert_sigmas"):
+        raise ValueError(f"scheduler.invert_sigmas: a {name} whose times rise from noise to images is not supported")
 
     prediction_type = str(config.get("prediction_type", "epsilon"))
     if "vp" not in families and "edm" in families:

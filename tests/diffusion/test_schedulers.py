@@ -243,3 +243,5 @@ def test_schedulers_that_cannot_be_read() -> None:
         read_scheduler(diffusers.ScoreSdeVeScheduler())
     with pytest.raises(ValueError, match="trained_betas"):
         read_scheduler(diffusers.DDIMScheduler(trained_betas=[0.1, 0.2]))
+    with pytest.raises(ValueError, match="invert_sigmas"):  # as Mochi has
+        read_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
