@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks.stochastic_weight_avg import StochasticWeightAv
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from typing_extensions import override
 
 from genlight.errors import UserError
@@ -325,6 +326,12 @@ class FullStateFSDPStrategy(FSDPStrategy):
     @override
     def setup(self, trainer: Any) -> None:
         check_callbacks(self, trainer.callbacks, str(trainer.precision))
+        by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+        if trainer.state.fn == TrainerFn.FITTING and trainer.gradient_clip_val and not by_value:
+            raise UserError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val:g} clips by a norm that Lightning does not know "
+                "under FSDP: set trainer.gradient_clip_val=null, or use strategy=deepspeed_zero3"
+            )
         super().setup(trainer)
 
     @override

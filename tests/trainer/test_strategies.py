@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from genlight.errors import UserError
@@ -110,6 +112,14 @@ def test_a_strategy_on_the_wrong_accelerator_is_refused(monkeypatch):
     monkeypatch.setattr(DeepSpeedCPUStrategy, "accelerator", None)
     with pytest.raises(UserError, match=r"trainer\.accelerator=cpu"):
         strategy.setup_environment()
+
+
+def test_clipping_by_norm_is_refused_under_fsdp(monkeypatch):
+    see_a_gpu(monkeypatch)
+    trainer = SimpleNamespace(callbacks=[], precision="32-true", gradient_clip_val=1.0, gradient_clip_algorithm=None)
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    with pytest.raises(UserError, match=r"trainer\.gradient_clip_val=1 .* strategy=deepspeed_zero3"):
+        FullStateFSDPStrategy().setup(trainer)
 
 
 def test_averaging_is_refused_where_it_would_be_wrong(monkeypatch):
