@@ -64,6 +64,7 @@ class QuantizationCalibration:
         trajectory: samples of the report draw on which predictions and images are compared with full precision.
         rivals: also measure what the method is compared with, torchao and optimum-quanto too where they are installed.
         statistics: a calibration.safetensors of the same network to use; None: calibrate.
+        compiled: on a GPU, also time both networks compiled by `torch.compile`.
         dequantized: also write the network in floating point, for programs that know no quantized one.
         torchao: also write the network with tensors of torchao, which diffusers loads without genlight.
         samples_out: also write the report draw of full precision and of the quantized network as files.
@@ -99,6 +100,7 @@ class QuantizationCalibration:
     trajectory: int = 32
     rivals: bool = True
     statistics: str | None = None
+    compiled: bool = True
     dequantized: bool = True
     torchao: bool = False
     samples_out: bool = False

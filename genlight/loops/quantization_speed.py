@@ -2,7 +2,8 @@
 machine does meets both.
 
 On a GPU much of a step without `torch.compile` is the launching of kernels, of which quantized layers have more: there
-both are compiled as well, the quantized network as `genlight.quantization.fusion` says, and that decides.
+both are compiled as well, the quantized network as `genlight.quantization.fusion` says, and that decides, unless
+`method.compiled` leaves it out.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Speeds:
     Attributes:
         plain: without `torch.compile`.
         device: on which both ran, in words.
-        compiled: with it; None where there is no GPU, in words why it failed.
+        compiled: with it; None where there is no GPU or it was left out, in words why it failed.
     """
 
     plain: StepTimes
@@ -91,9 +92,10 @@ def milliseconds(rounds: Sequence[float]) -> dict[str, float]:
 
 
 def measured_speeds(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> Speeds:
-    """Times of the network as it is and with these layers, on a GPU compiled as well."""
+    """Times of the network as it is and with these layers, on a GPU compiled as well if the method says so."""
     device, plain = work.evaluations.trainer.strategy.root_device, step_times(work, layers)
-    return Speeds(plain, device_name(device), compiled_times(work, layers) if device.type == "cuda" else None)
+    both = device.type == "cuda" and work.method.compiled
+    return Speeds(plain, device_name(device), compiled_times(work, layers) if both else None)
 
 
 def step_times(work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS) -> StepTimes:

@@ -20,12 +20,20 @@ from torch import Tensor, nn
 
 from genlight.errors import UserError
 from genlight.io import CorruptFileError, read_json
+from genlight.loops import quantization_speed
 from genlight.loops.cost import first_validation
 from genlight.loops.evaluation import noise_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_report import quantization_result, variants_of
 from genlight.loops.quantization_samples import check_samples, sample_names, write_samples
-from genlight.loops.quantization_speed import Speeds, StepTimes, compiled_times, milliseconds, step_times
+from genlight.loops.quantization_speed import (
+    Speeds,
+    StepTimes,
+    compiled_times,
+    measured_speeds,
+    milliseconds,
+    step_times,
+)
 from genlight.loops.quantization_variants import FILE, Variant, VariantRows
 from genlight.loops.quantization_work import QuantizationWork, checked_work
 from genlight.quantization.observers import InputObserver
@@ -227,6 +235,22 @@ def test_both_networks_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.compile", lambda network, backend=None: Slow(network, -1))
     assert compiled_times(work, {name: plain}) == "sleep length must be non-negative"
     assert step_times(work, {name: plain}, rounds=1).full
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled", "both"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_networks_are_compiled_on_a_gpu_if_asked(
+    kind: str, compiled: bool, both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = StepTimes([2.0], [1.0])
+    for name in ("step_times", "compiled_times"):
+        monkeypatch.setattr(quantization_speed, name, lambda *_: times)
+    monkeypatch.setattr(quantization_speed, "device_name", str)
+    strategy = SimpleNamespace(root_device=torch.device(kind))
+    evaluations = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy))
+    work: Any = SimpleNamespace(evaluations=evaluations, method=QuantizationCalibration(compiled=compiled))
+    assert measured_speeds(work, {}).compiled == (times if both else None)
 
 
 def test_faster_is_what_is_faster_in_every_round() -> None:

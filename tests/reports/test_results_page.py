@@ -107,9 +107,6 @@ def test_every_method_has_a_claim_and_every_claim_a_proof():
         assert claim.open and claim.checkpoint and claim.source, claim
         for name in (claim.proof, *claim.gpu):
             assert (ROOT / "tools" / "proofs" / f"{name}.py").is_file(), name
-        for name, bars in claim.gpu.items():
-            program = (ROOT / "tools" / "proofs" / f"{name}.py").read_text()
-            assert all(f'"{bar}"' in program or bar.startswith("c6-") for bar in bars), (name, bars)
         if claim.proof in proofs:
             assert set(claim.bars) <= {bar.id for bar in read_proof(RESULTS / f"{claim.proof}.json").bars}
     papers = {claim.method for claim in found}

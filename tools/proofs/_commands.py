@@ -13,6 +13,7 @@ from typing import Any
 
 from genlight.reports.proof import Bar, write_proof
 from genlight.reports.results_page import write_results_page
+from genlight.run_folder import LOCK_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -42,6 +43,19 @@ def report(folder: Path) -> dict[str, Any]:
     """What a run reported."""
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
+
+
+def in_use(run: Path) -> bool:
+    """Whether a command runs in this folder of a run."""
+    from filelock import FileLock, Timeout
+
+    if not (run / LOCK_FILE).is_file():
+        return False
+    try:
+        with FileLock(run / LOCK_FILE, timeout=0.0):
+            return False
+    except Timeout:
+        return True
 
 
 def watch(

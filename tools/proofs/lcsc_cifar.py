@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _commands import RESULTS, ROOT, report, watch
+from _commands import RESULTS, ROOT, in_use, report, watch
 
 from genlight.data.cache import default_cache_folder
 from genlight.io import atomic_write_json
@@ -142,13 +142,12 @@ def steps_of(folder: Path) -> int:
 
 
 def features(proof: Proof) -> dict[str, Any]:
-    """The feature network in the cache: one that another process is making is waited for, a while."""
+    """The feature network in the cache: while another process makes it, it is waited for."""
     sizes: tuple[str, ...]
-    path = default_cache_folder() / FEATURES / "fit" / "artifact"
-    patience = time.monotonic() + (1.0 if proof.tiny else 0.15 * proof.seconds)
-    while not path.is_dir() and path.parent.is_dir() and time.monotonic() < patience:
+    run = default_cache_folder() / FEATURES / "fit"
+    while in_use(run) and proof.left > 1.0:
         time.sleep(0.5)
-    if path.is_dir():
+    if (run / "artifact").is_dir():
         return {"seconds": 0.0}
     sizes = ("trainer.max_steps=1500",)
     if proof.tiny:
@@ -263,33 +262,43 @@ def score(result: dict[str, Any], *kinds: str) -> float:
 
 
 def bars_of(found: dict[str, dict[str, Any]]) -> list[Bar]:
-    """The claims about parts that were done."""
-    done = {name: row for name, row in found.items() if "failed" not in row}
-    bars: list[Bar] = []
-    if "search" in done:
-        best, what = score(done["search"], "LCSC"), f"{METRIC}, one step: LCSC / "
-        ratio = best / score(done["search"], *TRACKED)
-        bars.append(bar_at_most("cifar", what + "best tracked EMA", ratio, 0.93))
-        ratio = best / score(done["search"], *USUAL)
-        bars.append(bar_at_most("cifar-all", what + "best of all other weights", ratio, 0.93))
-        calls = done["search"]["calls"]
-        share = calls["apply"]["median"] / calls["measure"]["median"]
-        bars.append(bar_at_most("apply", "applying a combination / evaluating it, time", share, 0.1))
-        if "random" in done:
-            ratio = best / score(done["random"], "LCSC")
-            bars.append(bar_at_most("random", what + "random combinations, equal evaluations", ratio, 0.95))
-        if "two" in done:
-            ratio = best / score(done["two"], *USUAL)
-            bars.append(bar_at_most("two", what + "best of all other weights at two steps", ratio, 1.0))
-    if "student" in done:
-        share = done["student"]["collect"] / done["student"]["trained"]
-        bars.append(bar_at_most("collect", "collecting / training, time of the thread that trains", share, 0.02))
-    if "mixing" in done:
-        share = done["mixing"]["raw"]["share_of_copy"]
-        bars.append(bar_at_least("mix-bandwidth", "mixing / bandwidth of a copy", share, 0.5))
-        naive = done["mixing"]["raw"]["state_dicts_over_mix"]
-        bars.append(bar_at_least("mix-naive", "averaging state dicts / mixing, time", naive, 5))
-    return bars
+    """Every claim; one that could not be measured fails."""
+
+    def over(part: str, *kinds: str) -> float:
+        return score(found["search"], "LCSC") / score(found[part], *kinds)
+
+    def applying() -> float:
+        calls = found["search"]["calls"]
+        return float(calls["apply"]["median"] / calls["measure"]["median"])
+
+    def collecting() -> float:
+        return float(found["student"]["collect"] / found["student"]["trained"])
+
+    def raw(name: str) -> float:
+        return float(found["mixing"]["raw"][name])
+
+    what, usual = f"{METRIC}, one step: LCSC / ", "best of all other weights"
+    claims: list[tuple[Callable[[str, str, float, float], Bar], str, str, Callable[[], float], float]] = [
+        (bar_at_most, "cifar", what + "best tracked EMA", lambda: over("search", *TRACKED), 0.93),
+        (bar_at_most, "cifar-all", what + usual, lambda: over("search", *USUAL), 0.93),
+        (bar_at_most, "apply", "applying a combination / evaluating it, time", applying, 0.1),
+        (bar_at_most, "random", what + "random combinations, equal evaluations", lambda: over("random", "LCSC"), 0.95),
+        (bar_at_most, "two", what + usual + " at two steps", lambda: over("two", *USUAL), 1.0),
+        (bar_at_most, "collect", "collecting / training, time of the thread that trains", collecting, 0.02),
+        (bar_at_least, "mix-bandwidth", "mixing / bandwidth of a copy", lambda: raw("share_of_copy"), 0.5),
+        (bar_at_least, "mix-naive", "averaging state dicts / mixing, time", lambda: raw("state_dicts_over_mix"), 5.0),
+    ]
+    return [_bar(*claim) for claim in claims]
+
+
+def _bar(
+    make: Callable[[str, str, float, float], Bar], id: str, what: str, value: Callable[[], float], limit: float
+) -> Bar:
+    # a part that failed has no such rows, one that was left out nothing
+    try:
+        return make(id, what, value(), limit)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return Bar(id, what, "not measured", make(id, what, 0.0, limit).bar, False)
 
 
 SAID = {

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _commands import ROOT, record, report
+from _commands import ROOT, in_use, record, report
 from viditq import (
     BITS,
     BOTH,
@@ -59,8 +59,8 @@ TINY = (
     "data.batch_size=16",
     "data.eval_batch_size=16",
 )
-# seconds that writing the record may take
-_LAST = 8.0
+# seconds that writing the record may take, and share of the time for measuring that another command's features may
+_LAST, PATIENCE = 8.0, 0.2
 Item = tuple[str, str, Callable[[], float]]
 Claim = tuple[str, str, Callable[[], float], float]
 
@@ -346,26 +346,33 @@ def ended(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str | 
     return None if code == 0 else f"exit code {code}: {lines[-1][:200] if lines else ''}"
 
 
-def features_in(folder: Path) -> Path | None:
-    """The feature network, in the run root or in the cache."""
+def features_in(folder: Path, seconds: float) -> Path | None:
+    """The feature network, in the run root or in the cache; while another command makes it, it is waited for."""
     from genlight.data.cache import default_cache_folder
 
-    return next((root / FEATURES for root in (folder, default_cache_folder()) if (root / FEATURES).is_file()), None)
+    end, places = time.monotonic() + seconds, [root / FEATURES for root in (folder, default_cache_folder())]
+    while any(in_use(place.parents[1]) for place in places) and time.monotonic() < end:
+        time.sleep(0.2)
+    return next((place for place in places if place.is_file()), None)
 
 
 def measured(
     arguments: argparse.Namespace, folder: Path, seconds: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All parts side by side, and the real command: what they found, and lines of the table."""
-    begun, features = time.monotonic(), features_in(folder)
+    end = time.monotonic() + seconds
+    features = features_in(folder, PATIENCE * seconds)
     own = [str(Path(__file__)), "--folder", str(folder), "--samples", str(arguments.samples)]
-    own += ["--seconds", str(max(5.0, seconds - 12)), "--count", str(arguments.count)]
+    own += ["--seconds", str(max(5.0, end - time.monotonic() - 12)), "--count", str(arguments.count)]
     own += ["--seeds", *map(str, arguments.seeds)]
     words = ["-m", "genlight", "validate", EXPERIMENT, f"run.root={folder}", "run.name=w4a8", "run.overwrite=true"]
     words += [f"ckpt_path={folder}/model/fit/artifact", "trainer.precision=32-true", "method.mixed=null"]
-    words += [f"method.samples={arguments.samples}", f"method.trajectory={arguments.samples}"]
-    words += [f"data.num_samples={arguments.validated}", "metrics.metrics=[fd]"]
-    words += [*(TINY if arguments.tiny else ()), f"metrics.extractor.path={features}" if features else "metrics=none"]
+    # it reports at its end alone: no rivals, which the parts measure, and nothing is compiled
+    words += ["method.rivals=false", "method.compiled=false", "method.dequantized=false"]
+    few = max(1, arguments.samples // 2)
+    words += [f"method.samples={few}", f"method.trajectory={few}"]
+    words += [f"data.num_samples={arguments.validated}", *(TINY if arguments.tiny else ())]
+    words += [f"metrics.extractor.path={features}", "metrics.metrics=[fd]"] if features else ["metrics=none"]
     names = [*PARTS, *(["distance"] if features else [])]
     # what an earlier call left is not a result of this one
     for name in names:
@@ -378,7 +385,7 @@ def measured(
     parts: dict[str, Any] = {}
     table: list[dict[str, Any]] = [] if features else [{"network": "distance", "failure": "no feature network"}]
     for name, process in running.items():
-        failure = ended(process, folder / f"{name}.log", begun + seconds - time.monotonic())
+        failure = ended(process, folder / f"{name}.log", end - time.monotonic())
         file = folder / f"{name}.json"
         if name in names and file.is_file():
             parts[name] = io.read_json(file)
