@@ -95,15 +95,21 @@ def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def bars_of(table: list[dict[str, Any]]) -> list[Bar]:
-    """Medians over budgets and seeds; a single model that is never as good counts as infinitely slow."""
-    ratios = [row["measured ms"] / (row["ms of a single model as good"] or math.inf) for row in table]
+    """Medians over budgets and seeds; that of times over those for which a single model is as good at all."""
+    ratios = [row["measured ms"] / needed for row in table if (needed := row["ms of a single model as good"])]
     quality = [row[METRIC] / row[f"its {METRIC}"] for row in table]
     apart, turns = (
         max(abs(row["measured ms"] / row[f"predicted {word}ms"] - 1) for row in table) for word in ("", "again ")
     )
     again = "by members measured again by turns with what is chosen"
     return [
-        bar_at_most("time", "measured ms of what is chosen / of a single model as good, median", median(ratios), 1.0),
+        bar_at_most(
+            "time",
+            "measured ms of what is chosen / of a single model as good, median of the "
+            f"{len(ratios)} of {len(table)} budgets for which there is one within {BUDGETS[-1]:g} calls",
+            median(ratios) if ratios else 0.0,
+            1.0,
+        ),
         bar_at_most("quality", "Fréchet distance of what is chosen / best single model, median", median(quality), 1.0),
         bar_at_most("latency", "measured / predicted ms of what is chosen, off 1 at most", apart, 0.25),
         bar_at_most("latency-turns", f"the same, {again}, off 1 at most", turns, 0.1),
