@@ -26,8 +26,9 @@ Generators = torch.Generator | list[torch.Generator] | None
 def network_style(network: Network) -> str:
     """Which forward signature a diffusers network has: "unet2d", "unet2d_condition" or "dit"; TypeError for others."""
     styles = {UNet2DModel: "unet2d", UNet2DConditionModel: "unet2d_condition", DiTTransformer2DModel: "dit"}
+    inner = getattr(network, "_orig_mod", network)  # of one that torch.compile has wrapped
     for kind, style in styles.items():
-        if isinstance(network, kind):
+        if isinstance(inner, kind):
             return style
     raise TypeError(
         f"network is a {type(network).__name__}; expected UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel"

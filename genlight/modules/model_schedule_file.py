@@ -282,10 +282,13 @@ def attach_model_schedule(pipe: Any, path: str | Path, *, resident: int | None =
         resident: as in `ScheduledDenoiser`.
 
     Raises:
-        UserError: as `load_model_schedule`, `load_zoo` and `apply_to_pipeline`.
+        UserError: as `load_model_schedule`, `load_zoo` and `apply_to_pipeline`; a pipeline that is offloaded already:
+            the other members would stay where they are.
     """
     file = load_model_schedule(path)
     own = getattr(pipe, denoiser_key(pipe))
+    if hasattr(own, "_hf_hook"):
+        raise UserError("pipe is offloaded already: attach the schedule first, then call enable_model_cpu_offload()")
     entries = {
         record.name: ZooEntry(record.source or record.name, record.subfolder, record.dtype, record.variant)
         for record in file.members

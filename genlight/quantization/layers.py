@@ -257,7 +257,7 @@ class QuantizedLinear(QuantizedLayer):
         if form.mode != "dynamic" or form.granularity != "token":
             inputs = self.balanced(values)
             grid = row_grid(self.grid(inputs), inputs)
-        inputs, size, weight = inputs.reshape(rows, -1), _rows_at_once(inputs), self.quantized_weight
+        inputs, size, weight = inputs.reshape(-1, self.columns), _rows_at_once(inputs), self.quantized_weight
         assert weight is not None
         if rows <= size:
             output = self._product_of_rows(inputs, grid, weight, values.dtype)

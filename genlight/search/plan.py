@@ -77,7 +77,7 @@ def with_predictor(strategy: Any, predictor: Any) -> Any:
 
 
 def without_duplicates(space: SearchSpace[Any], candidates: Sequence[Any]) -> tuple[Any, ...]:
-    """Each candidate once, where it is first."""
+    """Each candidate once."""
     return tuple({space.key(candidate): candidate for candidate in reversed(candidates)}.values())[::-1]
 
 

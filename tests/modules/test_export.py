@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.export import pipeline_name
+from genlight.modules.exported_pipeline import network_style
 
 DDIM = functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing")
 DPM = functools.partial(diffusers.DPMSolverMultistepScheduler, timestep_spacing="trailing")
@@ -100,6 +101,11 @@ def _sample(module, call):
     noise = torch.randn(3, *module.sample_shape, generator=generator)
     label = torch.tensor(call["class_labels"]) if "class_labels" in call else None
     return (module.sample(noise, label, generator=generator) + 1) / 2
+
+
+def test_a_compiled_network_is_known_for_what_it_is(tiny):
+    for network in (tiny.unet(), tiny.dit()):
+        assert network_style(torch.compile(network, backend="eager")) == network_style(network)
 
 
 def test_every_kind_of_pipeline_samples_the_same_images_without_genlight(tiny, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusion.tiny_pipelines import PIPELINES, Tiny, relative
 from modules.test_pipeline import STEPS, module_of, noise_of, tiny_pipe
 from torch import Tensor, nn
@@ -278,6 +279,10 @@ def test_members_that_wait_are_not_put_on_the_device(
     path, _ = written(PIPELINES["sd"](), "sd", MIXED, tmp_path)
     scheduled = attach_model_schedule(PIPELINES["sd"]().pipe, path, resident=resident)
     assert any(network is scheduled.members["big"] for network in moved) == (resident is None)
+    offloaded = PIPELINES["sd"]().pipe
+    add_hook_to_module(offloaded.unet, ModelHook())
+    with pytest.raises(UserError, match="attach the schedule first"):
+        attach_model_schedule(offloaded, path, resident=resident)
 
 
 def test_offloaded_members_are_called_one_at_a_time(tmp_path: Path) -> None:

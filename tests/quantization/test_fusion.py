@@ -119,6 +119,15 @@ def test_what_stands_before_a_kernel_goes_into_it(change: str, kernels: int, too
     assert counts == [kernels, took] and close(found, expected)
 
 
+def test_an_input_is_rounded_once_where_shapes_may_change() -> None:
+    block, x, condition = Block(), randn(3, 5, WIDTH), randn(3, 2, WIDTH, seed=1)
+    share_balances(block)
+    for given in (x, condition):
+        torch._dynamo.mark_dynamic(given, 0)
+    found, kernels, _ = rewritten(block, x, condition)
+    assert kernels == 3 and close(found, block(x, condition))
+
+
 def test_inputs_are_rounded_apart_where_balances_differ() -> None:
     block = Block()
     assert block.second.input_scale is not None
