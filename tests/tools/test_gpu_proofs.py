@@ -29,8 +29,7 @@ SECONDS = 720
 # in place of `timeout`: tells what it was given, and runs nothing
 TIMEOUT = """#!/bin/bash
 shift 4
-printf '%s\\t' "$@" >> "$RECORDED"
-echo >> "$RECORDED"
+printf '%s\\n' "$(printf '%s\\t' "$@")" >> "$RECORDED"  # at once, since steps run side by side
 """
 Step = tuple[int, list[str]]
 Load = Callable[[str], dict[str, Any]]
