@@ -45,6 +45,7 @@ FREE_KEYS = (
     "method.mixed.average_activation_bits",
     "method.mixed.megabytes",
     "method.mixed.bit_operations",
+    "method.mixed.milliseconds",
     "method.mixed.ratios",
     "callbacks.progress",
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from genlight.checkpoints.lora import LoraMixer
 from genlight.checkpoints.mixing import WeightMixer
+from genlight.loops.few_samples import few_samples
 from genlight.metrics.generative import GenerativeMetrics
 
 if TYPE_CHECKING:
@@ -26,15 +27,9 @@ def remarks_before(work: CheckpointWork) -> list[str]:
             "or module.pretrained has them: where a training averaged its weights (callbacks.ema) they are the "
             "average, among parts of single checkpoints"
         )
-    metrics, fidelity = getattr(work.module, "metrics", None), work.method.settings.fidelity
-    if isinstance(metrics, GenerativeMetrics) and work.method.objective == f"val/{metrics.name_of('fd')}":
-        features = metrics.extractor.num_features
-        if fidelity < features:
-            remarks.append(
-                f"search.fidelity={fidelity} samples are fewer than the {features} features of "
-                f"{work.method.objective}: their covariance is singular and the distance biased; a kernel distance "
-                "(kid) has no such bias"
-            )
+    metrics, method = getattr(work.module, "metrics", None), work.method
+    if isinstance(metrics, GenerativeMetrics) and method.objective == f"val/{metrics.name_of('fd')}":
+        remarks += few_samples(metrics, method.settings.fidelity, "search.fidelity")
     return remarks
 
 

@@ -21,6 +21,7 @@ from genlight.loops.dd_quantized import (
 from genlight.loops.dd_variants import DRAWN, TEACHER, Choices, variants_of
 from genlight.loops.dd_work import LATENCIES, VARIANTS, CurveWork, Measured, by_name
 from genlight.loops.evaluation import CandidateTrainer
+from genlight.loops.few_samples import few_samples
 from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
 from genlight.reports.search_figures import quality_against_nfe, sampler_comparison
@@ -84,6 +85,7 @@ class DecodingCurve:
         teacher, drawn = by_name(work.variants, found)
         rows = [work.row(variant, each, teacher, drawn) for variant, each in zip(work.variants, found, strict=True)]
         notes = [_NOTE, *([_BITS] if self.quantized else [])]
+        notes += few_samples(module.metrics, datamodule.num_samples, "data.images.num_samples")
         if self.latency_batches:
             with work.evaluations.timing(LATENCIES):
                 *times, decoder = work.latencies()

@@ -15,6 +15,7 @@ from genlight.errors import UserError
 from genlight.experts.export import check_exportable, save_edited
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
+from genlight.loops.expert_remarks import remarks_after
 from genlight.loops.expert_work import FULL, MERGED, PRUNED, RANDOM, Choice, ExpertWork
 from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
@@ -147,6 +148,8 @@ def _ending(each: Found, every: Sequence[Found]) -> str:
 
 def _found(work: ExpertWork, own: Mapping[str, float]) -> Found:
     every = work.choices()
+    remarks = remarks_after(work.metric, work.method.mode, work.measured_scores())
+    work.remark([f"{work.num_experts} experts: {remark}" for remark in remarks])
     choices = [choice for choice in every if math.isfinite(choice.search) and math.isfinite(choice.select)]
     failed = [choice.name for choice in every if choice not in choices]
     best: dict[str, Choice] = {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
 from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
@@ -19,6 +18,7 @@ from genlight.loops.cost import FirstValidation, announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged
 from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
+from genlight.loops.expert_remarks import remarks_before
 from genlight.loops.expert_report import expert_result
 from genlight.loops.expert_work import ExpertWork
 from genlight.loops.result import MethodResult
@@ -27,12 +27,8 @@ from genlight.reports.cost import CostEstimate
 from genlight.search.protocols import ReadableExperts, require_capability
 from genlight.search.spaces.expert_maps import ExpertMapSpace
 
-# objectives that are shares of the questions, and how few of these are too few to tell candidates apart
-_SHARES, _FEW = ("accuracy", "accuracy_normalised", "exact_match"), 200
 # what is measured of tasks with choices alone; the first is the default
 _OF_CHOICES = ("val/choice_log_likelihood", "val/choice_probability")
-# how many times the nats of one task are those of another where a mean over them is of the first alone
-_UNEQUAL = 10
 
 
 class ExpertSearch:
@@ -158,11 +154,10 @@ class ExpertSearch:
         first = first_validation(trainer, module, datamodule, dry=dry)
         check_logged(metric, first.logged)
         asked = min(self.settings.fidelity, len(data.examples("search")))
-        if trainer.is_global_zero:
-            for warning in _warnings(metric, names, asked, first.logged):
-                print_line(f"warning: {warning}")
         works = [ExpertWork(self, n, evaluations, module, datamodule, data, metric, cache) for n in numbers]
-        return within_limits(works, self.limits, most_only=not self.num_experts), first
+        works = within_limits(works, self.limits, most_only=not self.num_experts)
+        works[0].remark(remarks_before(metric, names, asked, first.logged))
+        return works, first
 
     def metric_of(self, kinds: Mapping[str, str]) -> str:
         """The objective: what was asked for, else the log-likelihood of what decides the answers.
@@ -185,21 +180,3 @@ class ExpertSearch:
         """k of candidates: what was asked for, else the model's own, at most the experts that are left."""
         own = int(editor.own_routing.num_experts_per_tok)
         return self.num_experts_per_tok or min(own, num_experts)
-
-
-def _warnings(metric: str, names: Sequence[str], asked: int, logged: Mapping[str, float]) -> list[str]:
-    """What the objective cannot tell apart, from what the whole model reaches."""
-    found = []
-    if asked < _FEW and metric.rsplit("/", 1)[-1] in _SHARES:
-        found.append(
-            f"{metric} of {asked} questions comes in steps of {100 / asked:.2g} points, so that candidates tie: ask "
-            "more (search.fidelity), or search by a log-likelihood (method.objective=null)"
-        )
-    nats = {name: -value for name in names if (value := logged.get(f"val/{name}/log_likelihood")) is not None}
-    most, least = max(nats, key=nats.__getitem__, default=""), min(nats, key=nats.__getitem__, default="")
-    if metric == "val/log_likelihood" and nats and nats[most] > _UNEQUAL * nats[least]:
-        found.append(
-            f"{metric} is the mean of {nats[most]:.3g} nats of {most} and {nats[least]:.3g} of {least}, and so of the "
-            "first alone: search by val/accuracy, or for one task (method.tasks)"
-        )
-    return found

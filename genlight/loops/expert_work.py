@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from genlight.callbacks.timing import print_line
 from genlight.errors import in_config
 from genlight.experts.baselines import baseline
 from genlight.experts.maps import LayerMaps, selection_maps
@@ -131,6 +132,12 @@ class ExpertWork:
     def runner(self) -> SearchRunner:
         """Runs the search in the run folder."""
         return SearchRunner(self.evaluations, self.method.settings)
+
+    def remark(self, remarks: Sequence[str]) -> None:
+        """Say at the terminal, and note for the report, what a person should know of the search."""
+        self.runner.notes += remarks
+        for remark in remarks if self.runner.main else ():
+            print_line(f"warning: {remark}")
 
     @cached_property
     def baseline_maps(self) -> dict[str, dict[str, LayerMaps]]:
@@ -264,6 +271,10 @@ class ExpertWork:
         own = [r for r in self.result.records if r.score is not None and r.fidelity == self.fidelity]
         kept = [record for record in own if record.candidate.prunes is (kind == PRUNED)]
         return sorted(kept, key=lambda record: record.rank)
+
+    def measured_scores(self) -> list[float]:
+        """Of all candidates of the search that answered all questions, lower is better."""
+        return [float(each.score or 0.0) for kind in (PRUNED, MERGED) for each in self.ranked(kind)]
 
     def finalists(self, kind: str) -> list[Choice]:
         """The best of a phase by the search draw, and all that the search began with; not yet with scores.

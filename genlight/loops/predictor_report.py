@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlight import io
+from genlight.callbacks.timing import print_line
 from genlight.loops.predictor_cost import COMPARISONS, PREDICTOR
 from genlight.loops.predictor_work import EXPERT_TAU, PredictorWork, Scores
 from genlight.loops.result import MethodResult
@@ -39,7 +40,11 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
     """
     method, labels = work.method, work.datamodule.labels
     with work.evaluations.timing(COMPARISONS):
-        compared, indicators = work.compared(), work.indicators()
+        indicators = work.indicators()
+        remarks = [*work.doubts(), *_unlearned(indicators)]
+        for remark in remarks * work.runner.main:
+            print_line(f"warning: {remark}")
+        compared = work.compared()
     regrets = work.regrets()
     rows = _rows(work, compared, indicators)
     with work.evaluations.timing(PREDICTOR):
@@ -56,7 +61,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
         f"best single indicator, which was chosen on the candidates held out: {best}",
         *(_search_note(work, name, *each) for name, each in ends.items()),
         *([f"next to measure, best first: rows {_numbers(proposals)}"] if proposals else []),
-        *_unlearned(indicators),
+        *remarks,
     ]
     return MethodResult(
         {**own, **taus, **found},

@@ -21,6 +21,7 @@ from genlight.loops.search import SearchRunner, SearchTask
 from genlight.metrics.ranking import ranking_scores
 from genlight.modules.described import add_weights
 from genlight.predictors.contenders import Contenders
+from genlight.predictors.expert_doubts import expert_doubts
 from genlight.predictors.expert_training import ExpertTraining
 from genlight.predictors.experts import ExpertEnsemble
 from genlight.predictors.losses import kendall_tau
@@ -171,6 +172,12 @@ class PredictorWork:
                 EXPERT_TAU: tau if known.sum() > 1 else math.nan,
             }
         return found
+
+    def doubts(self) -> list[str]:
+        """What is doubtful of experts and gate before the labels of the data train them."""
+        rows, targets = self.labelled(self.datamodule.labels, self.datamodule.label_seed)
+        network = self.contenders.begun(rows, targets, self.datamodule.label_seed)
+        return expert_doubts(network, self.contenders.pool.names, self.table.tokens[rows], targets)
 
     def trained(self, name: str) -> TrainedExperts:
         """A predictor after the labels of the data."""

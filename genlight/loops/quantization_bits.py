@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genlight.errors import in_config
+from genlight.loops.quantization_latency import LayerTimes, latency_facts, layer_times
 from genlight.loops.quantization_sensitivity import Sensitivity
 from genlight.loops.quantization_variants import Variant
 from genlight.loops.quantization_work import QuantizationWork
@@ -65,6 +66,7 @@ class BitChoices:
         weights: numbers in the weight of each layer.
         every: costs by the names of all limits that there are.
         units: by which a limit is multiplied to be one of a sum of costs, by its name.
+        times: of the layers, if milliseconds are limited.
         costs: of the limits that are given.
         limits: of the sums of these costs.
         decibels: losses that add up signal-to-noise ratios; an input that is not rounded counts as in the most bits in
@@ -73,7 +75,10 @@ class BitChoices:
     """
 
     def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
-        """From the sensitivities of all layers in all bits."""
+        """From the sensitivities of all layers in all bits; measures their times where these are limited.
+
+        Raises ValueError where the limit of milliseconds is below what the fastest choices come to.
+        """
         self.work, self.mixed = work, mixed
         self.names = list(work.forms)
         self.choices = choices_of(mixed)
@@ -97,6 +102,11 @@ class BitChoices:
         }
         given = {name: getattr(mixed, name) for name in self.units}
         self.limits = {name: float(value * self.units[name]) for name, value in given.items() if value is not None}
+        self.times: LayerTimes | None = None
+        if mixed.milliseconds is not None:
+            self.times = layer_times(work, dict(zip(self.names, self._own, strict=True)))
+            self.every["milliseconds"] = self._costs(self.times.of)
+            self.limits["milliseconds"] = self._limit_of_time(self.times, mixed.milliseconds)
         self.costs = {name: self.every[name] for name in self.limits}
         inputs = {e.layer: e.noise for e in found if e.bits == FLOAT_BITS > (e.activation_bits or FLOAT_BITS)}
         self.decibels = self.table(
@@ -123,6 +133,15 @@ class BitChoices:
         if found.gap and way not in self.unproved:
             self.unproved.append(way)
         return found
+
+    def _limit_of_time(self, times: LayerTimes, milliseconds: float) -> float:
+        limit, least = times.limit(milliseconds), int(self.every["milliseconds"].min(axis=1).sum())
+        if limit < least:
+            raise ValueError(
+                f"milliseconds = {milliseconds:g} is below {times.call(least):.3f}, the least that one call of the "
+                f"network with {times.samples} samples is predicted to take on this machine"
+            )
+        return float(limit)
 
     def _costs(self, cost: Callable[[str, Choice], float]) -> Array:
         rows = zip(self.names, self._own, strict=True)
@@ -176,7 +195,7 @@ def allocated_bits(
     """Bits of each layer, by the way they were chosen, all within the budget; and facts of the exact program.
 
     Raises:
-        UserError: the budget is below what the least bits come to.
+        UserError: the budget is below what the least bits come to, or the fastest where milliseconds are limited.
     """
     with in_config("method.mixed"):
         program = BitChoices(work, mixed, found)
@@ -211,7 +230,11 @@ def allocated_bits(
             "front": _front(program, noise, "average_bits"),
             "memory_front": _front(program, noise, "megabytes"),
         }
-    return {way: program.bits(ways[way]) for way in ways_of(mixed)}, facts
+    bits = {way: program.bits(ways[way]) for way in ways_of(mixed)}
+    if program.times is not None and mixed.milliseconds is not None:
+        uniform = [program.bits([j] * len(program.names)) for j in range(len(program.choices))]
+        facts["latency"] = latency_facts(program.times, mixed.milliseconds, bits, uniform)
+    return bits, facts
 
 
 def _relative_errors(program: BitChoices) -> Array:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
-from genlight.loops.quantization_bits import ways_of
+from genlight.loops.quantization_bits import choices_of, ways_of
+from genlight.loops.quantization_latency import TIMES, TURNS
 from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import DEQUANTIZED, FULL, LAYERS, TORCHAO, VARIANTS, variants_of
 from genlight.loops.quantization_samples import SAMPLES, samples_each
@@ -25,6 +26,7 @@ from genlight.reports.cost import CostEstimate, Phase, PlannedFile
 
 if TYPE_CHECKING:
     from genlight.loops.quantization_calibrate import QuantizationCalibration
+    from genlight.loops.quantization_settings import MixedBits
 
 _MEASURED = 3
 # tokens that never change are found over so many samples
@@ -94,6 +96,7 @@ def calibrated_cost(
     phases = [
         *phases,
         Phase(LAYERS, layer, work.evaluations.rounds(len(probes))),
+        *([] if mixed is None or mixed.milliseconds is None else [_times_of_layers(work, mixed, replay)]),
         *(library_phases(work, each, sample) if method.rivals else []),
         Phase("ratios of budgets", (images,), tried),
         Phase(VARIANTS, seconds, work.evaluations.rounds(len(variants))),
@@ -111,6 +114,12 @@ def _artifacts(work: QuantizationWork, packed: int) -> list[PlannedFile]:
     files = [PlannedFile("artifact", small)]
     files += [PlannedFile(f"artifact/{TORCHAO}", small)] if work.method.torchao else []
     return files + ([PlannedFile(f"artifact/{DEQUANTIZED}", whole)] if work.method.dequantized else [])
+
+
+def _times_of_layers(work: QuantizationWork, mixed: MixedBits, replay: float) -> Phase:
+    """As if each layer had a shape of its own; `replay` is seconds of all calls for one sample."""
+    call = replay / len(work.contexts) * int(work.datamodule.eval_batch_size)
+    return Phase(TIMES, (call,), (len(choices_of(mixed)) + 1) * (TURNS + 1))
 
 
 def _making(work: QuantizationWork, variant: Variant) -> float:

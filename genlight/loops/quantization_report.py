@@ -15,6 +15,7 @@ from genlight import io
 from genlight.callbacks.timing import print_line
 from genlight.loops.evaluation import in_rounds
 from genlight.loops.quantization_bits import WAYS, Choice, allocated_bits
+from genlight.loops.quantization_latency import latency_notes, measured_latency
 from genlight.loops.quantization_libraries import OTHERS, library_rows
 from genlight.loops.quantization_samples import SAMPLES, write_samples
 from genlight.loops.quantization_sensitivity import Sensitivity, measure_sensitivity, proxy_correlation
@@ -45,6 +46,7 @@ DEQUANTIZED, TORCHAO = "dequantized", "torchao"
 _KIND, _VERSION = "quantization", 1
 FULL, DYNAMIC, NAIVE = "full precision", "dynamic", "naive"
 _MOST_CHANNELS = 1024
+_GROUP_SIZE = 128  # in place of a search for each layer (Q-DiT, arXiv:2406.17343)
 _NAMED = 3  # layers of a kind, in the report
 LAYERS, VARIANTS = "layers in few bits", "variants"  # in the account of time
 
@@ -68,9 +70,12 @@ def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str,
             *([replace(whole, name="no split", split=False)] if whole.split else []),
             *own,
         ]
+    # in eight bits a range for each row does; where the settings have groups, every rival has them
+    grouped = method.weight_bits < 8 and method.weight_group_size is None
     rivals = [
         Variant("static", "none", "nearest", static=True),
         Variant(DYNAMIC, "none", "nearest"),
+        *([Variant("groups (Q-DiT)", "none", "nearest", group_size=_GROUP_SIZE)] if grouped else []),
         Variant("scale (SmoothQuant)", "scale", "nearest"),
         Variant("rotation (QuaRot)", "rotation", "nearest"),
         Variant("static-dynamic", "static_dynamic", "nearest"),
@@ -103,6 +108,8 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     rows = [full, *others, *own_rows]
     with evaluations.timing(SPEED):  # in one process, while the others wait
         speeds = evaluations.agreed(measured_speeds(work, layers) if first else None)
+        if "latency" in program:
+            program["latency"]["measured"] = evaluations.agreed(measured_latency(work, layers) if first else None)
     verdict = speeds.verdict(winner)
     chosen = next(row for row in rows if row["variant"] == winner)
     if first:
@@ -122,11 +129,12 @@ def quantization_result(work: QuantizationWork, own: Mapping[str, float], predic
     headline |= proxy_correlation(work, found)
     headline |= {name: value for name, value in program.items() if isinstance(value, float)}
     facts = {**_facts(work, layers, rows), "allocation": program}
+    notes = [*_unproved(method.title, program), *latency_notes(method.title, program.get("latency")), *notes]
     return MethodResult(
         headline,
         method=f"{method.title} (post-training quantization)",
         table=_with_times(rows, winner, speeds.plain),
-        notes=[verdict, *_notes(work, winner, chosen, full), *_unproved(method.title, program), *notes],
+        notes=[verdict, *_notes(work, winner, chosen, full), *notes],
         predicted=predicted,
         spent=evaluations.spent,
         save=lambda folder, module: save_artifact(work, layers, facts, folder, module),
@@ -295,7 +303,9 @@ def _pictures(
             # where inputs are measured too, the picture shows weights
             if entry.bits != FLOAT_BITS:
                 by_layer.setdefault(entry.layer, {})[entry.bits] = decibels(entry.noise)
-        sensitivity_map(by_layer, figures / "sensitivity.png")
+        groups = {name: f"{work.groups[name].metric}: {work.groups[name].pattern}" for name in by_layer}
+        if by_layer:  # not where groups leave all weights as they are
+            sensitivity_map(by_layer, figures / "sensitivity.png", groups=groups)
     name, before, after = _widest(work, layers)
     channel_ranges(before, after, figures / "ranges.png", title=name)
 

@@ -70,6 +70,8 @@ class MixedBits:
         megabytes: limit of what quantized layers take in memory, in 10⁶ bytes.
         bit_operations: limit of Σ multiplications × bits × bits of one call of the network, as a share of those in
             which every layer has the most bits of the choices.
+        milliseconds: limit of the time of one call of the network with a batch of the evaluation on this machine, as
+            predicted from the times of its layers, which are measured for it.
         ratios: of the budget of groups judged by images to that of groups judged by predictions, which are tried as
             the MixDQ paper does, with sums of dB or SSIM within each group; (): that rival is left out.
         every_metric: also sample images for layers that are judged by predictions, so that every metric is known of
@@ -87,6 +89,7 @@ class MixedBits:
     average_activation_bits: float | None = None
     megabytes: float | None = None
     bit_operations: float | None = None
+    milliseconds: float | None = None
     ratios: Sequence[float] = ()
     every_metric: bool = False
     samples: int = 8
@@ -106,10 +109,10 @@ class MixedBits:
             raise ValueError("average_activation_bits and ratios need activation_choices")
         if self.ratios and (self.average_bits is None or min(self.ratios) <= 0):
             raise ValueError(f"ratios = {list(self.ratios)} must be positive, and need average_bits")
-        names = ("average_bits", "average_activation_bits", "megabytes", "bit_operations")
+        names = ("average_bits", "average_activation_bits", "megabytes", "bit_operations", "milliseconds")
         limits = {name: getattr(self, name) for name in names}
         if all(limit is None for limit in limits.values()):
-            raise ValueError("one of average_bits, megabytes and bit_operations must be given")
+            raise ValueError("one of average_bits, megabytes, bit_operations and milliseconds must be given")
         for name, limit in limits.items():
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name} = {limit} must be positive")

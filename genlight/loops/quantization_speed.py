@@ -98,9 +98,11 @@ def measured_speeds(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> 
     return Speeds(plain, device_name(device), compiled_times(work, layers) if both else None)
 
 
-def step_times(work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS) -> StepTimes:
+def step_times(
+    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS, samples: int = 1
+) -> StepTimes:
     """Times of the network as it is, and with these layers."""
-    return _by_turns(work, layers, rounds, (work.network, work.network))
+    return _by_turns(work, layers, rounds, (work.network, work.network), samples)
 
 
 def compiled_times(work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS) -> StepTimes | str:
@@ -115,22 +117,22 @@ def compiled_times(work: QuantizationWork, layers: Mapping[str, nn.Module], roun
 
 
 def _by_turns(
-    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int, networks: tuple[Any, Any]
+    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int, networks: tuple[Any, Any], samples: int = 1
 ) -> StepTimes:
     """Of two callables that stand for the network, one in full precision and one with these layers."""
     full, quantized = list[float](), list[float]()
     for _ in range(rounds):
-        full.append(_milliseconds(work, networks[0]))
+        full.append(call_milliseconds(work, networks[0], samples))
         with work.replaced(layers):
-            quantized.append(_milliseconds(work, networks[1]))
+            quantized.append(call_milliseconds(work, networks[1], samples))
     return StepTimes(full, quantized, networks[0] is not work.network)
 
 
-def _milliseconds(work: QuantizationWork, network: nn.Module) -> float:
+def call_milliseconds(work: QuantizationWork, network: nn.Module, samples: int = 1) -> float:
     """Of a step of the network as it is, or of what was compiled of it, in the trainer's precision; calls until times
     agree do not count.
     """
-    call = work.reference("search", 1).calls[0]
+    call = work.reference("search", samples).calls[0]
 
     def measure() -> float | Exception:
         try:

@@ -36,6 +36,8 @@ class Variant:
         rounding: of the weights.
         clip: range of the weights that is kept.
         rank: of a branch that stays in floating point.
+        group_size: inputs of a weight that share a range, or half of all where a layer has less than twice as many, for
+            one group would be none; None: as the settings say.
         static: one calibrated range for each input, instead of one for each token as it comes.
         bits: of weights, by layer; layers that are not named have those of the settings.
         activation_bits: of inputs, likewise.
@@ -48,6 +50,7 @@ class Variant:
     rounding: Literal["nearest", "gptq"]
     clip: Literal["none", "mse", "hessian"] = "none"
     rank: int = 0
+    group_size: int | None = None
     static: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
     activation_bits: Mapping[str, int] = field(default_factory=dict)
@@ -72,10 +75,13 @@ class Variant:
             split=method.split_shortcuts,
         )
 
-    def form(self, name: str, form: LayerFormat) -> LayerFormat:
-        """What a layer becomes in this variant, of what the settings say."""
+    def form(self, name: str, form: LayerFormat, columns: int) -> LayerFormat:
+        """What a layer with so many inputs of an output becomes in this variant, of what the settings say."""
         form = with_bits(form, self.bits.get(name), self.activation_bits.get(name))
         form = replace(form, weight=replace(form.weight, rounding=self.rounding, clip=self.clip))
+        if self.group_size is not None:
+            size = min(self.group_size, math.ceil(columns / 2))
+            form = replace(form, weight=replace(form.weight, granularity="group", group_size=size))
         if self.static:
             form = replace(form, activation=replace(form.activation, mode="static", granularity="tensor"))
         return form

@@ -208,7 +208,9 @@ class QuantizationWork:
 
     def layers_of(self, variant: Variant, chosen: Sequence[str]) -> dict[str, QuantizedLayer]:
         """Some of the quantized layers of a variant."""
-        forms = {name: variant.form(name, form) for name, form in self.forms.items()}
+        plain = self.calibrated.layers
+        columns = {name: plain[name].weight[0].numel() for name in self.forms}
+        forms = {name: variant.form(name, form, columns[name]) for name, form in self.forms.items()}
         made: dict[str, QuantizedLayer] = {}
         for name in chosen:
             group = self.calibrated.group_of(name)
@@ -216,6 +218,9 @@ class QuantizationWork:
             lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
             with in_config(f"method: {name}"):
                 made[name] = self._layer(variant, name, forms[name], group, lowest)
+            # a rival: to warn that nothing is faster would mislead
+            if variant.group_size is not None:
+                made[name].execution = "fake"
         return made
 
     def _layer(self, variant: Variant, name: str, form: LayerFormat, group: int, lowest: LayerFormat) -> QuantizedLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from genlight.errors import UserError, in_config
 from genlight.metrics.ranking import RankingScores
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
+from genlight.predictors.expert_doubts import expert_doubts
 from genlight.predictors.expert_heads import FittedExpertScores, FittedFusion, ScoreScale
 from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
 from genlight.predictors.feature_heads import HEADS
@@ -128,6 +130,9 @@ class PredictorModule(Optimization, LightningModule):
             # randomness is each rank's own: the gate of the first counts
             gate = self.trainer.strategy.broadcast(self.net.gate.state_dict())
             self.net.gate.load_state_dict(gate)
+            if self.trainer.is_global_zero:
+                for doubt in expert_doubts(self.net, self.names, *self._measured()):
+                    warnings.warn(doubt, stacklevel=2)
             if not self.keep_optimizer_state:
                 for optimizer in self.trainer.optimizers:
                     optimizer.state.clear()
@@ -150,8 +155,11 @@ class PredictorModule(Optimization, LightningModule):
         if data is None:
             raise UserError("the pool is not known: call check_data with the datamodule first")
         scale = ScoreScale.of(network, data.pool.tokens)
-        measured = data.pool.tokens[data.labelled], data.targets[data.labelled]
-        return TrainedExperts(network, scale, self.names, self.head, *measured)
+        return TrainedExperts(network, scale, self.names, self.head, *self._measured())
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Tokens and true scores of the labelled candidates."""
+        return self._data.pool.tokens[self._data.labelled], self._data.targets[self._data.labelled]
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()

@@ -86,6 +86,11 @@ class Contenders:
             self.tokens[rows], targets, seed
         )
 
+    def begun(self, rows: Tensor, targets: Tensor, seed: int = 0) -> ExpertEnsemble:
+        """What DELE's second step on these labels begins with: the pretrained experts and a new gate."""
+        untrained = replace(self, training=replace(self.training, finetune_steps=0))
+        return untrained._tuned(DELE, rows, targets, seed).networks[0]
+
     def fused(self, name: str, seed: int = 0) -> ExpertEnsemble:
         """The network that a fusion begins with: the experts with a gate of either kind, or one untrained expert."""
         settings, vocabulary = self.network.settings, self.pool.vocabulary

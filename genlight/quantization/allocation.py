@@ -184,9 +184,14 @@ def allocate_uniformly(costs: Mapping[str, Array], limits: Mapping[str, float]) 
 def pareto_allocations(
     losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float], name: str, values: Sequence[float]
 ) -> list[tuple[float, Allocation]]:
-    """The best allocation for each of several values of one limit; values below what is possible are left out."""
-    least = float(costs[name].min(axis=1).sum())
-    return [(v, solve_allocation(losses, costs, {**limits, name: v})) for v in values if math.floor(v) >= least]
+    """The best allocation for each of several values of one limit; values that cannot be kept are left out."""
+    found = []
+    for value in values:
+        try:
+            found.append((value, solve_allocation(losses, costs, {**limits, name: value})))
+        except ValueError:  # below the least, or not together with the other limits
+            continue
+    return found
 
 
 def _checked(losses: Array, costs: Mapping[str, Array], limits: Mapping[str, float]) -> Array:

@@ -101,6 +101,7 @@ def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
     sizes = {name: row["megabytes"] for name, row in rows.items() if row["megabytes"] is not None}
     assert sizes["student, 1 step"] > sizes["student, 1 step, w8"] > sizes["student, 1 step, w4"] > 0
     assert len(sizes) == 6
+    assert "fewer than" not in " ".join(report_of(folder)["notes"])
     metrics = report_of(folder)["metrics"]
     assert metrics["fd_digits_teacher"] == rows["teacher"]["fd_digits"]
     assert metrics["fd_digits_student"] == rows["student, 1 step"]["fd_digits"]
@@ -129,7 +130,8 @@ def test_what_must_equal_the_teacher_does(root: Path) -> None:
 
 
 def test_a_var_is_distilled_too_and_stops_between_scales(root: Path) -> None:
-    assert validate(root, "var", "var-all", "method.refine=[3]", "module.timesteps=[0,1]", "method.quantized=[w8]") == 0
+    words = ["method.refine=[3]", "module.timesteps=[0,1]", "method.quantized=[w8]", "data.images.num_samples=12"]
+    assert validate(root, "var", "var-all", *words) == 0
     folder = root / "var-all" / "validate"
     rows = rows_of(folder)
     assert rows["student + 3 passes of the teacher"]["agreement"] == 1.0
@@ -137,6 +139,8 @@ def test_a_var_is_distilled_too_and_stops_between_scales(root: Path) -> None:
     assert rows["skip-1"]["nll"] is None and rows["skip-1"]["fd_digits"] > 0
     assert rows["teacher"]["calls"] == 3
     assert rows["student, 1 step, w8"]["megabytes"] < rows["student, 1 step"]["megabytes"]
+    few = "data.images.num_samples=12 samples are fewer than the 16 features of val/fd_digits"
+    assert few in " ".join(report_of(folder)["notes"])
 
 
 def test_the_artifact_samples_without_genlight(root: Path) -> None:

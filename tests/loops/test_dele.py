@@ -16,6 +16,7 @@ from scipy.stats import kendalltau
 from genlight import io
 from genlight.cli import main
 from genlight.data.score_table import ScoreTableDataModule
+from genlight.loops import predictor_work
 from genlight.loops.predictor_work import PredictorWork
 from genlight.predictors.contenders import NAMES
 from genlight.predictors.predictor_file import load_predictor
@@ -127,6 +128,25 @@ def test_the_artifact_predicts_as_the_table_says(name: str, root: Path) -> None:
     kept = io.read_json(folder / "comparison" / "12-0.json")["scores"][name]
     assert kendalltau(mean, held.held_out_targets).statistic == pytest.approx(kept["kendall_tau"])
     assert bool((deviation >= 0).all()) and report_of(folder)["metrics"][f"kendall_tau_{name}"]
+
+
+def test_doubts_of_the_experts_are_said_and_noted(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are of the pretrained experts, on the labels of the data, with a gate that nothing has trained."""
+
+    def doubts(network: Any, names: Any, tokens: torch.Tensor, targets: torch.Tensor) -> list[str]:
+        kept = load_checkpoint(root / "run" / "fit" / "checkpoints" / "step-000040.ckpt")["state_dict"]
+        same = [
+            torch.equal(value, kept[f"network.experts.{name}"]) for name, value in network.experts.named_parameters()
+        ]
+        return [f"{names} of {len(tokens)} and {len(targets)}, {all(same)}"]
+
+    monkeypatch.setattr(predictor_work, "expert_doubts", doubts)
+    words = ["method.predictors=[tokens_gp]", "method.searches=[]", "method.labels=null", "method.label_seeds=1"]
+    assert validate(root, "doubts", *words) == 0
+    said = f"{SCORES} of 12 and 12, True"
+    assert f"warning: {said}" in capsys.readouterr().err and said in report_of(root / "doubts" / "validate")["notes"]
 
 
 def test_experts_are_those_of_the_first_step(root: Path) -> None:

@@ -17,7 +17,7 @@ from genlight.data.tokenizer import character_tokenizer
 from genlight.errors import UserError
 from genlight.experts.editor import ExpertEditor
 from genlight.experts.export import export
-from genlight.loops.expert_search import _warnings
+from genlight.loops.expert_remarks import remarks_after, remarks_before
 from genlight.search.spaces.expert_map_file import read_expert_maps
 
 BASELINES = {"frequency", "soft_activation", "ean", "reap", "naee", "m_smoe", "hc_smoe"}
@@ -205,18 +205,23 @@ def test_two_processes_give_the_archive_of_one(root: Path) -> None:
     assert all(two[kind]["select"] == pytest.approx(one[kind]["select"]) for kind in one)
 
 
-def test_the_search_of_the_paper(root: Path) -> None:
+def test_the_search_of_the_paper(root: Path, capsys: pytest.CaptureFixture) -> None:
     """Random beginning, accuracy, mixed probabilities: measured, and only the maps are written."""
     words = ["search=eep_paper", "search.budget=12", "search.strategy.prune_evaluations=8", "search.strategy.random=5"]
     words += ["search.fidelity=24", "method.objective=val/accuracy", "method.router_mapping=post_softmax"]
     assert main([*words_of(root), *words, "method.groups=2", "run.name=paper"]) == 0
     folder = root / "paper" / "validate"
     lines = histories(folder)["experts3"].splitlines()[1:]
-    sources = [json.loads(line)["source"] for line in lines]
+    records = list(map(json.loads, lines))
+    sources, scores = [r["source"] for r in records], [r["score"] for r in records]
     assert sources[:5] == ["random"] * 5 and set(sources[5:]) <= {"mutation", "crossover"} and len(sources) == 12
     assert {"full", "EEP prune", *BASELINES} <= rows_of(folder).keys()
     merged = rows_of(folder)["EEP merge"]["chosen"] == "yes"
     assert (folder / "artifact" / "config.json").is_file() is not merged
+    # what accuracy cannot tell apart is said, and noted
+    tied, said, notes = scores.count(min(scores)), capsys.readouterr().err, " ".join(report_of(folder)["notes"])
+    assert all((f"3 experts: {tied} of 12 candidates" in text) is (tied > 1) for text in (said, notes)), scores
+    assert "in steps of 4.2 points" in said and "in steps of 4.2 points" in notes
 
 
 def test_several_numbers_of_experts_within_limits(root: Path) -> None:
@@ -361,8 +366,30 @@ def test_what_is_wrong_is_said_in_one_line(
 
 def test_tasks_that_a_mean_of_nats_forgets_are_named() -> None:
     logged = {"val/a/log_likelihood": -15.6, "val/b/log_likelihood": -0.31}
-    (warning,) = _warnings("val/log_likelihood", ["a", "b"], 600, logged)
+    (warning,) = remarks_before("val/log_likelihood", ["a", "b"], 600, logged)
     assert "15.6 nats of a and 0.31 of b" in warning
-    assert not _warnings("val/log_likelihood", ["a", "b"], 600, {**logged, "val/b/log_likelihood": -3.0})
-    assert not _warnings("val/choice_log_likelihood", ["a", "b"], 600, logged)
-    assert not _warnings("val/log_likelihood", ["a"], 600, logged)
+    assert not remarks_before("val/log_likelihood", ["a", "b"], 600, {**logged, "val/b/log_likelihood": -3.0})
+    assert not remarks_before("val/choice_log_likelihood", ["a", "b"], 600, logged)
+    assert not remarks_before("val/log_likelihood", ["a"], 600, logged)
+
+
+def test_a_whole_model_without_a_mistake_is_named() -> None:
+    logged = {"val/accuracy": 0.7, "val/a/accuracy": 1.0, "val/b/accuracy": 0.4, "val/a/log_likelihood": -0.1}
+    (warning,) = remarks_before("val/accuracy", ["a"], 600, logged)
+    assert "val/accuracy of the whole model is 1, where it ends" in warning and "method.objective=null" in warning
+    assert not remarks_before("val/accuracy", ["a", "b"], 600, logged)
+    assert remarks_before("val/a/accuracy", ["a", "b"], 600, logged) == [warning.replace("accuracy", "a/accuracy", 1)]
+    assert not remarks_before("val/choice_log_likelihood", ["a"], 600, logged)
+
+
+def test_candidates_that_tie_are_named() -> None:
+    """Scores are negated accuracies; a likelihood has no other advice than more questions."""
+    (all_,) = remarks_after("val/accuracy", "max", [-0.25] * 8)
+    assert "all 8 candidates of the search have val/accuracy = 0.25" in all_ and "by a log-likelihood" in all_
+    (many,) = remarks_after("val/accuracy", "max", [-0.75] * 3 + [-0.5] * 17)
+    assert "3 of 20 candidates of the search have its best score, val/accuracy = 0.75" in many
+    (least,) = remarks_after("val/log_likelihood", "min", [2.0, 2.0])
+    assert "val/log_likelihood = 2" in least and least.endswith("ask more questions (search.fidelity)")
+    assert not remarks_after("val/accuracy", "max", [-0.75] * 2 + [-0.5] * 18)
+    assert not remarks_after("val/accuracy", "max", [-0.75, -0.5, -0.5])
+    assert not remarks_after("val/accuracy", "max", [-0.75]) and not remarks_after("val/accuracy", "max", [])

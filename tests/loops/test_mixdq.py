@@ -21,6 +21,7 @@ from genlight.cli import main
 from genlight.quantization.constant_tokens import ConstantTokenLinear
 from genlight.quantization.convert import quantized_layers
 
+GROUP = "_target_: genlight.loops.quantization_settings.GroupSettings, pattern"
 # shortcuts, and one transformer with cross-attention
 KEEP = "^conv_|^time_|^down_|^mid_|attentions.1|resnets.1|conv[12]|emb_proj"
 WORDS = [
@@ -42,8 +43,11 @@ WORDS = [
     "method.mixed.activation_choices=[6,8]",
     "method.mixed.average_bits=5.0",
     "method.mixed.average_activation_bits=7.0",
+    "method.mixed.milliseconds=100000",
     "method.mixed.ratios=[0.8,1.0]",
     "method.mixed.samples=2",
+    # shortcuts choose bits of inputs alone
+    f"method.groups=[{{{GROUP}: 'attn2|ff', metric: ssim}},{{{GROUP}: shortcut, weight_bits: [8]}},{{{GROUP}: '.*'}}]",
 ]
 LOAD = """
 import sys, genlight, torch
@@ -118,12 +122,28 @@ def test_errors_of_layers_add_up(root: Path) -> None:
     assert all(one["predicted_sqnr"] <= other["predicted_sqnr"] for one, other in pairwise(front))
 
 
+def test_milliseconds_are_predicted_and_measured(root: Path) -> None:
+    folder = root / "run" / "validate"
+    facts = io.read_json(folder / "artifact" / "quantization.json")["allocation"]["latency"]
+    times = io.read_json(folder / "search" / "latency.json")["times"]
+    kept = times["layers"]
+    assert kept.keys() == io.read_json(folder / "artifact" / "quantization.json")["layers"].keys()
+    assert all({"8/6", "8/8"} <= own.keys() <= {"4/6", "4/8", "8/6", "8/8"} for own in kept.values())
+    assert facts["samples"] == 4 and facts["over"] == [] and facts["measured"] > 0 and facts["predicted"] > 0
+    expected = f"limit 100000, predicted {facts['predicted']:.4g}, measured {facts['measured']:.4g}; full precision"
+    assert expected in (folder / "report.md").read_text()
+
+
 def test_each_tensor_is_measured_alone(root: Path) -> None:
     text = histories(root / "run" / "validate")["sensitivity"]
     lines = [json.loads(line) for line in text.splitlines()[1:]]
     layers = {line["layer"] for line in lines}
-    pairs = [(line["bits"], line["activation_bits"]) for line in lines]
-    assert len(lines) == 4 * len(layers) and set(pairs) == {(4, 16), (8, 16), (16, 6), (16, 8)}
+    pairs = {(line["layer"], line["bits"], line["activation_bits"]) for line in lines}
+    every = {(name, *pair) for name in layers for pair in ((4, 16), (8, 16), (16, 6), (16, 8))}
+    assert len(lines) == len(pairs)
+    assert every - pairs == {(name, 4, 16) for name in layers if "shortcut" in name} and pairs <= every
+    # layers of other bits have their place in the picture too
+    assert (root / "run" / "validate" / "figures" / "sensitivity.png").is_file()
     # images are sampled where they judge
     assert all((line["ssim"] is not None) == bool(re.search(r"attn2|\.ff\.", line["layer"])) for line in lines)
 

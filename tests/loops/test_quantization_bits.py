@@ -209,8 +209,8 @@ def test_what_overflows_is_the_worst_and_can_be_kept(noise: float) -> None:
 
 def test_another_budget_measures_nothing_again(tmp_path: Any) -> None:
     """Limits may change on resuming, and a row belongs to its bits, however they were chosen."""
-    then = {"method": {"mixed": {"average_bits": 4.0, "megabytes": None, "ratios": [], "samples": 8}}}
-    now = {"method": {"mixed": {"average_bits": None, "megabytes": 2.0, "ratios": [1.0], "samples": 8}}}
+    then = {"method": {"mixed": {"average_bits": 4.0, "milliseconds": None, "ratios": [], "samples": 8}}}
+    now = {"method": {"mixed": {"average_bits": None, "milliseconds": 2.0, "ratios": [1.0], "samples": 8}}}
     assert not config_differences(then, now, FREE_KEYS)
     assert config_differences(then, {"method": {"mixed": {**then["method"]["mixed"], "samples": 4}}}, FREE_KEYS)
     keys = set()

@@ -124,12 +124,40 @@ def test_clip_and_branch_are_those_of_the_method_and_of_no_rival() -> None:
     """Also where all round to nearest."""
     method = QuantizationCalibration(rounding="nearest", clip="mse", rank=2)
     *rivals, own = variants_of(method, {})
-    assert (own.clip, own.rank, own.form("", method.form).weight) == ("mse", 2, method.form.weight)
-    assert {(v.clip, v.rank, v.form("", method.form).weight.clip) for v in rivals} == {("none", 0, "none")}
+    assert (own.clip, own.rank, own.form("", method.form, 64).weight) == ("mse", 2, method.form.weight)
+    assert {(v.clip, v.rank, v.form("", method.form, 64).weight.clip) for v in rivals} == {("none", 0, "none")}
     # the same without the parts for inputs of two kinds: what those are worth
     special = {"split_shortcuts": True, "activation_mode": "static", "constant_tokens": "warn"}
     kept = QuantizationCalibration(rounding="nearest", clip="mse", **special)
     assert {variant.clip for variant in variants_of(kept, {})} == {"mse"}
+
+
+@pytest.mark.parametrize(("columns", "size"), [(1152, 128), (300, 128), (256, 128), (255, 128), (64, 32), (15, 8)])
+def test_a_rival_has_weights_in_groups(columns: int, size: int) -> None:
+    """Two or more in any layer."""
+    method = QuantizationCalibration(weight_bits=4)
+    (rival,) = (variant for variant in variants_of(method, {}) if variant.group_size)
+    form = rival.form("", method.form, columns)
+    assert (form.weight.granularity, form.weight.group_size, form.weight.rounding) == ("group", size, "nearest")
+    assert form.weight.bits == 4 and form.activation == method.form.activation and rival.balance == "none"
+    for other in (QuantizationCalibration(), QuantizationCalibration(weight_bits=4, weight_group_size=16)):
+        assert not any(variant.group_size for variant in variants_of(other, {}))
+
+
+def test_groups_of_a_rival_are_multiplied_as_numbers(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The warning that codes are not multiplied would be of no layer that is kept."""
+    trainer, module, data = parts_of("sd", tmp_path, samples=2)
+    module.num_inference_steps = 1
+    work = checked_work(QuantizationCalibration(trajectory=1, weight_bits=4, **SETTINGS), trainer, module, data)
+    first_validation(trainer, module, data)
+    reference = work.reference("report", 1)
+    layers = work.layers(Variant("groups", "none", "nearest", group_size=8))
+    with work.replaced(layers):
+        grouped = work.noise(reference)
+    assert not any("multiply its codes" in str(warning.message) for warning in recwarn)
+    assert {layer.form.weight.group_size for layer in layers.values()} == {4, 8}
+    with work.replaced(work.layers(Variant("dynamic", "none", "nearest"))):
+        assert grouped < work.noise(reference)
 
 
 def test_static_ranges_are_those_of_balanced_inputs(tmp_path: Path) -> None:

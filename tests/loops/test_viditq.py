@@ -93,10 +93,11 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
     folder = root / "run" / "validate"
     assert_accounted(folder)
     rows = rows_of(folder)
-    assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))][:6] == [
+    assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))][:7] == [
         "full precision",
         "static",
         "dynamic",
+        "groups (Q-DiT)",
         "scale (SmoothQuant)",
         "rotation (QuaRot)",
         "static-dynamic",
@@ -122,6 +123,9 @@ def test_memory_is_what_the_codes_take(root: Path) -> None:
     packed = sum(outputs * (packed_width(inputs, 4) + 4 + 1) for outputs, inputs in shapes)
     saved = (rows["full precision"]["megabytes"] - rows["dynamic"]["megabytes"]) * 1e6
     assert saved == pytest.approx(plain - packed, abs=1)
+    # half of a row's inputs share a scale and a zero point: twice as many of these
+    more = (rows["groups (Q-DiT)"]["megabytes"] - rows["dynamic"]["megabytes"]) * 1e6
+    assert more == pytest.approx(sum(outputs * 5 for outputs, _ in shapes), abs=1)
 
 
 def test_a_file_holds_what_the_table_says(root: Path) -> None:

@@ -14,6 +14,7 @@ from genlight.callbacks.exact_resume import ExactResume
 from genlight.callbacks.step_seed import StepSeed
 from genlight.errors import UserError
 from genlight.metrics.ranking import precision_at_k
+from genlight.modules import predictor
 from genlight.modules.predictor import PredictorModule
 from genlight.predictors.expert_heads import ExpertScorePredictor
 from genlight.predictors.experts import ExpertSettings
@@ -100,6 +101,22 @@ def test_a_run_resumed_in_either_step_or_between_ends_with_the_same_weights(tmp_
     other = ToyTable(label_seed=1)
     with pytest.raises(UserError, match="trained on other data or labels"):
         trainer(tmp_path).fit(module(other), datamodule=other, ckpt_path=tmp_path / "8.ckpt", weights_only=True)
+
+
+def test_doubts_are_said_where_the_second_step_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, of the labelled candidates, with the gate that the second step begins with."""
+    seen, watch = [], Watch()
+
+    def doubts(network: Any, names: Any, tokens: torch.Tensor, targets: torch.Tensor) -> list[str]:
+        gate = [p.detach().clone() for p in network.gate.parameters()]
+        seen.append((names, len(tokens), bool(targets.isfinite().all()), changed(gate, watch.gates[-1])))
+        return ["a doubt"]
+
+    monkeypatch.setattr(predictor, "expert_doubts", doubts)
+    data = ToyTable()
+    with pytest.warns(UserWarning, match="a doubt"):
+        trainer(tmp_path, STEPS, watch).fit(module(data), datamodule=data)
+    assert seen == [(("a", "b"), 12, True, True)]
 
 
 def fitted(folder: Path, data: ToyTable) -> tuple[PredictorModule, dict[str, float]]:

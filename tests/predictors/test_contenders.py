@@ -69,6 +69,14 @@ def test_fusions_begin_with_the_experts_or_with_one_that_nothing_trained(contend
     assert not torch.equal(one, two)
 
 
+def test_the_second_step_begins_with_the_experts_and_a_new_gate(contenders: Contenders) -> None:
+    begun = contenders.begun(ROWS, TARGET[ROWS], 2)
+    assert torch.equal(begun.expert_scores(TOKENS), contenders.network.expert_scores(TOKENS))
+    assert not torch.equal(begun(TOKENS).weights, contenders.network(TOKENS).weights)
+    again = Contenders(begun, contenders.pool, TOKENS, contenders.low_fidelity, contenders.training)
+    assert equal(again.fit("dele", ROWS, TARGET[ROWS], 2)(ROWS), contenders.fit("dele", ROWS, TARGET[ROWS], 2)(ROWS))
+
+
 @pytest.mark.parametrize("name", SAVABLE)
 def test_what_is_saved_predicts_the_same(name: str, contenders: Contenders) -> None:
     wanted = torch.arange(60, 81)
