@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from genlight import io
-from genlight.loops.quantization_speed import call_milliseconds, step_times
+from genlight.loops.quantization_speed import call_milliseconds
 from genlight.loops.quantization_variants import Variant
 from genlight.quantization.trajectory import replay
 from genlight.reports.latency import device_name, measure_in_turn
@@ -212,7 +211,8 @@ def latency_facts(
 
 def measured_latency(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> float:
     """Milliseconds of the same call of the network with these layers, as it is."""
-    return median(step_times(work, layers, rounds=2, samples=int(work.datamodule.eval_batch_size)).quantized)
+    with work.replaced(layers):
+        return call_milliseconds(work, work.network, int(work.datamodule.eval_batch_size))
 
 
 def latency_notes(title: str, facts: Mapping[str, Any] | None) -> list[str]:

@@ -98,11 +98,9 @@ def measured_speeds(work: QuantizationWork, layers: Mapping[str, nn.Module]) -> 
     return Speeds(plain, device_name(device), compiled_times(work, layers) if both else None)
 
 
-def step_times(
-    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS, samples: int = 1
-) -> StepTimes:
+def step_times(work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS) -> StepTimes:
     """Times of the network as it is, and with these layers."""
-    return _by_turns(work, layers, rounds, (work.network, work.network), samples)
+    return _by_turns(work, layers, rounds, (work.network, work.network))
 
 
 def compiled_times(work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int = ROUNDS) -> StepTimes | str:
@@ -117,14 +115,14 @@ def compiled_times(work: QuantizationWork, layers: Mapping[str, nn.Module], roun
 
 
 def _by_turns(
-    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int, networks: tuple[Any, Any], samples: int = 1
+    work: QuantizationWork, layers: Mapping[str, nn.Module], rounds: int, networks: tuple[Any, Any]
 ) -> StepTimes:
     """Of two callables that stand for the network, one in full precision and one with these layers."""
     full, quantized = list[float](), list[float]()
     for _ in range(rounds):
-        full.append(call_milliseconds(work, networks[0], samples))
+        full.append(call_milliseconds(work, networks[0]))
         with work.replaced(layers):
-            quantized.append(call_milliseconds(work, networks[1], samples))
+            quantized.append(call_milliseconds(work, networks[1]))
     return StepTimes(full, quantized, networks[0] is not work.network)
 
 

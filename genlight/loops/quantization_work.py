@@ -209,7 +209,7 @@ class QuantizationWork:
     def layers_of(self, variant: Variant, chosen: Sequence[str]) -> dict[str, QuantizedLayer]:
         """Some of the quantized layers of a variant."""
         plain = self.calibrated.layers
-        columns = {name: plain[name].weight[0].numel() for name in self.forms}
+        columns = {name: plain[name].weight.shape[1:].numel() for name in self.forms}
         forms = {name: variant.form(name, form, columns[name]) for name, form in self.forms.items()}
         made: dict[str, QuantizedLayer] = {}
         for name in chosen:

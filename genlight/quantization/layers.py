@@ -265,7 +265,7 @@ class QuantizedLinear(QuantizedLayer):
             output, weight = values.new_empty(rows, self.outputs), weight.in_bytes()
             for start in range(0, rows, size):
                 part = slice(start, start + size)
-                own = grid if grid is None or len(grid.scale) == 1 else grid.of_rows(part)
+                own = None if grid is None else grid.of_rows(part)
                 output[part] = self._product_of_rows(inputs[part], own, weight, values.dtype)
         return output.reshape(*values.shape[:-1], -1)
 

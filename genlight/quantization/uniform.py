@@ -37,7 +37,9 @@ class Grid:
     numbers: Numbers = "integer"
 
     def of_rows(self, rows: slice) -> "Grid":
-        """That of some rows."""
+        """That of some rows; the grid itself where it is one for all."""
+        if len(self.scale) == 1:
+            return self
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return Grid(self.scale[rows], zero_point, self.bits, self.numbers)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +33,8 @@ def moving(down: int, right: int, size: int = 64, frames: int = 3, seed: int = 0
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-4, 4), st.integers(-4, 4), st.integers(0, 2**20))
+# a corner that leaves the picture is taken to move by 4 pixels more, and the mean length is 5 % too large
+@example(-1, -1, 189).xfail(raises=AssertionError)
 def test_a_displacement_is_found(down: int, right: int, seed: int) -> None:
     video = moving(down, right, seed=seed)
     motion = motion_of(video)
@@ -40,8 +42,7 @@ def test_a_displacement_is_found(down: int, right: int, seed: int) -> None:
     weights = motion.structure[:, :, None]
     mean = (motion.displacement * weights).sum((0, 1, 3, 4)) / weights.sum()
     torch.testing.assert_close(mean, torch.tensor([float(down), float(right)]), rtol=0.03, atol=0.03)
-    # errors of places add to it, whatever their direction: 2 % in the worst of 150 textures, 5 % in one found by chance
-    assert float(motion.size) == pytest.approx(math.hypot(down, right), rel=0.06, abs=0.06)
+    assert float(motion.size) == pytest.approx(math.hypot(down, right), rel=0.03, abs=0.03)
     change = float(video.diff(dim=1).abs().mean() / 2)
     assert float(motion.unexplained) <= 0.15 * change + 1e-6
 

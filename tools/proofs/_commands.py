@@ -58,6 +58,16 @@ def in_use(run: Path) -> bool:
         return True
 
 
+def bar_if_measured(
+    make: Callable[[str, str, float, float], Bar], id: str, what: str, value: Callable[[], float], limit: float
+) -> Bar:
+    """A bar; one that does not hold where what `value` reads is missing, as of a part that failed or was left out."""
+    try:
+        return make(id, what, value(), limit)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return Bar(id, what, "not measured", make(id, what, 0.0, limit).bar, False)
+
+
 def watch(
     calls: Mapping[str, tuple[Any, str]], finish: Callable[[str], object] = lambda name: None
 ) -> dict[str, list[float]]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _commands import RESULTS, ROOT, in_use, report, watch
+from _commands import RESULTS, ROOT, bar_if_measured, in_use, report, watch
 
 from genlight.data.cache import default_cache_folder
 from genlight.io import atomic_write_json
@@ -288,17 +288,7 @@ def bars_of(found: dict[str, dict[str, Any]]) -> list[Bar]:
         (bar_at_least, "mix-bandwidth", "mixing / bandwidth of a copy", lambda: raw("share_of_copy"), 0.5),
         (bar_at_least, "mix-naive", "averaging state dicts / mixing, time", lambda: raw("state_dicts_over_mix"), 5.0),
     ]
-    return [_bar(*claim) for claim in claims]
-
-
-def _bar(
-    make: Callable[[str, str, float, float], Bar], id: str, what: str, value: Callable[[], float], limit: float
-) -> Bar:
-    # a part that failed has no such rows, one that was left out nothing
-    try:
-        return make(id, what, value(), limit)
-    except (KeyError, ValueError, ZeroDivisionError):
-        return Bar(id, what, "not measured", make(id, what, 0.0, limit).bar, False)
+    return [bar_if_measured(*claim) for claim in claims]
 
 
 SAID = {

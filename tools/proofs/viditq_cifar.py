@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _commands import ROOT, in_use, record, report
+from _commands import ROOT, bar_if_measured, in_use, record, report
 from viditq import (
     BITS,
     BOTH,
@@ -314,15 +314,8 @@ def bars_of(found: Results) -> list[Bar]:
         ("fd-w8a8", f"{samples}: {' / '.join(eights)}", distance(*eights), 0.5),
         ("fd-w4a8", f"{samples}: {' / '.join(fours)}", distance(*fours), 0.5),
     ]
-    made = [_bar(bar_at_least, *claim) for claim in at_least]
-    return made + [_bar(bar_at_most, *claim) for claim in at_most]
-
-
-def _bar(make: Callable[..., Bar], name: str, what: str, value: Callable[[], float], limit: float) -> Bar:
-    try:
-        return make(name, what, value(), limit)
-    except (KeyError, ZeroDivisionError):
-        return Bar(name, what, "not measured", make(name, what, 0.0, limit).bar, False)
+    made = [bar_if_measured(bar_at_least, *claim) for claim in at_least]
+    return made + [bar_if_measured(bar_at_most, *claim) for claim in at_most]
 
 
 def started(log: Path, *words: str) -> subprocess.Popen[bytes]:
