@@ -84,7 +84,7 @@ def _train(
     network: ExpertEnsemble, loss: Callable[[Tensor], Tensor], count: int, training: ExpertTraining, steps: int
 ) -> None:
     """Adam on the loss of a batch of rows; epochs are permutations, an incomplete last batch is left out."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=training.lr)
+    optimizer = torch.optim.Adam(network.parameters(), lr=training.lr, fused=True)
     network.train()
     size = min(training.batch_size, count)
     batches: list[Tensor] = []
