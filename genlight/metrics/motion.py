@@ -102,8 +102,18 @@ def _displacement(first: Tensor, second: Tensor) -> Tensor:
             moved, inside = _moved(other, found)
             d, r = _covary(slopes, (one - moved) * inside).split(1, dim=1)
             step = torch.cat([rr * d - dr * r, dd * r - dr * d], dim=1) / (dd * rr - dr * dr)
-            found = found + step.clamp(-1, 1)
+            found = _followed(found + step.clamp(-1, 1), inside)
     return found
+
+
+def _followed(displacement: Tensor, inside: Tensor) -> Tensor:
+    """Displacement [N, 2, h, w], where it leads out of the frame the mean of those around that stay `inside`.
+
+    What is not seen would hold against no step, and its neighbours' steps would carry it ever further.
+    """
+    near = _around(inside)
+    around = _around(displacement * inside) / near.clamp(min=1e-6)
+    return torch.where((inside > 0) | (near == 0), displacement, around)
 
 
 def _halved(frames: Tensor) -> Tensor:

@@ -97,13 +97,14 @@ def _ring_pairs(targets: Tensor, limit: int) -> Pairs:
     """The first `limit` pairs in a ring of the known: all neighbours, then all with one between, and so on."""
     known = ~targets.isnan()
     ring = (torch.rand(targets.shape) + (~known).cpu()).argsort(dim=1).to(targets.device)  # the unknown at its end
-    length = known.sum(1, keepdim=True)  # [E, 1], or [1, 1] where one serves all
-    if bool(known.all()):
-        length = length[:1]
-    pair = torch.arange(limit, device=targets.device)
-    place, distance = pair % length.clamp(min=1), pair // length.clamp(min=1) + 1
-    other = (place + distance) % length.clamp(min=1)
-    first, second = (ring.gather(1, side.expand(len(ring), -1)) for side in (place, other))
+    # whole numbers below 2²³ in floating point, exact, since their division is many times as fast
+    length = known.sum(1, keepdim=True).clamp(min=1).float()  # [E, 1]
+    pair = torch.arange(limit, device=targets.device, dtype=length.dtype)
+    around = (pair / length).floor()
+    place, distance = pair - around * length, around + 1
+    other = place + distance
+    other = other - (other / length).floor() * length
+    first, second = (ring.gather(1, side.long()) for side in (place, other))
     # half way around, each pair would come twice
     new = (2 * distance < length) | ((2 * distance == length) & (place < distance))
     return Pairs(first, second, _signs(targets, first, second) * new)
