@@ -23,7 +23,8 @@ from genlight.loops.cost import (
 )
 from genlight.loops.model_work import RULE_FINALISTS
 from genlight.reports.cost import CostEstimate, Phase
-from genlight.search.spaces.model_rules import evenly, fits, single_models
+from genlight.search.records import fits
+from genlight.search.spaces.model_rules import evenly, single_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence

@@ -24,9 +24,9 @@ from genlight.search.evaluation import one_by_one
 from genlight.search.member_failures import WithoutFailed, failed_member, failed_members, naming_members
 from genlight.search.proposing import RANDOM
 from genlight.search.protocols import Evaluation
-from genlight.search.records import Problem, Record
+from genlight.search.records import Problem, Record, fits
 from genlight.search.spaces.model_allocation import analytic_allocation
-from genlight.search.spaces.model_rules import chosen_singles, fits, large_first, sandwich, single_models, small_first
+from genlight.search.spaces.model_rules import chosen_singles, large_first, sandwich, single_models, small_first
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 if TYPE_CHECKING:
@@ -175,15 +175,19 @@ class ModelWork:
     @cached_property
     def limits(self) -> dict[float, float]:
         """What all evaluations of a schedule may cost, in the unit of the costs, by budget; a batch costs more by
-        `costs.batch`, whatever the schedule.
+        `costs.batch`, whatever the schedule. UserError for one that no schedule keeps or none exceeds.
         """
         dearest, cheapest = max(self.costs.costs.values()), min(self.costs.costs.values())
         limits = {budget: budget * dearest for budget in self.method.budgets}
+        most = self.method.space["max_evaluations"]
+        highest = most * dearest + (most - 1) * self.costs.switch
         for budget, limit in limits.items():
+            said = f"method.budgets: {budget:g} calls of the dearest member are"
             if limit < cheapest:
+                raise UserError(f"{said} below one of the cheapest, {cheapest / dearest:.3g}")
+            if not fits(limit, highest):
                 raise UserError(
-                    f"method.budgets: {budget:g} calls of the dearest member are below one of the cheapest, "
-                    f"{cheapest / dearest:.3g}"
+                    f"{said} more than any schedule costs, {highest / dearest:.4g} with method.max_evaluations = {most}"
                 )
         return limits
 

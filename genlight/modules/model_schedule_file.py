@@ -69,8 +69,8 @@ class MemberRecord:
     """Where a member was read from, and what it was.
 
     Args:
-        source, subfolder, variant: as in `ZooEntry`; None for a network that was not read from a folder. The subfolder
-            is that of the network, whether it was given or found.
+        source, subfolder, variant: as in `ZooEntry`; None for a network that was not read from a folder. A folder is
+            absolute, to be found from elsewhere; the subfolder is that of the network, whether it was given or found.
         dtype: of the weights, "float32", "float16" or "bfloat16".
         sha256: of names, types and values of the weights in that precision, see `weights_digest`.
     """
@@ -87,7 +87,7 @@ class MemberRecord:
     @staticmethod
     def of(member: Member, prediction: Prediction) -> MemberRecord:
         """The record of a member that was read."""
-        source = None if member.root is None else str(member.root)
+        source = None if member.root is None else str(member.root.absolute())
         inside = member.folder is not None and member.root is not None and member.folder != member.root
         subfolder = member.folder.relative_to(member.root).as_posix() if inside else None  # type: ignore[union-attr, arg-type]
         if member.entry is not None and not Path(member.entry.source).exists():

@@ -5,7 +5,7 @@ budget on predicted scores alone and measure the best of that. Beside it the sam
 measured scores, which has to share them among the budgets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from genlight.predictors.ranking import RankingPredictor
 from genlight.search.evolution import Evolution
 from genlight.search.guided import Fitted, OfProblem, Predictor, described
 from genlight.search.proposing import RANDOM, propose
-from genlight.search.protocols import Candidate, SearchSpace
+from genlight.search.protocols import Candidate, CandidateIn, SearchSpace, Vector
 from genlight.search.records import History, Problem, Proposal, Record
 
 BUDGETED = "budgeted"
@@ -24,6 +24,8 @@ BUDGETED = "budgeted"
 _PURPOSE = 2
 # children made at most for each one wanted
 _TRIES = 5
+# share of the known effect by which two candidates must differ to be worth two measurements
+_TOLD_APART = 0.01
 
 
 @runtime_checkable
@@ -32,6 +34,18 @@ class WithBudget(Protocol[Candidate]):
 
     def with_budget(self, budget: float | None) -> SearchSpace[Candidate]:
         """The same space with another budget."""
+        ...
+
+
+@runtime_checkable
+class WithEffect(Protocol[CandidateIn]):
+    """A space that knows what a candidate does before it is measured, so that two of one effect can be told."""
+
+    def effect(self, candidate: CandidateIn) -> tuple[Hashable, Vector]:
+        """What must be equal in candidates of one effect; and what they add up, float64, not negative.
+
+        Where the first is equal, the second has one length.
+        """
         ...
 
 
@@ -52,6 +66,8 @@ class BudgetedSearch:
     """Random candidates first, then rounds: fit the predictor once, evolve for each budget, measure the best of each.
 
     One round is OMS-DPM as published; more of them learn from what was chosen. The search ends after the last round.
+    A round measures different things, where the space can tell (`WithEffect`): a candidate of the same effect as one
+    that was measured or chosen has its turn after all others.
     Records of other fidelities than the problem's are left out.
 
     Attributes:
@@ -123,10 +139,11 @@ class BudgetedSearch:
         rng = problem.rng(history.next_index, _PURPOSE)
         scorer = self._scorer(problem, history, int(rng.integers(2**31)))
         taken, proposals = history.keys(), list[Proposal[Candidate]]()
+        effects = _Effects.of(problem.space, (record.candidate for record in history))
         for number, (budget, count) in enumerate(zip(self.budgets, self.counts, strict=True)):
             limited = within_budget(problem, budget, self.cost)
             bred = self._evolved(limited, history, scorer, problem.rng(history.next_index, _PURPOSE, number))
-            chosen = [each for each in bred if each.key not in taken][:count]
+            chosen = effects.different([each for each in bred if each.key not in taken], count)
             taken |= {each.key for each in chosen}
             source = f"{BUDGETED} {budget:g}"
             proposals += [Proposal(each.candidate, problem.fidelity, source) for each in chosen]
@@ -253,6 +270,45 @@ class _Scorer(Generic[Candidate]):
             mean, deviation = self.fitted.predict([self.encode(each) for each in candidates.values()])
             worths = (mean - self.kappa * deviation).tolist()
         return [_Scored(worth, key, each) for worth, (key, each) in zip(worths, candidates.items(), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Effects(Generic[Candidate]):
+    """Effects of what was measured and chosen, by what must be equal in them; `space` is None if it knows none."""
+
+    space: WithEffect[Candidate] | None
+    known: dict[Hashable, list[Vector]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, space: SearchSpace[Candidate], candidates: Iterable[Candidate]) -> "_Effects[Candidate]":
+        """Those of some candidates."""
+        result = cls(space if isinstance(space, WithEffect) else None)
+        for candidate in candidates:
+            result.add(candidate)
+        return result
+
+    def add(self, candidate: Candidate) -> bool:
+        """Add the effect of a candidate. Whether it can be told from all others."""
+        if self.space is None:
+            return True
+        form, parts = self.space.effect(candidate)
+        others = self.known.setdefault(form, [])
+        alike = any(abs(parts - each).sum() <= _TOLD_APART * min(parts.sum(), each.sum()) for each in others)
+        others.append(parts)
+        return not alike
+
+    def different(self, candidates: Sequence[_Scored[Candidate]], count: int) -> list[_Scored[Candidate]]:
+        """The first `count` of other effects than those known and one another's; where too few, the first of the rest.
+
+        Their effects are known from then on.
+        """
+        found: list[_Scored[Candidate]] = []
+        rest: list[_Scored[Candidate]] = []
+        for each in candidates:
+            if len(found) == count:
+                break
+            (found if self.add(each.candidate) else rest).append(each)
+        return [*found, *rest[: count - len(found)]]
 
 
 def _best_within(problem: Problem[Candidate], history: History[Candidate], count: int) -> list[Record[Candidate]]:

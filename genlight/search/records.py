@@ -13,6 +13,8 @@ from genlight.search.protocols import Candidate, SearchSpace
 # a part that the candidate shares with others failed, and is left out of what is proposed from then on
 PART = "part"
 FAILURE_KINDS = ("exception", "out_of_memory", "not_finite", "timeout", "poison", PART)
+# of a limit: eight times a cost may be more than eight of it summed, or less, in the last digit
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class History(Generic[Candidate]):
         return sorted((record for record in self.records if record.score is not None), key=lambda r: r.rank)[:count]
 
 
+def fits(cost: float, limit: float) -> bool:
+    """Whether a cost is within a limit, but for rounding: 1e-9 of the limit."""
+    return cost <= limit + _SLACK * abs(limit)
+
+
 def best_record(records: Sequence[Record[Candidate]]) -> Record[Candidate] | None:
     """The best score at the highest fidelity that has one; scores of different fidelities are never compared."""
     scored = [record for record in records if record.score is not None]
@@ -149,7 +156,7 @@ class Problem(Generic[Candidate]):
         space: the candidates.
         seed: seed of the whole search, not negative.
         fidelity: samples per evaluation, for strategies that know one fidelity only.
-        cost_limits: upper limits on `space.cost`; a candidate beyond one is never evaluated.
+        cost_limits: upper limits on `space.cost`; a candidate beyond one (`fits`) is never evaluated.
     """
 
     space: SearchSpace[Candidate]
@@ -177,6 +184,6 @@ class Problem(Generic[Candidate]):
             if name not in cost:
                 known = ", ".join(sorted(cost)) or "none"
                 raise ValueError(f"search.cost_limits.{name}: the space reports no such cost; it reports: {known}")
-            if not cost[name] <= limit:
+            if not fits(cost[name], limit):
                 return False
         return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,8 @@ from genlight.loops.model_work import ModelWork
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
 from genlight.search.protocols import Evaluation
+from genlight.search.spaces.model_rules import large_first, sandwich, small_first
+from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 MODULE = SimpleNamespace(
     members={"a": None, "b": None}, sample_shape=(1, 8, 8), scheduled=SimpleNamespace(dtype=torch.float32)
@@ -79,6 +84,31 @@ def test_what_is_judged_is_counted_once_and_at_its_own_cost() -> None:
     given: Any = SimpleNamespace(space=space, initial=initial, limits={0.25: 1.0, 1.0: 4.0})
     assert sorted(costs_kept(given, 1, 0)) == [1.0, 1.0, 3.0, 4.0]
     assert sorted(costs_kept(given, 2, 1)) == [1.0] * 4 + [2.0, 3.0] + [4.0] * 3
+
+
+def test_every_schedule_that_a_rule_made_begins_the_search() -> None:
+    """Of one layout and pair a rule may make several, which differ in where the segments end."""
+    space = ModelScheduleSpace(VPSchedule(), {"w16": 0.015, "w64": 0.135, "w192": 1.0}, max_evaluations=16)
+    of: Any = work(rules=("small_first", "large_first", "sandwich"), per_rule=40)
+    of.space, of.limits = space, {1.0: 1.0, 2.0: 2.0}
+    made = {"small_first": small_first, "large_first": large_first, "sandwich": partial(sandwich, count=80)}
+    for budget, (rule, make) in product(of.limits, made.items()):
+        kept = [each for name, (_, each) in of.initial.items() if name.startswith(f"{rule} @{budget:g} ")]
+        assert kept == [each.schedule for each in make(space.with_budget(budget))] and len(kept) >= 40
+
+
+def test_a_budget_is_one_that_a_schedule_keeps_and_another_exceeds() -> None:
+    def limits(budget: float, switch_ms: float = 0.0) -> Any:
+        of: Any = work(budgets=(1.0, budget), space={"max_evaluations": 4})
+        of.costs = replace(costs(20, "a", "b"), switch_ms=switch_ms)
+        return of.limits
+
+    # five milliseconds a call; three changes of member cost one and a half calls
+    assert limits(4.0) == {1.0: 5.0, 4.0: 20.0} and limits(5.5, 2.5) == {1.0: 5.0, 5.5: 27.5}
+    with pytest.raises(UserError, match=r"4.1 calls of .* more than any .*, 4 with method.max_evaluations = 4"):
+        limits(4.1)
+    with pytest.raises(UserError, match="0.9 calls of .* below one of the cheapest, 1"):
+        limits(0.9)
 
 
 def test_curves_read_back_to_the_last_digit(tmp_path: Path) -> None:

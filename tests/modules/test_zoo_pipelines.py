@@ -285,6 +285,15 @@ def test_members_that_wait_are_not_put_on_the_device(
         attach_model_schedule(offloaded, path, resident=resident)
 
 
+def test_members_of_a_relative_folder_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, _ = written(PIPELINES["sd"](), "sd", MIXED, Path("models"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    scheduled = attach_model_schedule(PIPELINES["sd"]().pipe, tmp_path / path)
+    assert {name for _, name in scheduled.schedule} == {"own", "big"}
+
+
 def test_offloaded_members_are_called_one_at_a_time(tmp_path: Path) -> None:
     """diffusers moves the whole of what takes turns before each call."""
     module = module_with("sd", tmp_path, offload=True)

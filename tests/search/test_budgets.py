@@ -6,16 +6,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from search.toy_search import WordSpace, run_search
+from torch import Tensor
 
+from genlight.diffusion.error_curves import ErrorCurve
 from genlight.diffusion.model_schedule import ModelSchedule
-from genlight.diffusion.noise_schedules import EDMSchedule
+from genlight.diffusion.noise_schedules import EDMSchedule, VPSchedule
 from genlight.predictors.ranking import RankingPredictor
 from genlight.search.budgets import BUDGETED, BudgetedSearch, DirectEvolution, WithBudget, within_budget
 from genlight.search.evolution import Evolution
-from genlight.search.records import History, Problem, Record
+from genlight.search.proposing import RANDOM
+from genlight.search.records import History, Problem, Record, Trial
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 
 COSTS = {"small": 1.0, "large": 3.0}
@@ -165,6 +169,52 @@ def test_one_fit_serves_all_budgets_and_one_prediction_a_generation(tmp_path: Pa
     run_search(tmp_path, strategy, SPACE, error, 46)
     assert Spy.fits == [40]
     assert len(Spy.predictions) <= len(BUDGETS) * 8 and max(Spy.predictions) == 20
+
+
+class KnownErrors:
+    """Predicts what the features say of the members' errors, so that evaluations without weight are ties."""
+
+    def fit(self, candidates: Any, targets: Any, seed: int) -> "KnownErrors":
+        return self
+
+    def predict(self, candidates: Any) -> tuple[Tensor, Tensor]:
+        mean = torch.stack([(2 * each[:, -2].double()).exp().sum().log() for each in candidates])
+        return mean, torch.zeros_like(mean)
+
+
+def test_a_round_measures_different_things() -> None:
+    """Not the schedule predicted best with every member in the half-steps, which have no weight in the result."""
+    curves = {name: ErrorCurve((-5.0, 5.0), (1e-5, 0.9 - 0.5 * place)) for place, name in enumerate(COSTS)}
+    space = ModelScheduleSpace(VPSchedule(), COSTS, max_evaluations=12, curves=curves)
+    records = run_records(space, 30)
+    strategy = BudgetedSearch((8.0, 20.0), collect=30, evolution=QUICK, generations=15, predictor=KnownErrors())
+    proposals = strategy.ask(Problem(space), History(records))
+    assert len({space.key(each.candidate) for each in proposals}) == len(proposals) == 20
+
+    def value(candidate: ModelSchedule) -> float:
+        return round(float(KnownErrors().predict([space.encode(candidate)])[0]), 3)
+
+    known = {value(record.candidate) for record in records}
+    for part in (proposals[:10], proposals[10:]):
+        values = [value(each.candidate) for each in part]
+        assert len(set(values) - known) >= 5, values
+    # where all are alike, as many are measured
+    alike = ModelScheduleSpace(VPSchedule(), COSTS, max_evaluations=2, max_order=2, kinds=("singlestep",))
+    few = BudgetedSearch((8.0,), collect=1, evolution=QUICK, generations=15, predictor=KnownErrors())
+    left = few.ask(Problem(alike), History(run_records(alike, 1)))
+    # one evaluation, two in one step (half of them alike), two in two steps
+    assert len(left) == 9
+
+
+def run_records(space: ModelScheduleSpace, count: int) -> list[Record[ModelSchedule]]:
+    """Random schedules as if measured."""
+    rng, found = np.random.default_rng(0), dict[str, Record[ModelSchedule]]()
+    while len(found) < count:
+        drawn = space.with_budget(8.0).sample(rng)
+        place, key = len(found), space.key(drawn)
+        trial = Trial(place, 0, key, drawn, 1, RANDOM, space.cost(drawn), (0, place))
+        found.setdefault(key, Record(trial, error(drawn), {}, None))
+    return list(found.values())
 
 
 def test_failures_and_constant_scores_do_not_stop_it(tmp_path: Path) -> None:

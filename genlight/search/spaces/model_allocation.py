@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from genlight.diffusion.model_schedule import half_log_snr_range, solver_schedule
+from genlight.diffusion.model_schedule import Kind, half_log_snr_range, solver_schedule
 from genlight.diffusion.noise_schedules import NoiseSchedule
 from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.diffusion.solver.decisions import PredictionSpace
-from genlight.search.spaces.model_rules import BudgetedZoo, Layout, RuleSchedule, cost_of, evenly, fits, layouts, within
+from genlight.search.records import fits
+from genlight.search.spaces.model_rules import BudgetedZoo, Layout, RuleSchedule, cost_of, layouts, within
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Curve = Callable[[Array], Any]
@@ -76,7 +77,8 @@ def analytic_allocation(
     Args:
         zoo: its budget must be set.
         errors: mean squared error of each member's ε̂ at λ, as in `genlight.diffusion.error_curves`.
-        count: schedules at most: layouts are spread evenly over the numbers of evaluations that the budget allows.
+        count: schedules at most: equally many of each kind and order, from the fewest to the most evaluations that the
+            budget allows, in equal ratios.
         best: for each layout.
 
     Raises ValueError for a zoo without budget, or members without errors.
@@ -132,8 +134,31 @@ def allocate(errors: Array, costs: Array, budget: float, *, switch: float = 0.0,
 
 
 def _some_layouts(zoo: BudgetedZoo, most: int, count: int) -> list[Layout]:
-    """At most `count` layouts of up to `most` evaluations, spread evenly over numbers of evaluations and orders."""
-    return evenly(list(layouts(zoo, range(1, most + 1))), count)
+    """At most `count` layouts of up to `most` evaluations, as many of each kind and order as of the others."""
+    every = list(layouts(zoo, range(1, most + 1)))
+    groups: dict[tuple[Kind, int], list[Layout]] = {}
+    for layout in every:
+        groups.setdefault((layout.kind, layout.order), []).append(layout)
+    kept, left = set[Layout](), count
+    # the smallest first: what it does not use is for the others
+    for place, group in enumerate(sorted(groups.values(), key=len)):
+        chosen = _in_equal_ratios(group, left // (len(groups) - place))
+        kept.update(chosen)
+        left -= len(chosen)
+    return [layout for layout in every if layout in kept]
+
+
+def _in_equal_ratios(group: Sequence[Layout], count: int) -> list[Layout]:
+    """At most `count` of layouts with one evaluation more each: the first, the last, and between in equal ratios."""
+    if len(group) <= count:
+        return list(group)
+    first, last = group[0].nfe, group[-1].nfe
+    ratios = [math.sqrt(first * last)] if count == 1 else np.geomspace(first, last, count).tolist()
+    chosen, nfe = list[Layout](), first - 1
+    for wanted in ratios:
+        nfe = max(nfe + 1, round(wanted))  # where a ratio is less than one evaluation more
+        chosen.append(group[nfe - first])
+    return chosen
 
 
 def _weights_of(layout: Layout, member: str, noise_schedule: NoiseSchedule, slots: int) -> tuple[Array, Array]:

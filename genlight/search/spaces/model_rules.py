@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations, groupby, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from genlight.diffusion.model_schedule import Kind, ModelSchedule
 from genlight.diffusion.noise_schedules import NoiseSchedule
+from genlight.search.records import fits
 
 STITCHES, THREE_SEGMENTS, RANDOM = 40, 80, 10
 
@@ -25,8 +26,6 @@ STITCHES, THREE_SEGMENTS, RANDOM = 40, 80, 10
 _USED = 0.8
 # of Dirichlet draws of members, as in the search
 _CONCENTRATION = 0.4
-# what rounding adds to a sum of costs
-_SLACK = 1e-9
 Item = TypeVar("Item")
 
 
@@ -132,11 +131,6 @@ def cost_of(zoo: BudgetedZoo, members: Sequence[str]) -> float:
     """Cost of evaluations made by `members`, changes of member included."""
     changes = sum(left != right for left, right in pairwise(members))
     return sum(zoo.costs[name] for name in members) + zoo.switch * changes
-
-
-def fits(cost: float, limit: float) -> bool:
-    """Whether a cost is within a limit, but for rounding."""
-    return cost <= limit * (1 + _SLACK)
 
 
 def within(zoo: BudgetedZoo, cost: float) -> bool:
@@ -247,9 +241,14 @@ def _stitches(
         for small, large in pairs:
             for count in range(steps - 1, 0, -1):
                 members = arrange(small, large, steps, count)
-                if members and (found := _rule(zoo, rule, f"{small} and {large}", layout, members)):
+                if members and (found := _rule(zoo, rule, _segments(members), layout, members)):
                     yield found
                     break
+
+
+def _segments(members: Sequence[str]) -> str:
+    """The members of steps in short, and how many steps each has in turn: schedules that differ are named apart."""
+    return ", ".join(f"{len(list(same))} × {name}" for name, same in groupby(members))
 
 
 def _inside(share: float, small: str, large: str, steps: int, count: int) -> list[str] | None:

@@ -1,13 +1,13 @@
 """The space of model schedules within a budget: which member of a zoo makes each evaluation of a sampler.
 
 OMS-DPM (Liu et al. 2023, arXiv 2306.08860). Every candidate of a space with a budget keeps it: draws are drawn to it,
-children that exceed it are lightened until they do not.
+children that exceed it are made again, and lightened where that keeps failing.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,9 +28,10 @@ from genlight.diffusion.model_schedule import (
     stage_half_log_snrs,
 )
 from genlight.diffusion.noise_schedules import NoiseSchedule
-from genlight.diffusion.solver.compile import compile_schedule
+from genlight.diffusion.solver.compile import SolverTable, compile_schedule
 from genlight.search.protocols import ScheduledMembers, SettableSampler, Vector, require_capability
-from genlight.search.spaces.model_allocation import Curve, weighed_basis
+from genlight.search.records import fits
+from genlight.search.spaces.model_allocation import Curve, evaluation_weights, weighed_basis
 from genlight.search.spaces.model_indicators import ModelIndicators, added_errors
 from genlight.search.spaces.model_sampler import ModelScheduleSampler
 from genlight.search.spaces.model_schedule_edits import (
@@ -41,7 +42,9 @@ from genlight.search.spaces.model_schedule_edits import (
     cross,
     cut_to,
     enrich,
+    keeps,
     lighten,
+    random_draft,
     total_cost,
 )
 
@@ -55,6 +58,8 @@ _KEPT = 4096
 _PLACES = 6
 # what is counted of the squared error that an evaluation adds, at least: half-steps add none
 _LEAST_ERROR = 1e-6
+# what is no weight, of the largest
+_NO_WEIGHT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class ModelScheduleSpace:
                 f"space.null_probability = {self.null_probability} must lie in [0, 1) and space.concentration = "
                 f"{self.concentration} be positive"
             )
-        if self.budget is not None and not min(self.costs.values()) <= self.budget < math.inf:
+        if self.budget is not None and not (fits(min(self.costs.values()), self.budget) and self.budget < math.inf):
             raise ValueError(
                 f"space.budget = {self.budget}: the cheapest schedule costs {min(self.costs.values()):g}; give at "
                 "least that, or null"
@@ -150,7 +155,8 @@ class ModelScheduleSpace:
         def draw() -> int:
             return min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(limits.costs) - 1)
 
-        draft = self._draw(self.kinds[below(rng, len(self.kinds))], rng, draw)
+        kind = self.kinds[below(rng, len(self.kinds))]
+        draft = random_draft(kind, rng, limits, draw, self.null_probability)
         cut_to(draft, rng, limits)
         if self.budget is not None:
             lowest = min(limits.costs)
@@ -162,23 +168,31 @@ class ModelScheduleSpace:
     def mutate(self, candidate: ModelSchedule, rng: np.random.Generator, *, size: float = 1.0) -> ModelSchedule:
         """One to ten · `size` edits, no more than the candidate has evaluations and one: see `model_schedule_edits`.
 
-        A child beyond the budget is lightened.
+        A child beyond the budget is made again, as in the paper; after twenty tries the last one is lightened.
         """
         most = max(1, min(round(_MAX_EDITS * size), candidate.nfe + 1))
+        own = self._draft(candidate)
         for _ in range(_TRIES):
-            draft = self._draft(candidate)
+            draft = own.copy()
             for _ in range(1 + below(rng, most)):
                 EDITS[below(rng, len(EDITS))](draft, rng, self._limits)
-            child = self._within(draft, rng)
-            if child != candidate:
+            if keeps(draft, self._limits, self.budget) and (child := self._made(draft)) != candidate:
                 return child
-        return candidate
+        return self._within(draft, rng)
 
     def crossover(self, a: ModelSchedule, b: ModelSchedule, rng: np.random.Generator) -> ModelSchedule:
-        """The noisy part of `a` and the clean part of `b`; parents of different kinds give `a`."""
+        """The noisy part of `a` and the clean part of `b`; parents of different kinds give `a`.
+
+        Beyond the budget another place is cut, as `mutate` tries again.
+        """
+        first, second = self._draft(a), self._draft(b)
         if a.kind != b.kind:
-            return self._within(self._draft(a), rng)
-        return self._within(cross(self._draft(a), self._draft(b), rng), rng)
+            return self._within(first, rng)
+        for _ in range(_TRIES):
+            draft = cross(first, second, rng)
+            if keeps(draft, self._limits, self.budget):
+                break
+        return self._within(draft, rng)
 
     def cost(self, candidate: ModelSchedule) -> dict[str, float]:
         """ "cost", that of all evaluations and changes of member, and "nfe".
@@ -205,6 +219,20 @@ class ModelScheduleSpace:
             rows[:, -2] = structure[np.arange(len(members)), width + np.array(members)]
         rows[:, -1] = math.log(total_cost(members, self._limits) / max(self._limits.costs))
         return torch.from_numpy(rows)
+
+    def effect(self, candidate: ModelSchedule) -> tuple[Hashable, Vector]:
+        """Its form and, where `curves` are known, the squared error that each evaluation adds, float64 [evaluations].
+
+        Without curves the form has the members too, but for those of evaluations that have no weight in the result,
+        as the first one of a singlestep step of order 2.
+        """
+        members, shape = self._ids(candidate.members), _shape(candidate)
+        if self.curves:
+            logs = self._structure(candidate)[np.arange(len(members)), np.array(members) - len(self.names)]
+            return shape, np.exp(2 * logs.astype(np.float64))
+        weights = np.abs(evaluation_weights(self._table(candidate), self.noise_schedule)[0])
+        weighed = weights > _NO_WEIGHT * weights.max()
+        return (shape, tuple(np.where(weighed, members, -1).tolist())), np.zeros(0)
 
     @property
     def indicator_names(self) -> tuple[str, ...]:
@@ -284,20 +312,6 @@ class ModelScheduleSpace:
         except KeyError as error:
             raise ValueError(f"member {error.args[0]!r} is not in space.costs: {', '.join(self.names)}") from None
 
-    def _draw(self, kind: Kind, rng: np.random.Generator, draw: Callable[[], int]) -> Draft:
-        """The paper's random vector: groups of `max_order` positions, slots, or steps, each empty or given a member."""
-        positions = self.slots if kind == "ddim" else self.max_evaluations
-        kept = np.flatnonzero(rng.random(positions) >= self.null_probability).tolist() or [below(rng, positions)]
-        if kind == "ddim":
-            kept.reverse()
-            return Draft("ddim", [[draw()] for _ in kept], slots=kept)
-        if kind == "multistep":
-            return Draft("multistep", [[draw()] for _ in kept], orders=[1 + below(rng, self.max_order) for _ in kept])
-        groups: dict[int, list[int]] = {}
-        for position in kept:
-            groups.setdefault(position // self.max_order, []).append(draw())
-        return Draft("singlestep", list(groups.values()))
-
     def _draft(self, candidate: ModelSchedule) -> Draft:
         steps = [self._ids(step) for step in candidate.steps]
         return Draft(candidate.kind, steps, list(candidate.slots), list(candidate.orders))
@@ -334,10 +348,14 @@ class ModelScheduleSpace:
 
     def _log_errors(self, candidate: ModelSchedule) -> Features:
         """Half the logarithm of the squared error that each member would add at each evaluation, [E, members]."""
-        solver = solver_schedule(candidate, self.noise_schedule, self.slots)
-        table = compile_schedule(solver, self.noise_schedule, basis=weighed_basis(self.noise_schedule))
-        errors = added_errors(table, self.noise_schedule, [(self.curves or {})[name] for name in self.names])
+        curves = [(self.curves or {})[name] for name in self.names]
+        errors = added_errors(self._table(candidate), self.noise_schedule, curves)
         return (0.5 * np.log(np.maximum(errors.T, _LEAST_ERROR))).astype(np.float32)
+
+    def _table(self, candidate: ModelSchedule) -> SolverTable:
+        """Compiled, with the weights of the evaluations in the result."""
+        solver = solver_schedule(candidate, self.noise_schedule, self.slots)
+        return compile_schedule(solver, self.noise_schedule, basis=weighed_basis(self.noise_schedule))
 
     def _structure_of(self, candidate: ModelSchedule, orders: tuple[int, ...]) -> Features:
         high = half_log_snr_range(self.noise_schedule)[1]

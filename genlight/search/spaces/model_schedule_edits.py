@@ -1,8 +1,8 @@
-"""Random edits of model schedules, and what brings one down to a budget.
+"""Random model schedules, random edits of them, and what brings one down to a budget.
 
 After OMS-DPM (Liu et al. 2023, arXiv 2306.08860): its mutation replaces entries of a vector in which most are null;
 here the same changes are made to the evaluations there are: another member, one evaluation more or fewer, another
-grouping.
+grouping; and two exchange their members, which leaves the cost as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from genlight.diffusion.model_schedule import Kind
+from genlight.search.records import fits
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Draft:
     def nfe(self) -> int:
         """Network evaluations."""
         return sum(map(len, self.steps))
+
+    def copy(self) -> "Draft":
+        """One that can be edited apart from this."""
+        return Draft(self.kind, [[*step] for step in self.steps], [*self.slots], [*self.orders])
 
     def find(self, number: int) -> tuple[int, int]:
         """Step, and place in it, of the evaluation `number`."""
@@ -88,6 +93,28 @@ def draft_cost(draft: Draft, limits: Limits) -> float:
     return total_cost([member for step in draft.steps for member in step], limits)
 
 
+def random_draft(
+    kind: Kind, rng: np.random.Generator, limits: Limits, draw: Callable[[], int], null_probability: float
+) -> Draft:
+    """The paper's random vector: groups of `max_order` positions, slots, or steps, each empty or given a member."""
+    positions = limits.slots if kind == "ddim" else limits.max_evaluations
+    kept = np.flatnonzero(rng.random(positions) >= null_probability).tolist() or [below(rng, positions)]
+    if kind == "ddim":
+        kept.reverse()
+        return Draft("ddim", [[draw()] for _ in kept], slots=kept)
+    if kind == "multistep":
+        return Draft("multistep", [[draw()] for _ in kept], orders=[1 + below(rng, limits.max_order) for _ in kept])
+    groups: dict[int, list[int]] = {}
+    for position in kept:
+        groups.setdefault(position // limits.max_order, []).append(draw())
+    return Draft("singlestep", list(groups.values()))
+
+
+def keeps(draft: Draft, limits: Limits, budget: float | None) -> bool:
+    """Whether a draft has no more evaluations than allowed, and costs `budget` at most."""
+    return draft.nfe <= limits.max_evaluations and (budget is None or fits(draft_cost(draft, limits), budget))
+
+
 def edit_member(draft: Draft, rng: np.random.Generator, limits: Limits) -> bool:
     """Another member for one evaluation."""
     count = len(limits.costs)
@@ -96,6 +123,18 @@ def edit_member(draft: Draft, rng: np.random.Generator, limits: Limits) -> bool:
     index, place = draft.find(below(rng, draft.nfe))
     step = draft.steps[index]
     step[place] = (step[place] + 1 + below(rng, count - 1)) % count
+    return True
+
+
+def edit_exchange(draft: Draft, rng: np.random.Generator, limits: Limits) -> bool:
+    """The members of two evaluations, exchanged."""
+    index, place = draft.find(below(rng, draft.nfe))
+    own = draft.steps[index][place]
+    others = [(i, j) for i, step in enumerate(draft.steps) for j, member in enumerate(step) if member != own]
+    if not others:
+        return False
+    other, there = others[below(rng, len(others))]
+    draft.steps[index][place], draft.steps[other][there] = draft.steps[other][there], own
     return True
 
 
@@ -165,7 +204,7 @@ def edit_grouping(draft: Draft, rng: np.random.Generator, limits: Limits) -> boo
 
 Edit = Callable[[Draft, np.random.Generator, Limits], bool]
 # a change of member twice as often as each of the others
-EDITS: tuple[Edit, ...] = (edit_member, edit_member, edit_insert, edit_drop, edit_grouping)
+EDITS: tuple[Edit, ...] = (edit_member, edit_member, edit_exchange, edit_insert, edit_drop, edit_grouping)
 
 
 def lighten(draft: Draft, rng: np.random.Generator, limits: Limits, budget: float) -> None:
@@ -175,7 +214,7 @@ def lighten(draft: Draft, rng: np.random.Generator, limits: Limits, budget: floa
 
     Raises ValueError where that one costs more.
     """
-    while draft_cost(draft, limits) > budget:
+    while not fits(draft_cost(draft, limits), budget):
         count = draft.nfe
         index, place = draft.find(below(rng, count))
         step = draft.steps[index]
@@ -206,7 +245,7 @@ def enrich(
     for _ in range(tries):
         if cost >= near * target:
             return
-        new = Draft(draft.kind, [[*step] for step in draft.steps], [*draft.slots], [*draft.orders])
+        new = draft.copy()
         if rng.random() < 0.5:
             insert(new, rng, limits, draw())
         else:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,13 @@ from hypothesis import strategies as st
 from genlight.diffusion.model_schedule import ModelSchedule, solver_schedule
 from genlight.diffusion.noise_schedules import EDMSchedule, FlowSchedule, VPSchedule
 from genlight.diffusion.solver.compile import compile_schedule
-from genlight.search.spaces.model_allocation import allocate, analytic_allocation, evaluation_weights
+from genlight.search.spaces.model_allocation import (
+    _some_layouts,
+    allocate,
+    analytic_allocation,
+    evaluation_weights,
+)
+from genlight.search.spaces.model_rules import layouts
 
 VP = VPSchedule()
 
@@ -148,6 +155,28 @@ def test_budget_and_count_hold_for_every_kind(kinds, budget):
         assert each.cost == pytest.approx(sum(zoo.costs[name] for name in members) + 0.02 * changes)
         assert each.cost <= budget * (1 + 1e-9) and each.schedule.nfe <= zoo.max_evaluations
         assert each.schedule.kind in kinds
+
+
+@pytest.mark.parametrize("kinds", [("singlestep",), ("singlestep", "ddim", "multistep")])
+@pytest.mark.parametrize("count", [12, 18, 24, 30])
+def test_every_kind_and_order_has_its_share_and_one_of_few_evaluations(count, kinds):
+    for most in range(4, 37):
+        zoo = Zoo(max_evaluations=most, kinds=kinds)
+        there = Counter((each.kind, each.order) for each in layouts(zoo, range(1, most + 1)))
+        chosen = _some_layouts(zoo, most, count)
+        found = Counter((each.kind, each.order) for each in chosen)
+        assert len(set(chosen)) == len(chosen) == min(count, sum(there.values()))
+        # none has fewer than another unless there are no more of it
+        assert all(found[group] >= min(there[group], max(found.values()) - 1) for group in there)
+        assert {(each.kind, each.order) for each in chosen if each.nfe <= 6} == set(there)
+        assert max(each.nfe for each in chosen) == most
+
+
+def test_numbers_of_evaluations_are_in_equal_ratios():
+    chosen = _some_layouts(Zoo(max_evaluations=36), 36, 18)
+    assert [each.nfe for each in chosen if each.order == 1] == [1, 2, 4, 9, 18, 36]
+    assert [each.nfe for each in chosen if each.order == 3] == [3, 5, 8, 13, 22, 36]
+    assert [each.nfe for each in _some_layouts(Zoo(max_evaluations=36), 36, 3)] == [6, 8, 10]
 
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), VPSchedule(rescale_zero_terminal_snr=True), EDMSchedule()])
