@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(RUN) validate run.name=demo run.overwrite=true ckpt_path=runs/demo/fit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FORMAT_TESTS:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FORMAT_TESTS:%=--ignore=%)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(FORMATS) $(BIN)/python -m pytest $(FORMAT_TESTS)
 
 lint: $(STAMP)

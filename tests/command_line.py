@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from oracles.faults import in_child
+from oracles.ranks import in_ranks
 
 from genlight.cli import main
+from genlight.errors import UserError
 
 TINY = [
     "trainer.max_steps=6",
@@ -88,3 +91,16 @@ def run_in_own_process(*words: str, timeout: float = 280) -> None:
     command = [sys.executable, "-m", "genlight", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def run_forked(command: str, *words: str, show: bool = True) -> str:
+    """In place of `genlight.recipes.run_command`: in a child of this process, which need not import torch again."""
+    assert show
+    if (code := in_child(lambda: sys.exit(main([command, *words])))) != 0:
+        raise UserError(f"{command} {words[0]} failed (exit code {code})")
+    return ""
+
+
+def run_in_ranks(*words: str) -> None:
+    """As `run_in_own_process` a command with ``trainer.devices=2``; here no process has to import torch again."""
+    in_ranks(lambda: sys.exit(main(list(words))))

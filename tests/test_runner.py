@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TINY, genlight, report_of, the_error, untrained_features
+from oracles.faults import exit_code, start_child
 from oracles.kills import at_checkpoint, kill
 
 from genlight import io
@@ -227,21 +228,19 @@ def test_another_architecture_is_named_by_its_first_keys(root: Path, capsys: pyt
     assert "block_out_channels" in capsys.readouterr().err
 
 
-def test_a_second_process_stops_at_once_and_names_the_first(root: Path) -> None:
-    command = [sys.executable, "-m", "genlight", "fit", *TINY, f"run.root={root}", "run.name=busy"]
-    command += ["trainer.max_steps=100000", "callbacks.checkpoint.every_n_train_steps=50"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_second_process_stops_at_once_and_names_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "run.name=busy", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_train_steps=50"]
+    first = start_child(lambda: sys.exit(genlight(root, *words)))
     try:
         folder = root / "busy" / "fit"
         deadline = time.monotonic() + 120
         while not list(folder.glob("checkpoints/*.ckpt")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode != 0 and f"process {first.pid} on " in done.stderr
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(60) == 143
-        assert (folder / "checkpoints" / "interrupted.ckpt").is_file()
-        assert io.read_json(folder / "run.json")["status"] == "interrupted"
+        assert genlight(root, *words) != 0
+        assert f"process {first} on " in the_error(capsys.readouterr().err)
     finally:
-        first.kill()
-        first.wait()
+        os.kill(first, signal.SIGTERM)
+        code = exit_code(first)
+    assert code == 143
+    assert (folder / "checkpoints" / "interrupted.ckpt").is_file()
+    assert io.read_json(folder / "run.json")["status"] == "interrupted"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, genlight, report_of, run_in_own_process, untrained_features
+from command_line import TINY, genlight, report_of, run_in_own_process, run_in_ranks, untrained_features
 
 from genlight import io
 from genlight.trainer.consolidate import consolidated_state_dict
@@ -16,10 +16,10 @@ STRATEGIES = {
 }
 
 
-def on_two_processes(root: Path, *words: str) -> None:
-    words = (words[0], *TINY, f"run.root={root}", *words[1:])
-    options = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=4", "data.num_samples=41")
-    run_in_own_process(*words, *options, timeout=200)
+def on_two_processes(root: Path, *words: str) -> list[str]:
+    """The words of a command."""
+    options = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=4", "data.num_samples=41"]
+    return [words[0], *TINY, f"run.root={root}", *words[1:], *options]
 
 
 # the third splits all that the first two do not
@@ -30,11 +30,12 @@ def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monk
     monkeypatch.setenv("GENLIGHT_CACHE", str(tmp_path / "cache"))
     untrained_features(tmp_path / "cache")
     folder = tmp_path / name / "fit"
-    on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}")
+    run_in_own_process(*on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}"), timeout=200)
     whole = consolidated_state_dict(folder / "checkpoints" / "step-000004.ckpt")
 
     io.remove_path(folder / "checkpoints" / "step-000004.ckpt")
-    on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}", "resume=true")
+    # the launcher has been seen to work
+    run_in_ranks(*on_two_processes(tmp_path, "fit", *STRATEGIES[name], f"run.name={name}", "resume=true"))
     resumed = consolidated_state_dict(folder / "checkpoints" / "step-000004.ckpt")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
@@ -51,7 +52,7 @@ def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monk
         scores.append(report_of(tmp_path / label / "validate")["metrics"]["val/fd_digits"])
     assert scores[0] == scores[1]
     if name == "ddp":
-        on_two_processes(tmp_path, "validate", "strategy=ddp", "run.name=both", f"ckpt_path={folder}")
+        run_in_ranks(*on_two_processes(tmp_path, "validate", "strategy=ddp", "run.name=both", f"ckpt_path={folder}"))
         assert genlight(tmp_path, "validate", "run.name=one", f"ckpt_path={folder}", "data.num_samples=41") == 0
         one, both = (report_of(tmp_path / label / "validate") for label in ("one", "both"))
         assert both["metrics"]["val/fd_digits"] == pytest.approx(one["metrics"]["val/fd_digits"], rel=1e-4)

@@ -1,14 +1,15 @@
 """DELE as the predictor of a search: experts of cheap indicators know candidates before any of them is measured.
 
 Zhao et al., "Dynamic Ensemble of Low-fidelity Experts", AAAI 2023 (arXiv 2302.00932). The space says what is cheap
-(`CheapIndicators`). Experts learn to rank a pool of candidates by it, which costs no measurement; what was measured
-then fuses them. Beside the published fusion by a gate there is a Gaussian process on what the frozen experts say, on
-the indicators themselves, which a search has of every candidate, and on the features of the space.
+(`CheapIndicators`), and a search that screened candidates on few samples has their scores. Experts learn to rank a
+pool of candidates by each of these, which costs no measurement more; what was measured then fuses them. Beside the
+published fusion by a gate there is a Gaussian process on what the frozen experts say, on the indicators themselves,
+which a search has of every candidate, and on the features of the space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,9 +27,12 @@ from genlight.predictors.pool import REAL, Pool, Standardiser, useful_columns
 from genlight.predictors.ranking import checked_targets, pad, single_thread
 from genlight.search.guided import Described, Fitted
 from genlight.search.protocols import CheapIndicators
-from genlight.search.records import History, Problem
+from genlight.search.records import History, Problem, Record
 
 HEADS = ("gp", "fusion")
+FEW_SAMPLES = "score on few samples"
+# what was screened is worth an expert from so many on
+_LEAST_SCREENED = 20
 # the pool is drawn apart from all candidates
 _PURPOSE = 3
 # draws for each candidate wanted, sizes of the edits that make half of the pool, ensembles that are kept
@@ -44,8 +48,9 @@ _WEIGHTS = (*((1.0, share, expert) for share in (0.0, 0.1, 0.3, 1.0, 3.0) for ex
 class DelePredictor:
     """Settings; `described` pretrains the experts for one problem.
 
-    The pool is half random candidates, half children of the first that were measured, by what they are and not by
-    their scores: it does not change while a search goes on, and neither do the experts.
+    The pool has what was screened, and is for the rest half random candidates, half children of the first that were
+    measured, by what they are and not by their scores: it does not change while a search goes on, and neither do the
+    experts.
 
     Attributes:
         pool: candidates that the experts are pretrained on; none is measured.
@@ -74,7 +79,7 @@ class DelePredictor:
             raise ValueError(f"predictor.network.encoder = {self.network.encoder!r} must be mlp")
 
     def described(self, problem: Problem[Any], history: History[Any]) -> Described[Any]:
-        """Experts of the problem's space; history lends its first candidates to the pool.
+        """Experts of the problem's space; history lends its first candidates to the pool, and what is `cheaper` in it.
 
         Raises:
             UserError: the space has no indicators.
@@ -82,25 +87,37 @@ class DelePredictor:
         require_indicators(problem.space)
         founders = [record.candidate for record in history.records[: self.founders]]
         space = problem.space
-        key = (space.fingerprint(), problem.seed, tuple(space.key(founder) for founder in founders))
+        screened = {record.key: record for record in history.cheaper if record.score is not None}
+        key = (
+            space.fingerprint(),
+            problem.seed,
+            tuple(space.key(founder) for founder in founders),
+            tuple((name, record.fidelity, record.score) for name, record in screened.items()),
+        )
         if key not in self._kept:
             while len(self._kept) >= _KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = self._pretrained(problem, founders)
+            self._kept[key] = self._pretrained(problem, founders, screened)
         known = self._kept[key]
         if self.head == "fusion":
             return Described(known.row, _Fusion(known, self.training))
         return Described(known.groups, _Process(known))
 
-    def _pretrained(self, problem: Problem[Any], founders: Sequence[Any]) -> ExpertDescription:
+    def _pretrained(
+        self, problem: Problem[Any], founders: Sequence[Any], screened: Mapping[str, Record[Any]]
+    ) -> ExpertDescription:
         space: Any = problem.space
-        candidates = pool_of(problem, founders, self.pool)
+        candidates = pool_of(problem, founders, self.pool, [record.candidate for record in screened.values()])
         features = pad([space.encode(each) for each in candidates])[0]
         indicators = torch.from_numpy(np.stack([space.indicators(each) for each in candidates])).float()
         kept = useful_columns(space.indicator_names, indicators)
         flat = Standardiser.of(features.flatten(1))
-        names = tuple(space.indicator_names[column] for column in kept)
-        pool = Pool(flat(features.flatten(1)), (REAL,) * flat.mean.numel(), indicators[:, kept], names)
+        names = [space.indicator_names[column] for column in kept]
+        columns = [indicators[:, kept]]
+        if len(few := _few_sample_scores(screened)) >= _LEAST_SCREENED:
+            names.append(FEW_SAMPLES)
+            columns.append(torch.tensor([[few.get(space.key(each), torch.nan)] for each in candidates]))
+        pool = Pool(flat(features.flatten(1)), (REAL,) * flat.mean.numel(), torch.cat(columns, dim=1), tuple(names))
         with single_thread():
             network = pretrain(self.network, self.training, pool, problem.seed)
         return ExpertDescription(space, tuple(features.shape[1:]), flat, tuple(kept), pool, network)
@@ -115,7 +132,7 @@ class ExpertDescription:
         shape: steps and features of the longest candidate of the pool; what lies beyond is left out.
         features: scale of the flattened features.
         columns: numbers of the indicators that tell the pool apart.
-        pool: what the experts were trained on.
+        pool: what the experts were trained on: these indicators, and scores on few samples where there are any.
         network: the experts.
     """
 
@@ -148,7 +165,7 @@ class ExpertDescription:
 
     @cached_property
     def _indicators(self) -> Standardiser:
-        return Standardiser.of(self.pool.low_fidelity)
+        return Standardiser.of(self.pool.low_fidelity[:, : len(self.columns)])
 
     @cached_property
     def _experts(self) -> Standardiser:
@@ -222,10 +239,13 @@ class _FittedRows:
         return mean, deviation
 
 
-def pool_of(problem: Problem[Any], founders: Sequence[Any], count: int) -> list[Any]:
-    """`count` different candidates: the founders, random ones, and descendants of founders; fewer in a small space."""
+def pool_of(problem: Problem[Any], founders: Sequence[Any], count: int, screened: Sequence[Any] = ()) -> list[Any]:
+    """`count` different candidates: founders, those screened, random ones and descendants of founders.
+
+    There are more where founders and screened are more, and fewer in a small space.
+    """
     rng, space = problem.rng(0, _PURPOSE), problem.space
-    found = {space.key(founder): founder for founder in founders}
+    found = {space.key(each): each for each in (*founders, *screened)}
     bred = list(founders)
     for _ in range(_TRIES * count):
         if len(found) >= count:
@@ -238,6 +258,15 @@ def pool_of(problem: Problem[Any], founders: Sequence[Any], count: int) -> list[
             candidate = space.sample(rng)
         found.setdefault(space.key(candidate), candidate)
     return list(found.values())
+
+
+def _few_sample_scores(screened: Mapping[str, Record[Any]]) -> dict[str, float]:
+    """Those of the fidelity at which most were measured, by key; none if they are all equal."""
+    by_fidelity: dict[int, dict[str, float]] = {}
+    for key, record in screened.items():
+        by_fidelity.setdefault(record.fidelity, {})[key] = record.rank[0]
+    scores = max(by_fidelity.values(), key=len, default={})
+    return scores if len(set(scores.values())) > 1 else {}
 
 
 def require_indicators(space: Any) -> None:

@@ -104,12 +104,17 @@ class History(Generic[Candidate]):
         records: what was measured, possibly only the part that concerns one strategy.
         next_index: index of the next candidate of the whole search.
         generation: number of the next generation.
+        cheaper: what was measured beside them on fewer samples, for those that can use scores of another fidelity.
     """
 
     def __init__(
-        self, records: Sequence[Record[Candidate]] = (), next_index: int | None = None, generation: int | None = None
+        self,
+        records: Sequence[Record[Candidate]] = (),
+        next_index: int | None = None,
+        generation: int | None = None,
+        cheaper: Sequence[Record[Candidate]] = (),
     ) -> None:
-        self.records = tuple(records)
+        self.records, self.cheaper = tuple(records), tuple(cheaper)
         self.next_index = len(self.records) if next_index is None else next_index
         last = self.records[-1].trial.generation + 1 if self.records else 0
         self.generation = last if generation is None else generation
@@ -121,9 +126,10 @@ class History(Generic[Candidate]):
         return iter(self.records)
 
     def at(self, fidelity: int) -> History[Candidate]:
-        """The records of one fidelity, with the same place in the search."""
+        """The records of one fidelity, with the same place in the search; those of lower ones are `cheaper`."""
         kept = [record for record in self.records if record.fidelity == fidelity]
-        return History(kept, self.next_index, self.generation)
+        cheaper = [record for record in (*self.cheaper, *self.records) if record.fidelity < fidelity]
+        return History(kept, self.next_index, self.generation, cheaper)
 
     def keys(self) -> set[str]:
         """Keys of all candidates in it, failed ones too."""

@@ -15,7 +15,8 @@ SCREENING = "screening"
 class Screening:
     """Measures given candidates at a low fidelity, the best of them at the problem's, and goes on with a strategy.
 
-    The strategy sees nothing of the low fidelity: scores of different fidelities are never compared.
+    Scores of different fidelities are never compared: to the strategy those of the low one are what is `cheaper` in a
+    history, which a predictor may learn from.
 
     Attributes:
         candidates: what is screened.
@@ -67,4 +68,5 @@ class Screening:
             if best:
                 return [Proposal(record.candidate, problem.fidelity, PROMOTION) for record in best]
         rest = [record for record in history if record.fidelity != self.fidelity]
-        return self.strategy.ask(problem, History(rest, history.next_index, history.generation))
+        cheaper = (*history.cheaper, *screened.records)
+        return self.strategy.ask(problem, History(rest, history.next_index, history.generation, cheaper))

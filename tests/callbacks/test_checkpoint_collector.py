@@ -2,8 +2,7 @@
 
 import errno
 import os
-import subprocess
-import sys
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,22 @@ import torch
 from command_line import genlight
 from lightning.pytorch import LightningModule, Trainer
 from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
+from oracles.ranks import in_ranks
 from oracles.toy_training import ToyModule, quiet, train
 from torch import nn
 from torch.utils.data import DataLoader
+from trainer import two_process_driver as driver
 
 from genlight import io
 from genlight.callbacks import checkpoint_collector
 from genlight.callbacks.checkpoint_collector import CheckpointCollector, Schedule
+from genlight.callbacks.ema_bank import EMABank
 from genlight.checkpoints.trajectory import Trajectory, read_averages
 from genlight.errors import UserError
 from genlight.trainer.checkpoint_io import load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict
 
 quiet()
-DRIVER = Path(__file__).with_name("collector_driver.py")
 
 
 def collector(folder: Path, **options: Any) -> CheckpointCollector:
@@ -312,13 +313,34 @@ def test_a_training_without_length_or_steps_is_refused(tmp_path: Path) -> None:
 STRATEGIES = ["ddp+ema", "zero2", "zero3", "fsdp"]
 
 
+def four_steps(folder: Path, name: str, *, resume: bool = False, devices: int = driver.WORLD_SIZE) -> None:
+    """A member after each."""
+    task = driver.tiny_task()
+    trainer = driver.make_trainer(name, folder, task, "auto" if devices == 1 else None, devices)
+    trainer.callbacks.insert(0, CheckpointCollector(str(folder / "trajectory"), every_n_steps=1, window=(0.0, 1.0)))
+    if name.split("+")[0] not in ("zero3", "fsdp"):
+        bank = EMABank(str(folder / "trajectory" / "ema"), rates=(0.5, 0.9), power_snapshots=4)
+        trainer.callbacks.insert(0, bank)
+    start = driver.checkpoint_at(folder, driver.RESUME_STEP) if resume else None
+    trainer.fit(task.module, driver.GlobalBatches(task), ckpt_path=start, weights_only=True)
+
+
+def twice(folder: Path, name: str) -> None:
+    """In each process; then there are `checkpoints`, `whole` (the trajectory of a run that was not stopped) and
+    `trajectory` (the same after the run was continued from step 2).
+    """
+    four_steps(folder, name)
+    if os.environ["LOCAL_RANK"] == "0":
+        shutil.copytree(folder / "trajectory", folder / "whole")
+    four_steps(folder, name, resume=True)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each strategy, and `one`, the trajectory of one process."""
     folder = tmp_path_factory.mktemp("two")
-    environ = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(DRIVER), str(folder), *STRATEGIES]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    four_steps(folder / "one", "ddp", devices=1)
+    in_ranks(lambda: [twice(folder / name, name) for name in STRATEGIES])
     return folder
 
 

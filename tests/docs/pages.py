@@ -3,6 +3,7 @@
 import re
 import shlex
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,11 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
 
 
-def follow(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Write the files of a page into a folder and run its commands there, in this process; returns the commands."""
+def follow(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, small: Sequence[str] = ()) -> list[list[str]]:
+    """Write the files of a page into a folder and run its commands there, in this process; returns the commands.
+
+    ``small`` is typed after those of genlight.
+    """
     for name, text in files_of(page).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -43,6 +47,6 @@ def follow(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[lis
     commands = commands_of(page)
     for python, flag, module, *words in commands:
         assert (python, flag) == ("python", "-m"), module
-        done = {"genlight": main, "pytest": pytest.main}[module]([*words])
+        done = main([*words, *small]) if module == "genlight" else {"pytest": pytest.main}[module]([*words])
         assert done == 0, words
     return commands

@@ -15,6 +15,7 @@ from modules.tiny_token_teacher import saved_teacher, tiny_teacher
 from PIL import Image
 
 from genlight.cli import main
+from genlight.loops import dd_work
 from genlight.nets.dd_student import student_of
 from genlight.nets.published import published_shapes
 
@@ -43,12 +44,19 @@ def validate(root: Path, kind: str, name: str, *words: str) -> int:
     return main(["validate", *MODEL, teacher, *given, "method.latency_batches=[1]", *words])
 
 
+def measured_shortly(patch: pytest.MonkeyPatch) -> None:
+    """Times of each variant, and the samples on which a dry run measures it."""
+    patch.setattr(dd_work, "_TIMED", 0.01)
+    patch.setattr(dd_work, "_PROBES", (4, 16))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Below it the students `llamagen` and `var`, and `all`, the table of the first."""
     root = tmp_path_factory.mktemp("dd")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        measured_shortly(patch)
         untrained_features(root / "cache")
         for kind in ("llamagen", "var"):
             saved_teacher(root / f"teacher-{kind}", kind)
@@ -63,6 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+    measured_shortly(monkeypatch)
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from command_line import (
     copied,
     histories,
     report_of,
-    run_in_own_process,
+    run_in_ranks,
     the_error,
     untrained_features,
 )
@@ -173,7 +173,7 @@ def test_two_processes_give_the_archive_of_one(root: Path, strategy: list[str]) 
     """Each measures candidates of its own; where the weights are sharded, both measure one candidate together."""
     name = strategy[0].split("=")[1]
     words = ["validate", *SMALL, f"run.root={root}", f"run.name={name}", *strategy, "trainer.devices=2"]
-    run_in_own_process(*words)
+    run_in_ranks(*words)
     folder, one = root / name / "validate", root / "run" / "validate"
     assert histories(folder) == histories(one)
     assert outcomes(folder) == outcomes(one)

@@ -1,4 +1,7 @@
-"""Methods one after another by real commands: an almost untrained transformer through LCSC, S³ and 8 bits."""
+"""Methods one after another by real commands: an almost untrained transformer through LCSC, 8 bits and S³.
+
+Each stage is a process of its own, here a forked one.
+"""
 
 import json
 from pathlib import Path
@@ -6,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import report_of, the_error, untrained_features
+from command_line import report_of, run_forked, the_error, untrained_features
 from safetensors.torch import load_file
 
 from genlight.cli import main
+from genlight.loops import stack as method
 from genlight.modules.consistency import ConsistencyModule
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.zoo_module import ZooModule
 from genlight.quantization.convert import quantized_layers
-
-# each stage is a process of its own, which takes its time to start on a machine with other work
-pytestmark = pytest.mark.timeout(900)
 
 SIZE = [
     "data.eval_batch_size=10",
@@ -88,6 +89,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stack")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+        patch.setattr(method, "run_command", run_forked)
         untrained_features(root / "cache")
         assert main(["fit", *MODEL, f"run.root={root}", "run.name=m"]) == 0
         assert stack(root) == 0
@@ -97,6 +99,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENLIGHT_CACHE", str(root / "cache"))
+    monkeypatch.setattr(method, "run_command", run_forked)
 
 
 def artifact(root: Path, stage: str) -> Path:

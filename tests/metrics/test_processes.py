@@ -32,7 +32,8 @@ def worker(rank, folder):
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    # forked, which saves importing all of this twice
+    torch.multiprocessing.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="fork")
     metrics = build()
     metrics.update(images(COUNT, seed=2, shift=0.2))
     expected = torch.tensor([*metrics.compute().values(), metrics.num_samples], dtype=torch.float64)

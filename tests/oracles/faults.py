@@ -49,6 +49,11 @@ def die_at(number: int) -> Callable[[str, Path], None]:
 
 def in_child(action: Callable[[], object]) -> int:
     """Run `action` in a forked child and return its exit status: 0, 1 for an exception, negative for a signal."""
+    return exit_code(start_child(action))
+
+
+def start_child(action: Callable[[], object]) -> int:
+    """Begin `action` in a forked child, which has imported what this process has; returns its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -63,4 +68,9 @@ def in_child(action: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    """Wait for a child."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -18,11 +18,12 @@ from genlight.loops.search import SearchSettings
 from genlight.predictors.expert_training import ExpertTraining
 from genlight.predictors.experts import ExpertSettings
 from genlight.predictors.losses import kendall_tau
-from genlight.search.dele import DelePredictor, pool_of
+from genlight.search.dele import FEW_SAMPLES, DelePredictor, pool_of
 from genlight.search.evolution import Evolution
 from genlight.search.guided import GUIDED, PredictorGuided, described
 from genlight.search.plan import PlainPlan
 from genlight.search.records import History, Problem
+from genlight.search.screening import Screening
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
 from genlight.search.spaces.solver_plan import S3Settings
 from genlight.search.spaces.solver_schedule import SolverScheduleSpace
@@ -113,6 +114,38 @@ def test_the_pool_holds_founders_and_nothing_twice() -> None:
     assert pool[:5] == founders and len({space.key(each) for each in pool}) == 100
     assert pool == pool_of(Problem(space), founders, 100)
     assert len(pool_of(Problem(space), [], 50)) == 50
+
+
+def test_what_was_screened_on_few_samples_has_an_expert(tmp_path: Path) -> None:
+    """Of candidates that were not promoted too; the pool has them all, and predictions are others."""
+    space, rng = Indicated(), np.random.default_rng(2)
+    made = [space.sample(rng) for _ in range(30)]
+    strategy = Screening(tuple(made), guided(), fidelity=4, promoted=25)
+    records = run_search(tmp_path, strategy, space, schedule_error, 60, fidelity=16).records
+    seen: list[History[Any]] = []
+
+    class Asked:
+        def ask(self, problem: Any, history: History[Any]) -> list[Any]:
+            seen.append(history.at(problem.fidelity))
+            return []
+
+    problem = Problem(space, fidelity=16)
+    Screening(tuple(made), Asked(), fidelity=4, promoted=25).ask(problem, History(records))
+    history = seen[0]
+    assert len(history.cheaper) == 30 and {record.fidelity for record in history.cheaper} == {4}
+    predictor = dele()
+    known, plain = (predictor.described(problem, each) for each in (history, History(history.records)))
+    experts: Any = known.predictor.known  # type: ignore[attr-defined]
+    assert experts.pool.names == ("times", "kinds", FEW_SAMPLES) and experts.columns == (0, 1)
+    column = experts.pool.low_fidelity[:, 2]
+    scores = sorted(record.score for record in history.cheaper)
+    torch.testing.assert_close(column[~column.isnan()].sort().values, torch.tensor(scores))
+    targets = [record.rank[0] for record in history]
+    means = [
+        each.predictor.fit([each.encode(r.candidate) for r in history], targets, 0).predict([each.encode(made[0])])[0]
+        for each in (known, plain)
+    ]
+    assert not torch.equal(*means)
 
 
 @pytest.mark.parametrize("head", ["gp", "fusion"])

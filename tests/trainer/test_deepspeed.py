@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,14 +13,13 @@ import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.ranks import in_ranks
+from trainer import two_process_driver as driver
 
 from genlight.errors import UserError
 from genlight.io import load_tensors
 from genlight.trainer.consolidate import consolidated_state_dict
 from genlight.trainer.sharded_folder import check_sharded_checkpoint, is_sharded_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-import two_process_driver as driver
 
 STRATEGIES = ["ddp", "fsdp", "zero1+ema", "zero2", "zero3", "zero3+bf16"]
 SHARDED = ["zero1+ema", "zero2", "zero3", "zero3+bf16"]
@@ -42,12 +39,7 @@ def runs(tmp_path_factory):
     folder, done = root / "two_processes", root / "two_processes.done"
     with FileLock(root / "two_processes.lock"):
         if not done.exists():
-            command = [sys.executable, driver.__file__, str(folder), "--strategies", *STRATEGIES]
-            environ = {
-                key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")
-            }
-            result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
-            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+            in_ranks(lambda: [driver.run(name, folder / name) for name in STRATEGIES])
             done.touch()
     return folder
 

@@ -1,26 +1,15 @@
 """Runs one training under several strategies on two CPU processes, and writes what came out for the tests to judge.
 
-    python two_process_driver.py FOLDER --strategies ddp zero2 --factory two_process_driver:tiny_task
+`run`, in each of both processes, trains `TOTAL_STEPS` steps with a checkpoint at `RESUME_STEP`, trains again from that
+checkpoint, and measures the last checkpoint; its folder then holds the checkpoints, `whole.safetensors`,
+`resumed.safetensors` (the final weights of both) and `results.json`.
 
-Started once, it starts its second process itself. For each strategy it trains `TOTAL_STEPS` steps with a checkpoint at
-`RESUME_STEP`, trains again from that checkpoint, and measures the last checkpoint; FOLDER/<strategy>/ then holds the
-checkpoints, `whole.safetensors`, `resumed.safetensors` (the final weights of both) and `results.json`.
-
-A factory takes no arguments and returns a `Task`. Suffixes of a strategy: `+ema` averages the weights, `+bf16` trains
-in mixed precision.
+Suffixes of a strategy: `+ema` averages the weights, `+bf16` trains in mixed precision.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,13 +185,13 @@ def checkpoint_at(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def run(name: str, folder: Path, factory: Callable[[], Task]) -> None:
+def run(name: str, folder: Path) -> None:
     """One strategy: train, train again from the middle, measure."""
     from genlight.io import atomic_write_json, save_tensors
 
     results: dict[str, Any] = {}
     for part in ("whole", "resumed"):
-        task = factory()
+        task = tiny_task()
         trainer = make_trainer(name, folder if part == "whole" else folder / part, task)
         start = checkpoint_at(folder, RESUME_STEP) if part == "resumed" else None
         trainer.fit(task.module, GlobalBatches(task), ckpt_path=start, weights_only=True)
@@ -215,7 +204,7 @@ def run(name: str, folder: Path, factory: Callable[[], Task]) -> None:
             }
         if part == "whole" and name == "zero2":
             results["failed_save"] = save_with_one_failing_process(trainer, folder / "checkpoints" / "failed.ckpt")
-    task = factory()
+    task = tiny_task()
     trainer = make_trainer(name, folder / "validated", task)
     trainer.limit_val_batches = 1.0
     metrics = trainer.validate(
@@ -256,53 +245,3 @@ def save_with_one_failing_process(trainer: L.Trainer, path: Path) -> dict[str, A
     finally:
         engine.save_state = original
     return {"error": error, "exists": path.exists()}
-
-
-def load_factory(text: str) -> Callable[[], Task]:
-    """`file.py:function`, or `two_process_driver:function` for one of this file."""
-    source, function = text.rsplit(":", 1)
-    if source == "two_process_driver":
-        return globals()[function]
-    spec = importlib.util.spec_from_file_location("driver_factory", source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "zero2", "zero3"])
-    parser.add_argument("--factory", default="two_process_driver:tiny_task")
-    arguments = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        common = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "NODE_RANK": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-        processes = [
-            subprocess.Popen([sys.executable, *sys.argv], env=common | {"LOCAL_RANK": str(rank)})
-            for rank in range(WORLD_SIZE)
-        ]
-        return max(process.wait() for process in processes)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    sys.modules.setdefault("two_process_driver", sys.modules["__main__"])
-    for name in arguments.strategies:
-        folder = arguments.folder / name
-        run(name, folder, load_factory(arguments.factory))
-    print(json.dumps({"finished": arguments.strategies}), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
