@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from genlight import io
 from genlight.callbacks.checkpoint_collector import describe_training
@@ -116,6 +117,8 @@ class ZeroCostIndicators(Callback):
 def probe_of(module: LightningModule, batch: Any, seed: int) -> Probe:
     """The network of a copy of a module, as the module's training step calls it first, with the loss of that step.
 
+    Copy and batch are in single precision: 16 bits would round the indicators, and neighbours would come to be equal.
+
     Args:
         module: has its network as `network`.
         batch: of its training data, on its device.
@@ -124,7 +127,8 @@ def probe_of(module: LightningModule, batch: Any, seed: int) -> Probe:
     Raises:
         UserError: no `network`, a training step that does not call it, or one that gives no loss.
     """
-    duplicate = copy.deepcopy(module)
+    duplicate = copy.deepcopy(module).float()
+    batch = tree_map(lambda v: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v, batch)
     duplicate.__dict__["log"] = lambda *_, **__: None
     if module._trainer is not None:
         duplicate.trainer = module.trainer

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
 from torch import Tensor
 
 from genlight.data.cache import fingerprint_of
@@ -22,7 +23,7 @@ from genlight.data.loaders import FixedLoader, TrainLoader
 from genlight.data.sampling import LABEL_ORDER, POOL_ORDER, BatchOrder, Indices, even_batches, generator
 from genlight.errors import UserError, in_config
 from genlight.predictors.losses import kendall_tau
-from genlight.predictors.pool import Pool, check_tokens, cleaned, useful_columns
+from genlight.predictors.pool import Categories, Pool, check_tokens, cleaned, useful_columns
 
 log = logging.getLogger(__name__)
 _SPLIT_SEED = 201  # fixed: what is held out must not move with the seed of a run
@@ -39,6 +40,7 @@ class ArchitectureTable:
         target: float32 [N], the true score; NaN where unknown.
         low_fidelity: float32 [N, E].
         in_pool: bool [N]; the others are held out.
+        categories: as in `Pool`.
     """
 
     tokens: Tensor
@@ -46,6 +48,7 @@ class ArchitectureTable:
     target: Tensor
     low_fidelity: Tensor
     in_pool: Tensor
+    categories: Categories = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ class ArchitectureDataModule(LightningDataModule):
         """The table, read at the first call, checked and divided.
 
         Raises:
-            UserError: the table does not fit the config; too few labels; a low-fidelity score that is the target.
+            UserError: the table does not fit the config; a candidate in two rows; too few labels; a low-fidelity score
+                that is the target.
         """
         if self.higher_is_better is None:
             raise UserError(f"data.higher_is_better is null: say whether a higher {self.target} is better")
@@ -144,13 +148,14 @@ class ArchitectureDataModule(LightningDataModule):
         table = self.read_table()
         with in_config("data"):
             check_tokens(table.tokens, table.vocabulary)
+        self._check_rows(table.tokens)
         target = cleaned(table.target) if self.higher_is_better else -cleaned(table.target)
         rows = table.in_pool.nonzero().squeeze(1)
         low_fidelity = cleaned(table.low_fidelity[rows])
         with in_config("data"):
             kept = useful_columns(self.low_fidelity, low_fidelity)
         names = tuple(self.low_fidelity[number] for number in kept)
-        pool = Pool(table.tokens[rows], table.vocabulary, low_fidelity[:, kept], names)
+        pool = Pool(table.tokens[rows], table.vocabulary, low_fidelity[:, kept], names, table.categories)
         self._check_leakage(pool, target[rows])
         labelled = self._labelled(target[rows])
         targets = torch.full((len(rows),), torch.nan)
@@ -168,6 +173,16 @@ class ArchitectureDataModule(LightningDataModule):
         other.__dict__.pop("prepared", None)
         other.labels, other.label_seed = labels, label_seed
         return other
+
+    def _check_rows(self, tokens: Tensor) -> None:
+        _, place, counts = torch.unique(tokens, dim=0, return_inverse=True, return_counts=True)
+        several = (counts[place] > 1).nonzero().squeeze(1)
+        if len(several):
+            same = (place == place[several[0]]).nonzero().squeeze(1)[:3].tolist()
+            raise UserError(
+                f"{self.name}: {len(several)} rows hold a candidate that others hold too (counted from 0, {same} are "
+                "one): it would be trained on and held out; average the scores of each first"
+            )
 
     def _check_leakage(self, pool: Pool, target: Tensor) -> None:
         for name, column in zip(pool.names, pool.low_fidelity.T):
@@ -201,6 +216,11 @@ class ArchitectureDataModule(LightningDataModule):
         for tensor in (pool.tokens, pool.low_fidelity, self.prepared.labelled, self.prepared.targets):
             digest.update(tensor.contiguous().numpy().tobytes())
         return fingerprint_of([self.name, self.target, pool.names, pool.vocabulary, digest.hexdigest()])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What predictions of a predictor that was trained on this are of: negated where a lower target is better."""
+        return {"data": self.fingerprint, "target": self.target, "negated": not self.higher_is_better}
 
     def prepare_data(self) -> None:
         """Read the table, to fail early."""
@@ -300,6 +320,16 @@ class HeldOutRows:
 
     def __getitems__(self, indices: Indices) -> dict[str, Tensor]:
         return {"tokens": self.data.held_out[indices], "target": self.data.held_out_targets[indices]}
+
+
+def single_precision(values: NDArray[Any], where: str) -> Tensor:
+    """Scores as float32; UserError where that does not hold a finite one."""
+    with np.errstate(over="ignore"):
+        found = torch.from_numpy(values.astype(np.float32))
+    lost = values[np.isfinite(values) & ~found.isfinite().numpy()]
+    if len(lost):
+        raise UserError(f"{where} holds {lost[0]:.3g}, and single precision 3.4e38 at most: take its logarithm")
+    return found
 
 
 def random_pool(known: Tensor, share: float) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from genlight.config_check import nearest
-from genlight.data.architectures import ArchitectureDataModule, ArchitectureTable, random_pool
+from genlight.data.architectures import ArchitectureDataModule, ArchitectureTable, random_pool, single_precision
 from genlight.data.npz import npz_names, read_npz
 from genlight.errors import UserError
 
@@ -145,7 +145,7 @@ class NASBenchDataModule(ArchitectureDataModule):
         tokens = torch.from_numpy(arrays[benchmark.architectures].astype(np.int64)).flatten(1)
         if any(arrays[name].shape != (len(tokens),) or arrays[name].dtype.kind != "f" for name in wanted):
             raise UserError(f"{path.name}: the columns {', '.join(wanted)} must be one number for each architecture")
-        target, *scores = (torch.from_numpy(arrays[name].astype(np.float32)) for name in wanted)
+        target, *scores = (single_precision(arrays[name], f"{path.name}: {name}") for name in wanted)
         low_fidelity = torch.stack(scores, dim=1) if scores else torch.empty(len(tokens), 0)
         if self.split == "official":
             in_pool = torch.arange(len(tokens)) < _OFFICIAL_POOL

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from genlight.config_check import nearest
-from genlight.data.architectures import ArchitectureDataModule, ArchitectureTable, random_pool
+from genlight.data.architectures import ArchitectureDataModule, ArchitectureTable, random_pool, single_precision
 from genlight.errors import UserError
 
 
@@ -85,9 +85,8 @@ class ScoreTableDataModule(ArchitectureDataModule):
         for name in names:
             if name not in columns:
                 raise UserError(f"{self.path}: no column {name}{nearest(name, list(columns))}")
-        tokens = torch.from_numpy(
-            np.stack([_categories(columns[name], f"{self.path}: {name}") for name in self.token_columns], axis=1)
-        )
+        found = [_categories(columns[name], f"{self.path}: {name}") for name in self.token_columns]
+        tokens = torch.from_numpy(np.stack([numbers for numbers, _ in found], axis=1))
         target, *scores = (_numbers(columns[name], f"{self.path}: {name}") for name in names[len(self.token_columns) :])
         shown = [int(column.max()) + 1 for column in tokens.T]
         return ArchitectureTable(
@@ -96,6 +95,7 @@ class ScoreTableDataModule(ArchitectureDataModule):
             target,
             torch.stack(scores, dim=1) if scores else torch.empty(len(tokens), 0),
             random_pool(target.isfinite(), self.pool_share),
+            tuple(texts for _, texts in found),
         )
 
 
@@ -117,26 +117,30 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(zip(table.column_names, table.columns))
 
 
-def _categories(column: Any, where: str) -> NDArray[np.int64]:
-    """A column as numbers from 0; UserError for a missing or negative one, or a fraction."""
+def _categories(column: Any, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """A column as numbers from 0, and the texts that these stand for; UserError for a missing or negative one, or a
+    fraction."""
     import pyarrow as pa
 
-    if column.null_count:
-        raise UserError(f"{where} is empty in {column.null_count} rows: all candidates need as many categories")
     kind = column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    # to pyarrow an empty text of a CSV file is not missing
+    empty = sum(not (each or "").strip() for each in column.to_pylist()) if text else column.null_count
+    if empty:
+        raise UserError(f"{where} is empty in {empty} rows: all candidates need as many categories")
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         values: NDArray[np.int64] = column.to_numpy().astype(np.int64)
         if values.min() < 0:
             raise UserError(f"{where} holds {values.min()}; categories are numbered from 0")
-        return values
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        numbers: NDArray[np.int64] = np.unique(column.to_numpy().astype(str), return_inverse=True)[1].astype(np.int64)
-        return numbers
+        return values, ()
+    if text:
+        texts, numbers = np.unique(column.to_numpy().astype(str), return_inverse=True)
+        return numbers.astype(np.int64), tuple(texts.tolist())
     raise UserError(f"{where} holds {kind} values; a category is a whole number or a text")
 
 
 def _numbers(column: Any, where: str) -> torch.Tensor:
-    """A column as float32, NaN where it is empty; UserError for texts."""
+    """A column as float32, NaN where it is empty; UserError for texts, or a number that is too large."""
     import pyarrow as pa
 
     kind = column.type
@@ -144,4 +148,4 @@ def _numbers(column: Any, where: str) -> torch.Tensor:
         pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
     ):
         raise UserError(f"{where} holds {kind} values; a score is a number")
-    return torch.from_numpy(column.cast(pa.float64()).to_numpy().astype(np.float32))
+    return single_precision(column.cast(pa.float64()).to_numpy(), where)

@@ -155,7 +155,7 @@ def save_artifact(
     folder: Path,
 ) -> None:
     """The predictor, which `genlight.predictors.predictor_file` reads, and all that was compared as JSON beside it."""
-    save_predictor(folder, trained, {"data": work.datamodule.fingerprint, "predictor": work.method.predictor})
+    save_predictor(folder, trained, {**work.datamodule.facts, "predictor": work.method.predictor})
     content = {
         "kind": _KIND,
         "version": _VERSION,

@@ -20,6 +20,7 @@ from genlight.loops.predictor_report import predictor_result
 from genlight.loops.predictor_work import PredictorWork
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
+from genlight.modules.predictor import SAVED
 from genlight.predictors.contenders import DELE, NAMES, SAVABLE
 from genlight.predictors.experts import ExpertEnsemble
 from genlight.reports.cost import CostEstimate
@@ -137,6 +138,11 @@ class PredictorSearch:
         network: ExpertEnsemble = copy.deepcopy(module.net).cpu().eval()
         if not module.finetuned:
             return network
+        if module.pretrained_steps not in (None, steps):
+            raise UserError(
+                f"data.pretrain_steps = {steps}, but {module.pretrained_steps} in the fit of "
+                f"ckpt_path={self.ckpt_path}: set it as there"
+            )
         given = Path(self.ckpt_path)
         folder = given / "checkpoints" if given.is_dir() else given.parent
         path = folder / f"step-{steps:06d}.ckpt"
@@ -146,7 +152,12 @@ class PredictorSearch:
                 f"callbacks.checkpoint.save_top_k=-1 'callbacks.checkpoint.also_at=[{steps}]', or with "
                 f"trainer.max_steps={steps}"
             )
-        state = load_checkpoint(path)["state_dict"]
+        checkpoint = load_checkpoint(path)
+        if checkpoint[SAVED]["finetuning"]:
+            raise UserError(
+                f"{path} holds experts that true scores have trained: set data.pretrain_steps as in their fit"
+            )
+        state = checkpoint["state_dict"]
         experts = {name.removeprefix(_EXPERTS): value for name, value in state.items() if name.startswith(_EXPERTS)}
         network.experts.load_state_dict(experts)
         return network

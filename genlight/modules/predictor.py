@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from genlight.errors import UserError, in_config
@@ -19,9 +21,18 @@ from genlight.predictors.expert_doubts import expert_doubts
 from genlight.predictors.expert_heads import FittedExpertScores, FittedFusion, ScoreScale
 from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
 from genlight.predictors.feature_heads import HEADS
-from genlight.predictors.predictor_file import FUSION, TrainedExperts, describe, load_predictor, rebuild, save_predictor
+from genlight.predictors.pool import Categories
+from genlight.predictors.predictor_file import (
+    FUSION,
+    TrainedExperts,
+    categories_of,
+    describe,
+    load_predictor,
+    rebuild,
+    save_predictor,
+)
 
-_SAVED = "genlight_predictor"
+SAVED = "genlight_predictor"
 
 
 class PredictorModule(Optimization, LightningModule):
@@ -47,6 +58,7 @@ class PredictorModule(Optimization, LightningModule):
 
     Attributes:
         network: the experts and the gate; None before the data is known (``check_data``).
+        pretrained_steps: data.pretrain_steps of the fit whose checkpoint was loaded; None: none was, or an old one.
 
     Raises:
         ValueError: another head.
@@ -69,8 +81,11 @@ class PredictorModule(Optimization, LightningModule):
         self.keep_optimizer_state = keep_optimizer_state
         self.network: ExpertEnsemble | None = None
         self.names: tuple[str, ...] = ()
+        self.categories: Categories | None = None
+        self.pretrained_steps: int | None = None
         self.metrics = RankingScores()
         self._data: Any = None
+        self._pretrain_steps, self._facts = 0, dict[str, Any]()
         self._finetuning = False
         self._fitted: FittedFusion | FittedExpertScores | None = None
 
@@ -84,7 +99,7 @@ class PredictorModule(Optimization, LightningModule):
             name = getattr(datamodule, "name", type(datamodule).__name__)
             raise UserError(f"module=predictor needs a table of candidates, which data={name} is not")
         self._data, pool = datamodule.prepared, datamodule.prepared.pool
-        self._pretrain_steps, self._facts = datamodule.pretrain_steps, {"data": datamodule.fingerprint}
+        self._pretrain_steps, self._facts = datamodule.pretrain_steps, datamodule.facts
         if self.network is None:
             with in_config("module"):
                 self.network = ExpertEnsemble(self.settings, pool.vocabulary, max(1, len(pool.names)))
@@ -94,6 +109,9 @@ class PredictorModule(Optimization, LightningModule):
                 f"the predictor is of {len(self.network.vocabulary)} tokens and the scores {', '.join(self.names)}, "
                 f"the data of {len(pool.vocabulary)} and {', '.join(pool.names)}: set data.low_fidelity as in training"
             )
+        if self.categories is not None:
+            _check_categories(self.categories, pool.categories)
+        self.categories = pool.categories
 
     @property
     def net(self) -> ExpertEnsemble:
@@ -116,7 +134,14 @@ class PredictorModule(Optimization, LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        """UserError where a regression would be on experts that labels trained; a warning where a fusion never is."""
         steps = self.trainer.max_steps
+        if self.head == FUSION and 0 < steps <= self._pretrain_steps:
+            rank_zero_warn(
+                f"trainer.max_steps = {steps} ends before a true score trains anything: experts, which method=dele "
+                f"takes, are saved with an untrained gate; for DELE by itself more than data.pretrain_steps = "
+                f"{self._pretrain_steps} are needed"
+            )
         if self.head != FUSION and steps != self._pretrain_steps:
             raise UserError(
                 f"module.head = {self.head} leaves the experts as data.pretrain_steps = {self._pretrain_steps} made "
@@ -155,7 +180,7 @@ class PredictorModule(Optimization, LightningModule):
         if data is None:
             raise UserError("the pool is not known: call check_data with the datamodule first")
         scale = ScoreScale.of(network, data.pool.tokens)
-        return TrainedExperts(network, scale, self.names, self.head, *self._measured())
+        return TrainedExperts(network, scale, self.names, self.head, *self._measured(), data.pool.categories)
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         """Tokens and true scores of the labelled candidates."""
@@ -182,18 +207,28 @@ class PredictorModule(Optimization, LightningModule):
         return {"mean": mean, "std": deviation}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_SAVED] = {"description": describe(self.net, self.names), "finetuning": self._finetuning}
+        checkpoint[SAVED] = {
+            "description": describe(self.net, self.names),
+            "finetuning": self._finetuning,
+            "pretrain_steps": self._pretrain_steps,
+            "categories": [list(names) for names in self.categories or ()],
+            "facts": self._facts,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over shape and step; UserError if the checkpoint is of no predictor, or of another."""
-        if _SAVED not in checkpoint:
+        if SAVED not in checkpoint:
             raise UserError("the checkpoint is not of a predictor (module=predictor)")
-        saved = checkpoint[_SAVED]
+        saved = checkpoint[SAVED]
         if self.network is None:
             self.network, self.names = rebuild(saved["description"])
         elif saved["description"] != describe(self.network, self.names):
             raise UserError("the checkpoint is of a predictor with other experts, tokens or widths than the config")
-        self._finetuning = bool(saved["finetuning"])
+        if "categories" in saved:
+            if self.categories is not None:
+                _check_categories(categories_of(saved), self.categories)
+            self.categories = categories_of(saved)
+        self._finetuning, self.pretrained_steps = bool(saved["finetuning"]), saved.get("pretrain_steps")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; what does not fit raises a UserError that names the first keys."""
@@ -209,3 +244,11 @@ class PredictorModule(Optimization, LightningModule):
     def from_pretrained(folder: str | Path) -> TrainedExperts:
         """What `save_pretrained` wrote, to predict with; see `load_predictor` for errors."""
         return load_predictor(folder)
+
+
+def _check_categories(trained: Categories, data: Categories) -> None:
+    """UserError where the data has other categories than the training had: it numbers the same text differently."""
+    for place, pair in enumerate(zip_longest(trained, data, fillvalue=())):
+        if pair[0] != pair[1]:
+            before, now = (", ".join(names) or "numbers" for names in pair)
+            raise UserError(f"the categories of token {place} were {before} in training, and are {now} in the data")

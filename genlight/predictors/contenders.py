@@ -79,7 +79,7 @@ class Contenders:
             network = self._tuned(name, rows, targets, seed).networks[0]
         with single_thread():
             scale = ScoreScale.of(network, self.pool.tokens)
-        return TrainedExperts(network, scale, names, head, self.tokens[rows], targets)
+        return TrainedExperts(network, scale, names, head, self.tokens[rows], targets, self.pool.categories)
 
     def _tuned(self, name: str, rows: Tensor, targets: Tensor, seed: int) -> FittedFusion:
         return FusionPredictor((self.fused(name, seed),), self.pool, self.training).fit(

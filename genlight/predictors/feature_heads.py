@@ -17,6 +17,8 @@ from genlight.predictors.pool import Standardiser
 from genlight.predictors.ranking import checked_targets
 
 HEADS = ("gp", "ridge", "forest")
+# time of a process grows with the third power of what it is fitted on
+_MAX_POINTS, _ROWS_AT_ONCE = 1000, 4096
 # longer than for features of schedules: experts agree so much that a nearly linear process is likely
 _LENGTHS = (0.3, 0.45, 0.67, 1.0, 1.5, 2.2, 3.3)
 
@@ -66,7 +68,8 @@ def fit_head(head: str, features: Tensor, targets: Sequence[float] | Tensor, see
     """A regression on standardised features [n, d].
 
     Args:
-        head: "gp": Gaussian process, all features on one length scale. "ridge": Bayesian linear regression, its
+        head: "gp": Gaussian process, all features on one length scale. Of more than 1,000 candidates it is fitted on so
+            many, spread evenly over the order of the targets. "ridge": Bayesian linear regression, its
             regularisation by the evidence. "forest": 300 trees; their spread is the deviation.
         features: without NaN.
         targets: [n].
@@ -81,8 +84,10 @@ def fit_head(head: str, features: Tensor, targets: Sequence[float] | Tensor, see
     quantiles = normal_quantiles(values.numpy())
     points = features.double().cpu().numpy()
     if head == "gp":
+        order, count = np.argsort(quantiles, kind="stable"), len(quantiles)
+        kept = np.sort(order[np.linspace(0, count - 1, min(count, _MAX_POINTS)).round().astype(int)])
         with one_blas_thread():
-            return _Process(FittedProcess(points[:, None], quantiles, standardise=False, lengths=_LENGTHS))
+            return _Process(FittedProcess(points[kept, None], quantiles[kept], standardise=False, lengths=_LENGTHS))
     if head == "ridge":
         from sklearn.linear_model import BayesianRidge
 
@@ -97,7 +102,9 @@ class _Process:
     process: FittedProcess
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.process.predict(list(features.cpu().unsqueeze(1)))
+        found = [self.process.predict(list(rows.unsqueeze(1))) for rows in torch.split(features.cpu(), _ROWS_AT_ONCE)]
+        mean, deviation = (torch.cat(part) for part in zip(*found))
+        return mean, deviation
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+# what the values of each token are called
+Categories = tuple[tuple[str, ...], ...]
 REAL = 0  # in the place of a vocabulary: the token is a real number
 _FAILED = 1e8  # ± this stands for "failed" in published tables
 
@@ -21,6 +23,8 @@ class Pool:
         vocabulary: number of values of each token, 0 (`REAL`) for a real number.
         low_fidelity: float32 [N, E], NaN where a score is missing; E may be 0.
         names: of the E scores.
+        categories: what the values of each token are called, in the order of their numbers, none where they are
+            numbers; empty: no token has names.
 
     Raises:
         ValueError: shapes that do not fit, tokens outside the vocabulary, a name that stands twice.
@@ -30,6 +34,7 @@ class Pool:
     vocabulary: tuple[int, ...]
     low_fidelity: Tensor
     names: tuple[str, ...]
+    categories: Categories = ()
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.vocabulary)
@@ -92,9 +97,11 @@ class Standardiser:
     @classmethod
     def of(cls, values: Tensor) -> "Standardiser":
         """Of values [N, d], NaN left out; a column that never changes keeps its scale."""
-        mean = values.nanmean(dim=0)
-        std = (values - mean).square().nanmean(dim=0).sqrt()
-        return cls(mean.nan_to_num(0.0), torch.where(std > 1e-6, std, torch.ones_like(std)))
+        exact = values.double()  # single precision holds scores whose squares it does not
+        mean = exact.nanmean(dim=0)
+        std = (exact - mean).square().nanmean(dim=0).sqrt()
+        std = torch.where(std > 1e-6, std, torch.ones_like(std))
+        return cls(mean.nan_to_num(0.0).to(values.dtype), std.to(values.dtype))
 
     def __call__(self, values: Tensor) -> Tensor:
         """Values [n, d] standardised; what is missing becomes the mean, 0."""

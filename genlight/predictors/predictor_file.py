@@ -22,7 +22,7 @@ from genlight.io import (
 from genlight.predictors.expert_heads import FittedExpertScores, FittedFusion, ScoreScale, all_scores
 from genlight.predictors.experts import ExpertEnsemble, ExpertSettings
 from genlight.predictors.feature_heads import fit_head
-from genlight.predictors.pool import Standardiser
+from genlight.predictors.pool import Categories, Standardiser
 
 WEIGHTS, RECORD = "predictor.safetensors", "predictor.json"
 FUSION = "fusion"
@@ -40,6 +40,7 @@ class TrainedExperts:
         names: of the low-fidelity scores that its experts learned.
         head: "fusion" for the network's own gate, or a regression on frozen experts: "gp", "ridge", "forest".
         tokens, targets: what was measured, int64 [n, T] and float [n].
+        categories: as in `Pool`.
     """
 
     network: ExpertEnsemble
@@ -48,6 +49,24 @@ class TrainedExperts:
     head: str
     tokens: Tensor
     targets: Tensor
+    categories: Categories = ()
+
+    def numbered(self, candidates: Sequence[Sequence[str | int]]) -> Tensor:
+        """Candidates whose categories are texts or numbers, [n, T], as tokens int64 [n, T].
+
+        Raises:
+            ValueError: a text that the table of the training did not have, or another T.
+        """
+        names = self.categories or ((),) * len(self.network.vocabulary)
+        found = []
+        for candidate in candidates:
+            if len(candidate) != len(names):
+                raise ValueError(f"{list(candidate)} has {len(candidate)} categories, not {len(names)}")
+            for place, (value, known) in enumerate(zip(candidate, names)):
+                if known and value not in known:
+                    raise ValueError(f"category {place} is {value!r}; it must be one of {', '.join(known)}")
+            found.append([known.index(value) if known else int(value) for value, known in zip(candidate, names)])
+        return torch.tensor(found)
 
     def fitted(self) -> FittedFusion | FittedExpertScores:
         """What predicts; a regression is fitted here, which takes milliseconds."""
@@ -68,6 +87,7 @@ def save_predictor(folder: str | Path, trained: TrainedExperts, facts: Mapping[s
         tensors |= {f"scale.{part}.mean": scale.mean, f"scale.{part}.std": scale.std}
     tensors |= {"measured.tokens": trained.tokens, "measured.targets": trained.targets}
     record = {"kind": _KIND, "version": _VERSION, **describe(trained.network, trained.names), "head": trained.head}
+    record |= {"categories": [list(names) for names in trained.categories]}
     save_tensors(folder / WEIGHTS, tensors, {"kind": _KIND})
     atomic_write_json(folder / RECORD, {**record, "facts": dict(facts)})
 
@@ -95,7 +115,8 @@ def load_predictor(folder: str | Path) -> TrainedExperts:
             Standardiser(tensors[f"scale.{part}.mean"], tensors[f"scale.{part}.std"]) for part in ("score", "experts")
         ]
         measured = tensors["measured.tokens"], tensors["measured.targets"]
-        return TrainedExperts(network.eval(), ScoreScale(*scales), names, str(record["head"]), *measured)
+        categories = categories_of(record)
+        return TrainedExperts(network.eval(), ScoreScale(*scales), names, str(record["head"]), *measured, categories)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptFileError(f"{folder}: record and weights of the predictor do not fit together: {error}") from error
 
@@ -107,6 +128,11 @@ def describe(network: ExpertEnsemble, names: Sequence[str]) -> dict[str, Any]:
         "vocabulary": list(network.vocabulary),
         "low_fidelity": list(names),
     }
+
+
+def categories_of(record: Mapping[str, Any]) -> Categories:
+    """As in `Pool`, from a record; those of before they were noted have none."""
+    return tuple(tuple(map(str, names)) for names in record.get("categories", ()))
 
 
 def rebuild(description: Mapping[str, Any]) -> tuple[ExpertEnsemble, tuple[str, ...]]:

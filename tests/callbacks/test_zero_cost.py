@@ -1,5 +1,6 @@
 """The row of low-fidelity scores of a run, written without a trace in the training."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_row_holds_the_indicators_of_the_first_batch(tmp_path: Path) -> None:
     assert (found["kind"], found["version"], found["seed"]) == ("genlight.indicators", 1, 5)
     assert {name: found[name] for name in REPEATABLE} == pytest.approx(expected, rel=1e-6)
     assert list(found)[-len(REPEATABLE) :] == REPEATABLE and all(map(math.isfinite, expected.values()))
+
+
+def test_indicators_of_rounded_weights_are_not_rounded(tmp_path: Path) -> None:
+    module = classifier(label_smoothing=0.0)
+    exact = copy.deepcopy(module.network).bfloat16().float()
+    batch = next(iter(digits().train_dataloader()))
+    expected = indicators(exact, batch["image"], batch["label"], functional.cross_entropy, REPEATABLE)
+    fit(module, tmp_path, ZeroCostIndicators(str(tmp_path)), epochs=1, precision="bf16-true", limit_train_batches=1)
+    found = row(tmp_path)
+    assert {name: found[name] for name in REPEATABLE} == pytest.approx(expected, rel=1e-6)
+    assert next(module.network.parameters()).dtype == torch.bfloat16
 
 
 def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path: Path) -> None:

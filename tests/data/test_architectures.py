@@ -6,11 +6,12 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data.toy_tables import ToyTable, toy_table
 
-from genlight.data.architectures import TwoSteps, random_pool
+from genlight.data.architectures import TwoSteps, random_pool, single_precision
 from genlight.data.sampling import BatchOrder
 from genlight.errors import UserError
 
@@ -109,7 +110,8 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         ({}, {"labels": 121}, "data.labels = 121 must be at most 120"),
         ({}, {"higher_is_better": None}, "data.higher_is_better is null"),
         ({}, {"low_fidelity": []}, "data.pretrain_steps = 6, but data.low_fidelity is empty"),
-        ({"vocabulary": (3, 3, 3, 2)}, {}, "token 3 of row .* is 2"),
+        ({"vocabulary": (4, 4, 4, 3)}, {}, "token 3 of row .* is 3"),
+        ({"tokens": torch.cat([table.tokens[:199], table.tokens[7:8]])}, {}, r"2 rows .* \[7, 199\] are one"),
         ({"low_fidelity": torch.stack([table.target.exp(), table.target], 1)}, {}, "a orders the pool exactly"),
         ({"low_fidelity": torch.stack([-table.target, table.target], 1)}, {}, "a orders the pool exactly"),
         ({"target": torch.ones(200)}, {}, "all have the same score"),
@@ -130,6 +132,13 @@ def test_tables_that_do_not_fit_are_refused() -> None:
             ToyTable(**options)
 
 
+def test_what_single_precision_does_not_hold_is_refused() -> None:
+    values = np.array([1.0, math.inf, math.nan, -3e38])
+    assert torch.equal(single_precision(values[:2], "x"), torch.tensor([1.0, math.inf]))
+    with pytest.raises(UserError, match=r"x holds -1e\+67.* take its logarithm"):
+        single_precision(np.array([*values, -1e67]), "x")
+
+
 def test_few_labels_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         ToyTable(labels=9).prepared  # noqa: B018
@@ -137,8 +146,6 @@ def test_few_labels_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_ranks_share_both_steps_without_duplicates() -> None:
-    import numpy as np
-
     rows = np.arange(40, 60)
     orders = [TwoSteps(BatchOrder(100, 25, 0, r, 2), BatchOrder(20, 10, 0, r, 2), 3, rows) for r in (0, 1)]
     for position in range(6):

@@ -1,5 +1,6 @@
 """A table of one's own from CSV and Parquet, and what is told about tables that do not fit."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from genlight.errors import UserError
 
 def columns() -> dict[str, list[Any]]:
     rng = np.random.default_rng(0)
-    kind, size = rng.integers(0, 3, 60).tolist(), rng.integers(0, 4, 60).tolist()
+    rows = list(itertools.product(range(3), range(4), range(5)))
+    kind, size, step = zip(*(rows[number] for number in rng.permutation(60)))
     score = [k + s / 10 + 0.001 * i for i, (k, s) in enumerate(zip(kind, size))]
     return {
         "kind": [("conv", "pool", "skip")[k] for k in kind],
         "size": size,
+        "step": step,
         "score": [None if i % 6 == 5 else s for i, s in enumerate(score)],
         "cheap": [s + rng.normal() for s in score],
     }
@@ -33,7 +36,7 @@ def write(path: Path, table: dict[str, list[Any]]) -> str:
 
 
 def module(path: str | None, **options: Any) -> ScoreTableDataModule:
-    settings = {"token_columns": ["kind", "size"], "target": "score", "low_fidelity": ["cheap"], "labels": 10}
+    settings = {"token_columns": ["kind", "size", "step"], "target": "score", "low_fidelity": ["cheap"], "labels": 10}
     return ScoreTableDataModule(path, **{**settings, "higher_is_better": True, **options})  # type: ignore[arg-type]
 
 
@@ -41,9 +44,9 @@ def module(path: str | None, **options: Any) -> ScoreTableDataModule:
 def test_both_kinds_of_file_give_the_table(suffix: str, tmp_path: Path) -> None:
     given = columns()
     table = module(write(tmp_path / f"t{suffix}", given)).read_table()
-    assert table.vocabulary == (3, 4)
+    assert table.vocabulary == (3, 4, 5) and table.categories == (("conv", "pool", "skip"), (), ())
     assert table.tokens[:, 0].tolist() == [("conv", "pool", "skip").index(k) for k in given["kind"]]
-    assert table.tokens[:, 1].tolist() == given["size"]
+    assert table.tokens[:, 1].tolist() == list(given["size"])
     unknown = torch.arange(60) % 6 == 5
     assert torch.equal(table.target.isnan(), unknown) and bool(table.in_pool[unknown].all())
     assert torch.allclose(table.target[~unknown], torch.tensor([s for s in given["score"] if s is not None]))
@@ -52,9 +55,9 @@ def test_both_kinds_of_file_give_the_table(suffix: str, tmp_path: Path) -> None:
 
 def test_a_given_vocabulary_is_kept_and_must_hold_all_tokens(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", columns())
-    assert module(path, vocabulary=[3, 9]).prepared.pool.vocabulary == (3, 9)
+    assert module(path, vocabulary=[3, 9, 5]).prepared.pool.vocabulary == (3, 9, 5)
     with pytest.raises(UserError, match=r"token 1 of row .* vocabulary is 0 to 2"):
-        module(path, vocabulary=[3, 3]).prepared  # noqa: B018
+        module(path, vocabulary=[3, 3, 5]).prepared  # noqa: B018
 
 
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -62,6 +65,9 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"size": [None] + [1] * 59}, {}, "size is empty in 1 rows: all candidates need as many"),
         ({"size": [-1] * 60}, {}, "size holds -1"),
         ({"size": [0.5] * 60}, {}, "size holds double values"),
+        ({"kind": [" ", "", *["conv"] * 58]}, {}, "kind is empty in 2 rows"),
+        ({"cheap": [1e67, *[1.0] * 59]}, {}, r"cheap holds 1e\+67.* take its logarithm"),
+        ({"step": [0] * 60}, {}, "rows hold a candidate that others hold too"),
         ({"cheap": ["a"] * 60}, {}, "cheap holds string values; a score is a number"),
         ({}, {"target": "scor"}, "no column scor; did you mean 'score'"),
         ({}, {"higher_is_better": None}, "data.higher_is_better is null"),
@@ -75,6 +81,9 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"not a readable .parquet file"):
         module(str(tmp_path / "bad.parquet")).prepared  # noqa: B018
+    (tmp_path / "empty.csv").write_text("kind,size,step,score,cheap\n,1,0,2,3\nb,1,1,2,3\n")
+    with pytest.raises(UserError, match="kind is empty in 1 rows"):
+        module(str(tmp_path / "empty.csv")).prepared  # noqa: B018
     (tmp_path / "ragged.csv").write_text("kind,size,score,cheap\na,1,2,3\nb,1,2\n")
     with pytest.raises(UserError, match=r"not a readable .csv file"):
         module(str(tmp_path / "ragged.csv")).prepared  # noqa: B018
@@ -87,7 +96,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         ({"path": "table.pkl"}, "pickles are not read"),
         ({"token_columns": ["cheap", "size"]}, "the column cheap stands in two places"),
-        ({"vocabulary": [3]}, "data.vocabulary has 1 sizes for 2"),
+        ({"vocabulary": [3]}, "data.vocabulary has 1 sizes for 3"),
         ({"pool_share": 0.0}, "data.pool_share = 0.0"),
     ],
 )

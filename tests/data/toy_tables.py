@@ -24,7 +24,7 @@ class ToyTable(ArchitectureDataModule):
 def toy_table(columns: int = 2) -> ArchitectureTable:
     """The target is a weighted sum of the tokens; the columns are the target with noise."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, (200, 4), generator=generator)
+    tokens = torch.cartesian_prod(*[torch.arange(4)] * 4)[torch.randperm(256, generator=generator)[:200]]
     target = (tokens * torch.tensor([3.0, 2.0, 1.0, 0.3])).sum(1)
     noise = torch.randn(200, columns, generator=generator)
-    return ArchitectureTable(tokens, (3,) * 4, target, target[:, None] + 2 * noise, torch.arange(200) < 120)
+    return ArchitectureTable(tokens, (4,) * 4, target, target[:, None] + 2 * noise, torch.arange(200) < 120)

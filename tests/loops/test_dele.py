@@ -4,19 +4,22 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import added, assert_accounted, copied, histories, report_of, the_error
+from command_line import added, assert_accounted, copied, histories, report_of, run_in_ranks, the_error
 from oracles.kills import at_checkpoint, at_line, kill
 from scipy.stats import kendalltau
 
 from genlight import io
 from genlight.cli import main
 from genlight.data.score_table import ScoreTableDataModule
+from genlight.errors import UserError
 from genlight.loops import predictor_work
+from genlight.loops.predictor_search import PredictorSearch
 from genlight.loops.predictor_work import PredictorWork
 from genlight.predictors.contenders import NAMES
 from genlight.predictors.predictor_file import load_predictor
@@ -156,6 +159,14 @@ def test_experts_are_those_of_the_first_step(root: Path) -> None:
     assert experts and all(torch.equal(saved[name], state[f"network.{name}"]) for name in experts)
 
 
+def test_experts_that_true_scores_have_trained_are_refused(root: Path) -> None:
+    method: Any = SimpleNamespace(ckpt_path=f"{root}/run/fit")
+    module = SimpleNamespace(net=torch.nn.Linear(1, 1), finetuned=True, pretrained_steps=None)
+    for steps, message in ((60, "holds experts that true scores have trained"), (50, "step-000050.ckpt is not there")):
+        with pytest.raises(UserError, match=message):
+            PredictorSearch._experts(method, module, steps)
+
+
 def test_regret_is_what_the_archives_say(root: Path) -> None:
     folder = root / "run" / "validate"
     content, records = io.read_json(folder / "artifact" / "comparison.json"), records_of(folder)
@@ -248,6 +259,35 @@ def test_a_killed_search_resumes_to_the_same_archives_and_compares_nothing_again
     assert report_of(root / "killed" / "validate")["table"] == report_of(root / "run" / "validate")["table"]
 
 
+def test_a_comparison_killed_between_two_choices_of_labels_measures_none_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["validate", *words_of(root), *SMALL, f"ckpt_path={root}/run/fit", "run.name=between"]
+    words += ["method.searches=[]", "method.predictors=[tokens_gp]"]
+    kept = root / "between" / "validate" / "comparison"
+    # two are measured for the estimate of the time; this is before the last is written
+    kill(words, lambda _, path: path.parent == kept and len(list(kept.glob("*.json"))) == 3)
+    found = {path.stem: path.read_bytes() for path in kept.glob("*.json")}
+    assert found.keys() == {"12-0", "12-1", "20-0"}
+    fitted, fit = [], PredictorWork.labelled
+    monkeypatch.setattr(PredictorWork, "labelled", lambda self, *each: fitted.append(each) or fit(self, *each))
+    assert main([*words, "resume=true"]) == 0
+    assert (12, 1) not in fitted and (20, 1) in fitted
+    assert {name: (kept / f"{name}.json").read_bytes() for name in found} == found
+    for file in kept.glob("*.json"):
+        other = io.read_json(root / "run" / "validate" / "comparison" / file.name)
+        assert io.read_json(file)["scores"]["tokens_gp"] == other["scores"]["tokens_gp"]
+
+
+def test_two_processes_compare_and_search_as_one(root: Path) -> None:
+    words = ["validate", *words_of(root), *SMALL, f"ckpt_path={root}/run/fit", "run.name=ranks"]
+    run_in_ranks(*words, "strategy=ddp", "trainer.devices=2")
+    folder, one = root / "ranks" / "validate", root / "run" / "validate"
+    assert histories(folder) == histories(one)
+    assert report_of(folder)["table"] == report_of(one)["table"]
+    assert (folder / "artifact" / "comparison.json").read_bytes() == (one / "artifact" / "comparison.json").read_bytes()
+
+
 def test_a_killed_fit_resumes_to_the_same_experts(root: Path) -> None:
     words = ["fit", *words_of(root), "run.name=dead"]
     kill(words, at_checkpoint(root / "dead" / "fit", "first checkpoint"))
@@ -287,7 +327,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.cost=size", "method.cost_limit=-1"], "method.cost_limit = -1"),
         (["search.strategy.strategy.acquisition=best"], "strategy.acquisition = 'best'"),
         (["ckpt_path=null"], "ckpt_path"),
-        (["data.pretrain_steps=50"], "step-000050.ckpt is not there"),
+        (["data.pretrain_steps=60"], "data.pretrain_steps = 60, but 40 in the fit of ckpt_path="),
         (["data.low_fidelity=[small]"], "data.low_fidelity"),
         (["data.path=nowhere.csv"], "nowhere.csv"),
         (["module=classifier", "data=digits", "metrics=digits"], "module=predictor"),

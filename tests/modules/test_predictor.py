@@ -10,6 +10,7 @@ import pytest
 import torch
 from data.toy_tables import ToyTable, toy_table
 
+from genlight import io
 from genlight.callbacks.exact_resume import ExactResume
 from genlight.callbacks.step_seed import StepSeed
 from genlight.errors import UserError
@@ -182,6 +183,42 @@ def test_regressions_leave_the_experts_as_they_are(head: str, tmp_path: Path) ->
     assert float(engine.callback_metrics["val/kendall_tau"]) == pytest.approx(tau)
     with pytest.raises(UserError, match=rf"module.head = {head} leaves the experts"):
         trainer(tmp_path, STEPS + 1).fit(made, datamodule=data)
+
+
+def test_a_fit_that_ends_before_the_second_step_says_so(tmp_path: Path) -> None:
+    for steps, said in ((6, True), (7, False)):
+        with pytest.warns() as warnings:
+            trainer(tmp_path, steps).fit(module(ToyTable()), datamodule=ToyTable())
+        assert any("ends before a true score trains anything" in str(each.message) for each in warnings) == said
+
+
+def test_other_names_of_the_categories_are_refused(tmp_path: Path) -> None:
+    """They number the same text differently."""
+    named, renamed = (
+        ToyTable(dataclasses.replace(toy_table(), categories=(tuple(names), (), (), ()))) for names in ("pqrs", "apqr")
+    )
+    saved: dict[str, Any] = {}
+    module(named).on_save_checkpoint(saved)
+    read = PredictorModule(ExpertSettings())
+    read.on_load_checkpoint(saved)
+    read.check_data(named)
+    message = "categories of token 0 were p, q, r, s in training, and are a, p, q, r in the data"
+    for check in (lambda: read.check_data(renamed), lambda: module(renamed).on_load_checkpoint(saved)):
+        with pytest.raises(UserError, match=message):
+            check()
+    read.check_data(named)
+    read.save_pretrained(tmp_path)
+    assert PredictorModule.from_pretrained(tmp_path).categories == (("p", "q", "r", "s"), (), (), ())
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_is_saved_says_whether_targets_were_negated(higher: bool, tmp_path: Path) -> None:
+    data, saved = ToyTable(higher_is_better=higher), dict[str, Any]()
+    made = module(data)
+    made.save_pretrained(tmp_path)
+    made.on_save_checkpoint(saved)
+    facts = {"data": data.fingerprint, "target": "score", "negated": not higher}
+    assert io.read_json(tmp_path / "predictor.json")["facts"] == saved[predictor.SAVED]["facts"] == facts
 
 
 def test_without_scores_there_is_one_expert_and_no_first_step(tmp_path: Path) -> None:

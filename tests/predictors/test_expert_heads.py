@@ -1,5 +1,7 @@
 """Heads on experts: they order what they have not seen, and know nothing but what they were given."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from predictors.toy_pool import VOCABULARY, toy
@@ -69,6 +71,28 @@ def test_the_order_of_the_scores_changes_no_regression(trained: tuple[Pool, torc
         ExpertScorePredictor(n, pool).fit(pool.tokens[:N], truth[:N]).predict(pool.tokens)[0] for n in (network, turned)
     )
     assert torch.allclose(a, b, atol=1e-8)
+
+
+@pytest.mark.parametrize("gate", ["dynamic", "static"])
+def test_the_order_of_the_scores_changes_no_fusion(gate: str) -> None:
+    """Of a given gate; a static one begins with equal weights, so that training keeps what it is."""
+    pool, truth = toy()
+    settings = replace(SETTINGS, gate=gate)
+    network = pretrain(settings, ExpertTraining(20, 0), pool, seed=0)
+    turned = ExpertEnsemble(settings, VOCABULARY, 3)
+    last = ("gate.logits", "gate.1.weight", "gate.1.bias")  # one entry for each expert
+    state = network.state_dict()
+    turned.load_state_dict({k: v.flip(0) if k.startswith("experts.") or k in last else v for k, v in state.items()})
+    with torch.no_grad():
+        one, other = network(pool.tokens), turned.eval()(pool.tokens)
+    assert torch.allclose(one.score, other.score, atol=1e-6)
+    assert torch.allclose(one.weights, other.weights.flip(0), atol=1e-6)
+    if gate == "static":
+        a, b = (
+            FusionPredictor((n,), pool, ExpertTraining(0, 10)).fit(pool.tokens[:N], truth[:N], 0).predict(pool.tokens)
+            for n in (network, turned)
+        )
+        assert torch.allclose(a[0], b[0], atol=1e-3) and torch.allclose(a[1], b[1], atol=1e-3)
 
 
 def test_the_fused_scale_is_that_of_the_pool_and_networks_that_differ_are_unsure() -> None:

@@ -1,10 +1,12 @@
 """Regressions on features: right on functions they can express, unsure elsewhere, blind to sentinels."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from genlight.predictors import feature_heads
 from genlight.predictors.feature_heads import HEADS, LowFidelityPredictor, fit_head
 from genlight.predictors.losses import kendall_tau
 from genlight.predictors.pool import Standardiser, cleaned
@@ -28,6 +30,19 @@ def test_far_away_it_is_less_sure(head: str) -> None:
     features, targets = data()
     fitted = fit_head(head, features[:60], targets[:60])
     assert fitted.predict(features[60:] * 10)[1].mean() > 1.5 * fitted.predict(features[60:])[1].mean()
+
+
+def test_a_process_is_fitted_on_so_many_from_the_best_to_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_heads, "_MAX_POINTS", 40)
+    monkeypatch.setattr(feature_heads, "_ROWS_AT_ONCE", 30)
+    features, targets = data()
+    fitted: Any = fit_head("gp", features, targets)
+    points = torch.from_numpy(fitted.process._points).float()
+    kept = (points[:, None] == features[None]).all(-1).nonzero()[:, 1]
+    assert len(kept) == 40
+    ranks = targets.argsort().argsort()[kept].sort().values
+    assert ranks[0] == 0 and ranks[-1] == 199 and ranks.diff().max() <= 6
+    assert kendall_tau(fitted.predict(features)[0], targets) > 0.9
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -39,6 +39,11 @@ def test_the_scale_is_that_of_the_known_values() -> None:
     assert scale(torch.tensor([[5.0, 8.0, 4.0]])).tolist() == [[3.0, 1.0, 4.0]]
 
 
+def test_the_scale_of_large_scores_is_finite() -> None:
+    scale = Standardiser.of(torch.tensor([[1e30], [3e30]]))
+    assert scale.std.tolist() == pytest.approx([1e30]) and scale.mean.dtype == scale.std.dtype == torch.float32
+
+
 def test_pools_that_do_not_fit_are_refused() -> None:
     tokens = torch.tensor([[0, 2], [1, 3]])
     scores = torch.zeros(2, 2)

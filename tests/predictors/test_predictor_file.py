@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_a_fresh_process_with_torch_alone_gives_the_same_scores(tmp_path: Path) 
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     expected = written.fitted().predict(tokens[:30])[0]
     assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5)
+
+
+def test_texts_are_numbered_as_in_training(tmp_path: Path) -> None:
+    written, _ = trained()
+    save_predictor(tmp_path, replace(written, categories=(("a", "b", "c", "d"), (), (), (), ())), {})
+    read = load_predictor(tmp_path)
+    assert read.numbered([["c", 0, 1, 2, 3], ["a", 3, 2, 1, 0]]).tolist() == [[2, 0, 1, 2, 3], [0, 3, 2, 1, 0]]
+    with pytest.raises(ValueError, match="category 0 is 'e'; it must be one of a, b, c, d"):
+        read.numbered([["e", 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="has 4 categories, not 5"):
+        read.numbered([["a", 0, 1, 2]])
+    assert written.numbered([[3, 0, 1, 2, 3]]).tolist() == [[3, 0, 1, 2, 3]], "none has a name"
 
 
 def test_what_is_no_predictor_is_refused(tmp_path: Path) -> None:
