@@ -41,8 +41,10 @@ class QuantizationCalibration:
         weight_bits, activation_bits: 2 to 8, or 16 for floating point.
         numbers: what codes are: "integer"; or "float8" (e4m3) in eight bits, for GPUs from compute capability 8.9.
         weight_symmetric, activation_symmetric: whether zero has code 0.
-        activation_mode: "dynamic" measures the range of each token as it comes, "static" takes one range for each input
-            from the calibration.
+        activation_mode: "dynamic" measures the range of each token as it comes, "static" takes that of each input from
+            the calibration.
+        activation_ranges: static ones: "shared", one for all steps of the sampling; or "step", one for each timestep of
+            the calibration, of which a call of the network takes the nearest.
         split_shortcuts: convolutions that read two feature maps side by side have scales for each, from the
             calibration.
         constant_tokens: keep outputs of cross-attention's keys and values for text tokens that never change: "off";
@@ -81,6 +83,7 @@ class QuantizationCalibration:
     weight_symmetric: bool = False
     activation_symmetric: bool = True
     activation_mode: Literal["dynamic", "static"] = "dynamic"
+    activation_ranges: Literal["shared", "step"] = "shared"
     split_shortcuts: bool = False
     constant_tokens: Literal["off", "warn", "raise"] = "off"
     constant_ratio: float = 4.0
@@ -118,6 +121,10 @@ class QuantizationCalibration:
             raise ValueError("split_shortcuts needs rounding = 'nearest' and a clip other than 'hessian'")
         if self.split_shortcuts and self.activation_mode == "dynamic":
             raise ValueError("split_shortcuts needs activation_mode = 'static', which has a range for each feature map")
+        if self.activation_ranges not in ("shared", "step"):
+            raise ValueError(f"activation_ranges = {self.activation_ranges!r} must be shared or step")
+        if self.activation_ranges == "step" and self.activation_mode == "dynamic":
+            raise ValueError("activation_ranges = 'step' needs activation_mode = 'static'")
         check_groups(self.groups, self.mixed)
         if self.numbers == "float8" and self.mixed is not None:
             raise ValueError("numbers = 'float8' has eight bits only: mixed must be null")
@@ -135,6 +142,11 @@ class QuantizationCalibration:
     def special(self) -> bool:
         """Whether inputs have parts of their own."""
         return self.split_shortcuts or self.constant_tokens != "off"
+
+    @property
+    def by_step(self) -> bool:
+        """Whether inputs have a range for each timestep of the calibration."""
+        return self.activation_ranges == "step"
 
     @property
     def balances(self) -> bool:

@@ -32,6 +32,7 @@ from genlight.quantization.diffusers_format import marked_quantized
 from genlight.quantization.formats import FLOAT_BITS
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.recipe import dequantized_layer
+from genlight.quantization.steps import following_steps
 from genlight.quantization.torchao_format import as_torchao
 from genlight.quantization.trajectory import decibels
 from genlight.reports.cost import CostEstimate
@@ -62,25 +63,27 @@ def variants_of(method: QuantizationCalibration, bits: Mapping[str, Mapping[str,
     own += [Variant.mixed(method, f"{method.title} {way}", chosen) for way, chosen in bits.items()]
     if not method.rivals:
         return own[:2]
+    whole = own[0]
+    shared = [replace(whole, name="one range for all steps", by_step=False)] if whole.by_step else []
     if method.special:
-        whole = own[0]
         return [
-            replace(whole, name=NAIVE, constant_tokens=False, split=False),
+            replace(whole, name=NAIVE, constant_tokens=False, split=False, by_step=False),
             *([replace(whole, name="no constant tokens", constant_tokens=False)] if whole.constant_tokens else []),
             *([replace(whole, name="no split", split=False)] if whole.split else []),
+            *shared,
             *own,
         ]
     # in eight bits a range for each row does; where the settings have groups, every rival has them
     grouped = method.weight_bits < 8 and method.weight_group_size is None
     rivals = [
-        Variant("static", "none", "nearest", static=True),
-        Variant(DYNAMIC, "none", "nearest"),
-        *([Variant("groups (Q-DiT)", "none", "nearest", group_size=_GROUP_SIZE)] if grouped else []),
+        Variant("static", "none", "nearest", mode="static"),
+        Variant(DYNAMIC, "none", "nearest", mode="dynamic"),
+        *([Variant("groups (Q-DiT)", "none", "nearest", group_size=_GROUP_SIZE, mode="dynamic")] if grouped else []),
         Variant("scale (SmoothQuant)", "scale", "nearest"),
         Variant("rotation (QuaRot)", "rotation", "nearest"),
         Variant("static-dynamic", "static_dynamic", "nearest"),
     ]
-    return [*rivals, *own]
+    return [*rivals, *shared, *own]
 
 
 def quantization_result(work: QuantizationWork, own: Mapping[str, float], predicted: CostEstimate) -> MethodResult:
@@ -198,6 +201,8 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
             f"{len(known.splits)} convolutions have scales for two feature maps; {len(known.text)} layers keep what "
             f"they make of the text tokens {list(known.positions)}, the same for every prompt"
         ]
+    steps = work.ranges.steps
+    by_step = [] if steps is None else [_by_step(steps.timesteps.tolist())]
     video = [
         "psnr and ssim are of all frames; motion is the root mean square change of the motion (Lucas and Kanade) "
         "against the videos of full precision, in pixels a frame; video_fd is a Fréchet distance to those, in features "
@@ -206,6 +211,7 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
     rivals = f". Rows of rivals have rounding to nearest, those of {method.title} {_weights(method)}"
     return [
         *special,
+        *by_step,
         *(video if "motion" in chosen else []),
         f"the metrics of the run are those of {winner}, which is the artifact",
         f"sqnr is of the network's predictions along {method.trajectory} trajectories of full precision of the report "
@@ -217,6 +223,13 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
         _left_out(layers_left_out(work.network, work.forms, method.keep)),
         "calibrated on the search draw, bits chosen on the select draw",
     ]
+
+
+def _by_step(timesteps: Sequence[float]) -> str:
+    return (
+        f"inputs have a range for each of {len(timesteps)} timesteps, {timesteps[0]:g} to {timesteps[-1]:g}; a "
+        "sampling at other timesteps takes the nearest"
+    )
 
 
 def _unproved(title: str, program: Mapping[str, Any]) -> list[str]:
@@ -344,7 +357,7 @@ def save_artifact(
     settings = {key: value for key, value in facts.items() if key not in apart}
     try:
         replace_layers(network, layers)
-        with marked_quantized(network, settings):
+        with following_steps(network, work.ranges.steps), marked_quantized(network, settings):
             module.save_pretrained(folder)
         _write_readme(folder, network.dtype)
         if work.method.torchao:

@@ -208,7 +208,7 @@ def network_of(module: Any) -> Any:
     return module.net
 
 
-def _fitting(layer: nn.Module, form: LayerFormat) -> LayerFormat:
+def fitting_form(layer: nn.Module, form: LayerFormat) -> LayerFormat:
     """The format; a convolution sums over pixels, so that its input has a scale for each sample, not for each pixel."""
     if isinstance(layer, nn.Conv2d) and form.activation.granularity == "token":
         return replace(form, activation=replace(form.activation, granularity="sample"))
@@ -238,7 +238,7 @@ def formats_by_layer(
         every = formats_of_layers(network, patterns)
         places = group_of_names(list(every), [group.pattern for group in patterns])
     forms = {
-        name: _fitting(network.get_submodule(name), found)
+        name: fitting_form(network.get_submodule(name), found)
         for name, found in every.items()
         if found is not None and not ((whole or found.weight.needs_hessian) and is_grouped(network.get_submodule(name)))
     }

@@ -38,7 +38,8 @@ class Variant:
         rank: of a branch that stays in floating point.
         group_size: inputs of a weight that share a range, or half of all where a layer has less than twice as many, for
             one group would be none; None: as the settings say.
-        static: one calibrated range for each input, instead of one for each token as it comes.
+        mode: whether ranges of inputs are calibrated or measured as they come; None: as the settings say.
+        by_step: calibrated ranges are those of each timestep, instead of one for all.
         bits: of weights, by layer; layers that are not named have those of the settings.
         activation_bits: of inputs, likewise.
         constant_tokens: whether outputs for tokens that never change are kept.
@@ -51,7 +52,8 @@ class Variant:
     clip: Literal["none", "mse", "hessian"] = "none"
     rank: int = 0
     group_size: int | None = None
-    static: bool = False
+    mode: Literal["dynamic", "static"] | None = None
+    by_step: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
     activation_bits: Mapping[str, int] = field(default_factory=dict)
     constant_tokens: bool = False
@@ -73,6 +75,7 @@ class Variant:
             activation_bits={layer: found for layer, (_, found) in chosen.items() if found is not None},
             constant_tokens=method.constant_tokens != "off",
             split=method.split_shortcuts,
+            by_step=method.by_step,
         )
 
     def form(self, name: str, form: LayerFormat, columns: int) -> LayerFormat:
@@ -82,8 +85,9 @@ class Variant:
         if self.group_size is not None:
             size = min(self.group_size, math.ceil(columns / 2))
             form = replace(form, weight=replace(form.weight, granularity="group", group_size=size))
-        if self.static:
-            form = replace(form, activation=replace(form.activation, mode="static", granularity="tensor"))
+        if self.mode is not None:
+            granularity: Literal["tensor", "token"] = "tensor" if self.mode == "static" else "token"
+            form = replace(form, activation=replace(form.activation, mode=self.mode, granularity=granularity))
         return form
 
 

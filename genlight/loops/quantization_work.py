@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from genlight.errors import UserError, in_config
 from genlight.loops.evaluation import CandidateTrainer, measured, noise_of
-from genlight.loops.quantization_settings import GroupSettings, formats_by_layer, network_of
+from genlight.loops.quantization_ranges import InputRanges
+from genlight.loops.quantization_settings import GroupSettings, fitting_form, formats_by_layer, network_of
 from genlight.loops.quantization_statistics import calibrated_statistics, read_statistics
 from genlight.loops.quantization_variants import Variant
 from genlight.memory import Halves
@@ -28,7 +29,7 @@ from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
 from genlight.quantization.context import SamplingContext
 from genlight.quantization.convert import quantize_split, replace_layers
 from genlight.quantization.float8 import require_float8
-from genlight.quantization.formats import FLOAT_BITS, LayerFormat
+from genlight.quantization.formats import LayerFormat
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.observers import layers_by_input
 from genlight.quantization.recipe import (
@@ -38,8 +39,9 @@ from genlight.quantization.recipe import (
     balanced_input,
     quantized_layer,
 )
-from genlight.quantization.special_inputs import SpecialInputs, balanced_ranges, special_inputs
+from genlight.quantization.special_inputs import SpecialInputs, special_inputs
 from genlight.quantization.statistics import StatisticsSettings
+from genlight.quantization.steps import following_steps
 from genlight.quantization.torchao_format import check_for_torchao
 from genlight.quantization.trajectory import NetworkCall, Reference, decibels, noise_to_signal, recorded_calls, replay
 
@@ -68,7 +70,6 @@ class QuantizationWork:
     _references: dict[str, Reference] = field(default_factory=dict, init=False, repr=False)
     _full_metrics: dict[tuple[str, int], float] = field(default_factory=dict, init=False, repr=False)
     _balances: dict[tuple[Any, ...], BalancedInput] = field(default_factory=dict, init=False, repr=False)
-    _balanced_ranges: dict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def network(self) -> Any:
@@ -161,9 +162,15 @@ class QuantizationWork:
                     calls,
                     split=method.split_shortcuts,
                     ratio=None if method.constant_tokens == "off" else method.constant_ratio,
+                    places=self.ranges.places(calls),
                 )
             )
         return found
+
+    @cached_property
+    def ranges(self) -> InputRanges:
+        """Of the inputs of layers, for formats with static ones."""
+        return InputRanges(self)
 
     @cached_property
     def inputs(self) -> dict[str, int]:
@@ -210,7 +217,10 @@ class QuantizationWork:
         """Some of the quantized layers of a variant."""
         plain = self.calibrated.layers
         columns = {name: plain[name].weight.shape[1:].numel() for name in self.forms}
-        forms = {name: variant.form(name, form, columns[name]) for name, form in self.forms.items()}
+        forms = {
+            name: fitting_form(plain[name], variant.form(name, form, columns[name]))
+            for name, form in self.forms.items()
+        }
         made: dict[str, QuantizedLayer] = {}
         for name in chosen:
             group = self.calibrated.group_of(name)
@@ -221,6 +231,8 @@ class QuantizationWork:
             # a rival: to warn that nothing is faster would mislead
             if variant.group_size is not None:
                 made[name].execution = "fake"
+            if made[name].has_steps:
+                made[name].steps = self.ranges.steps
         return made
 
     def _layer(self, variant: Variant, name: str, form: LayerFormat, group: int, lowest: LayerFormat) -> QuantizedLayer:
@@ -228,15 +240,14 @@ class QuantizationWork:
         plain = self.calibrated.layers[name]
         if variant.split and name in self.special.splits:
             assert isinstance(plain, nn.Conv2d)
-            return quantize_split(plain, form, self.special.splits[name], self.special.ranges[name])
+            return quantize_split(plain, form, self.special.splits[name], self.ranges.of_parts(variant, name))
+        ranges = self.ranges.of(variant, name, form, lowest)
+        layer = quantized_layer(self.calibrated, name, form, balance, variant.rank, ranges)
         if variant.constant_tokens and name in self.special.text:
             assert isinstance(plain, nn.Linear)
-            apart = self._ranges(variant, form, lowest).get(name, self.special.ranges[name][None])
-            layer = quantized_layer(self.calibrated, name, form, balance, variant.rank, apart)
             guard: Mismatch = "raise" if self.method.constant_tokens == "raise" else "warn"
             return with_constant_rows(layer, plain, self.special.positions, self.special.rows, guard)
-        ranges = self._ranges(variant, form, lowest).get(name)
-        return quantized_layer(self.calibrated, name, form, balance, variant.rank, ranges)
+        return layer
 
     def balance(self, group: int, form: LayerFormat, kind: BalanceKind) -> BalancedInput:
         """The balance of a group of layers for a format; found once."""
@@ -246,31 +257,14 @@ class QuantizationWork:
             self._balances[key] = balanced_input(self.calibrated, group, form, settings)
         return self._balances[key]
 
-    def _ranges(self, variant: Variant, form: LayerFormat, lowest: LayerFormat) -> Mapping[str, Tensor]:
-        """Ranges of balanced inputs by layer, where a format has static ones; none where inputs stay as they are.
-
-        Found for all layers at once, in one more pass over the calibration for each format that balances are found for.
-        """
-        if form.activation.mode != "static" or form.activation.bits == FLOAT_BITS or variant.balance == "none":
-            return {}
-        key = (lowest.weight.bits, lowest.activation, variant.balance, variant.constant_tokens)
-        if key not in self._balanced_ranges:
-            groups = enumerate(self.calibrated.groups)
-            balances = {n: self.balance(i, lowest, variant.balance).balance for i, names in groups for n in names}
-            calls = self.reference("search", self.method.samples).calls
-            apart: dict[str, Any] = {}
-            if variant.constant_tokens:
-                apart = {"text": self.special.text, "positions": self.special.positions}
-            found = self.inside(lambda: balanced_ranges(self.network, balances, calls, **apart))
-            self._balanced_ranges[key] = found
-        return self._balanced_ranges[key]
-
     @contextmanager
     def replaced(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """The network has these layers in the block, and its own again afterwards."""
+        steps = self.ranges.steps
         replace_layers(self.network, layers)
         try:
-            yield
+            with following_steps(self.network, steps):
+                yield
         finally:
             replace_layers(self.network, {name: self.calibrated.layers[name] for name in layers})
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from genlight.quantization.context import SamplingContext, branch_parts, current_context
+from genlight.quantization.context import SamplingContext, SamplingSteps, branch_parts, current_context
 from genlight.quantization.formats import ActivationFormat
 from genlight.quantization.uniform import Grid, grid_from_range
 
@@ -42,16 +42,29 @@ def static_grids(ranges: Tensor, form: ActivationFormat) -> Grid:
     return grid_from_range(ranges[:, :, 0], ranges[:, :, 1], form.bits, symmetric=form.symmetric, numbers=form.numbers)
 
 
-def current_grid(values: Tensor, grids: Grid) -> Grid:
-    """Of `static_grids`, the one for an input at the current step; raises as `activation_grid`."""
-    zero_point = None if grids.zero_point is None else _current(values, grids.zero_point)
-    return Grid(_current(values, grids.scale), zero_point, grids.bits, grids.numbers)
+def current_grid(values: Tensor, grids: Grid, steps: SamplingSteps | None = None) -> Grid:
+    """Of `static_grids`, the one for an input at the current step.
+
+    Args:
+        values: the input.
+        grids: of one branch where `steps` are given.
+        steps: say which step that is; None: the current context does.
+
+    Raises:
+        ValueError: as `activation_grid`.
+    """
+    zero_point = None if grids.zero_point is None else _current(values, grids.zero_point, steps)
+    return Grid(_current(values, grids.scale, steps), zero_point, grids.bits, grids.numbers)
 
 
-def _current(values: Tensor, table: Tensor) -> Tensor:
+def _current(values: Tensor, table: Tensor, steps: SamplingSteps | None) -> Tensor:
     # a compiled program cannot read the context, and one range for all needs none
-    single = table.shape[0] == 1 and table.shape[1] == 1
-    chosen = table[:, 0] if single else _of_step(len(values), table, current_context())
+    if table.shape[0] == 1 and table.shape[1] == 1:
+        chosen = table[:, 0]
+    elif steps is not None:
+        chosen = table.index_select(1, steps.index.to(table.device))[:, 0]
+    else:
+        chosen = _of_step(len(values), table, current_context())
     return chosen.reshape(*chosen.shape, *[1] * (values.ndim - chosen.ndim))
 
 

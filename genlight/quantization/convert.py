@@ -148,7 +148,8 @@ def quantize_split(layer: nn.Conv2d, form: LayerFormat, channels: int, ranges: T
         layer: not changed.
         form: bits of both ranges of channels.
         channels: of the first feature map.
-        ranges: minimum and maximum of both feature maps, float32 [2, 2], for inputs that are rounded.
+        ranges: minimum and maximum of both feature maps, float32 [2, 2], or [2, steps, 2] with those of each step, for
+            inputs that are rounded.
 
     Raises:
         ValueError: channels that leave no second feature map, inputs rounded with one scale for both, or what
@@ -167,8 +168,9 @@ def quantize_split(layer: nn.Conv2d, form: LayerFormat, channels: int, ranges: T
     by_channel = None
     if ranges is not None and rounded:
         widths = [channels, layer.in_channels - channels]
-        rows = [bounds[:, None].expand(2, width) for bounds, width in zip(ranges, widths, strict=True)]
-        by_channel = torch.cat(rows, dim=1)[None, None]
+        tables = ranges.reshape(2, -1, 2, 1)
+        rows = [table.expand(-1, -1, width) for table, width in zip(tables, widths, strict=True)]
+        by_channel = torch.cat(rows, dim=2)[None]
     made = quantize_layer(layer, form, activation_range=by_channel)
     assert isinstance(made, QuantizedConv2d)
     return made

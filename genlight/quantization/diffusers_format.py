@@ -11,7 +11,7 @@ bit, with no further argument.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
@@ -22,8 +22,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from genlight.quantization.context import SamplingSteps
 from genlight.quantization.convert import quantized_layers, replace_layers
 from genlight.quantization.saving import LayerPlan, layer_from, plans_of
+from genlight.quantization.steps import follow_steps, steps_of
 
 METHOD = "viditq"
 VERSION = 1
@@ -49,6 +51,7 @@ class ViDiTQConfig(QuantizationConfigMixin):
             quantized, is the one that it is loaded in where nothing else is asked for.
         version: of this format.
         quant_method: "viditq".
+        timesteps: of the steps for each of which inputs have a range of their own; none where one range serves all.
 
     Raises:
         ValueError: another version, or entries that are not what is said here.
@@ -61,6 +64,7 @@ class ViDiTQConfig(QuantizationConfigMixin):
         settings: Mapping[str, Any] | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
+        timesteps: Sequence[float] = (),
         **unknown: Any,
     ) -> None:
         if version != VERSION or quant_method != METHOD or unknown:
@@ -73,6 +77,10 @@ class ViDiTQConfig(QuantizationConfigMixin):
             raise ValueError("quantization_config: layers and tensors must name the same layers")
         if self.settings.get("dtype") not in (None, *_TYPES):
             raise ValueError(f"quantization_config.settings.dtype: {self.settings['dtype']!r} is no type known here")
+        if not isinstance(timesteps, list | tuple) or not all(isinstance(time, int | float) for time in timesteps):
+            raise ValueError(f"quantization_config.timesteps: {timesteps!r} must be numbers")
+        if timesteps:  # no entry of a config that has none
+            self.timesteps = list(timesteps)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -84,7 +92,7 @@ class ViDiTQConfig(QuantizationConfigMixin):
         """The config of a network of diffusers as it is.
 
         Raises:
-            ValueError: it has no quantized layer.
+            ValueError: it has no quantized layer, or ranges by step and no timesteps.
         """
         layers = quantized_layers(network)
         if not layers:
@@ -97,7 +105,9 @@ class ViDiTQConfig(QuantizationConfigMixin):
             for name, layer in layers.items()
         }
         settings = {**settings, "dtype": str(network.dtype).removeprefix("torch.")}
-        return cls(_PLANS.dump_python(plans_of(network), mode="json"), tensors, settings)
+        steps = steps_of(network)
+        timesteps = () if steps is None else steps.timesteps.tolist()
+        return cls(_PLANS.dump_python(plans_of(network), mode="json"), tensors, settings, timesteps=timesteps)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """The layers without their numbers, on the device "meta".
@@ -180,6 +190,10 @@ class ViDiTQQuantizer(DiffusersQuantizer):
             if missing:
                 raise ValueError(f"the weights of the network lack {name}.{missing[0]}, which its config names")
             layer.derive()
+        timesteps = getattr(self.quantization_config, "timesteps", ())
+        if timesteps:
+            follow_steps(model, SamplingSteps(timesteps, next(model.buffers()).device))
+        steps_of(model)  # which refuses ranges by step without timesteps
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True

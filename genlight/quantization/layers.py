@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from genlight.quantization.activations import activation_grid, current_grid, static_grids
 from genlight.quantization.balance import Balance, balance_input, unbalance_weight
+from genlight.quantization.context import SamplingSteps
 from genlight.quantization.float8 import float8_is_valid, float8_linear
 from genlight.quantization.formats import FLOAT_BITS, LayerFormat
 from genlight.quantization.hadamard import Rotation
@@ -63,6 +64,7 @@ class QuantizedLayer(nn.Module):
         rotation_factors: orders of the Hadamard matrices of R, () without a rotation.
         outputs: rows of the weight's matrix.
         columns: inputs of one output, channels × kernel.
+        steps: what chooses among the ranges of a table by step, see `steps.follow_steps`; None: the sampling context.
         execution: "integer" multiplies codes (those in float8 too) where that is valid, else, as "fake" always, the
             numbers they stand for.
     """
@@ -81,6 +83,7 @@ class QuantizedLayer(nn.Module):
     weight_sums: Tensor | None
     static_scale: Tensor | None
     static_zero_point: Tensor | None
+    steps: SamplingSteps | None
 
     def __init__(self, form: LayerFormat, weight: QuantizedWeight | Tensor, parts: LayerParts | None = None) -> None:
         """
@@ -107,6 +110,7 @@ class QuantizedLayer(nn.Module):
         else:
             self.outputs, self.columns = weight.shape
         self.execution: Literal["integer", "fake"] = "integer"
+        self.steps = None
         tensors = {
             "weight_codes": None if quantized is None else quantized.codes,
             "weight_scale": None if quantized is None else quantized.grid.scale,
@@ -167,6 +171,11 @@ class QuantizedLayer(nn.Module):
         return QuantizedWeight(self.weight_codes, grid, self.columns, form.group_size, self.weight_sums)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether the input has a range for each of several steps."""
+        return self.activation_range is not None and self.activation_range.shape[1] > 1
+
+    @property
     def weight_matrix(self) -> Tensor:
         """W'' as numbers, [outputs, columns]: balanced, without the low-rank branch."""
         weight = self.quantized_weight
@@ -209,7 +218,8 @@ class QuantizedLayer(nn.Module):
         form = self.form.activation
         if self.static_scale is None:
             return activation_grid(inputs, form, self.activation_range)
-        return current_grid(inputs, Grid(self.static_scale, self.static_zero_point, form.bits, form.numbers))
+        grids = Grid(self.static_scale, self.static_zero_point, form.bits, form.numbers)
+        return current_grid(inputs, grids, self.steps)
 
     def rounded(self, inputs: Tensor) -> Tensor:
         """Balanced inputs as the numbers that their codes stand for."""

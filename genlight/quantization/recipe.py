@@ -1,13 +1,14 @@
 """From a calibration to quantized layers: balances, bits of each layer, and the way back to plain layers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from genlight.quantization.activations import activation_grid
 from genlight.quantization.balance import (
     Balance,
     balance_sample,
@@ -22,6 +23,7 @@ from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.special_inputs import same_tokens
 from genlight.quantization.statistics import InputStatistics
+from genlight.quantization.uniform import fake_quantize
 
 BALANCES = ("none", "scale", "rotation", "static_dynamic")
 BalanceKind = Literal["none", "scale", "rotation", "static_dynamic"]
@@ -155,8 +157,24 @@ def quantized_layer(
 
 def overall_range(statistics: InputStatistics) -> Tensor:
     """Minimum and maximum over all steps and branches, float32 [1, 1, 2]."""
-    ranges = statistics.ranges
-    return torch.stack([ranges[..., 0].min(), ranges[..., 1].max()]).reshape(1, 1, 2)
+    return step_ranges(statistics, [0] * statistics.minimum.shape[1])
+
+
+def step_ranges(statistics: InputStatistics, places: Sequence[int]) -> Tensor:
+    """Minimum and maximum over all branches, and over the steps at one place, float32 [1, places, 2].
+
+    Args:
+        statistics: of an input.
+        places: of each step of the calibration, from 0; steps of one timestep share theirs.
+    """
+    place, ranges = torch.tensor(places), statistics.ranges
+    parts = [ranges[:, place == one] for one in range(max(places) + 1)]
+    return torch.stack([torch.stack([part[..., 0].min(), part[..., 1].max()]) for part in parts])[None]
+
+
+def shared_range(ranges: Tensor) -> Tensor:
+    """One range for all steps, [parts, 1, 2] or [parts, 1, 2, channels], of those for each [parts, steps, …]."""
+    return torch.stack([ranges[:, :, 0].amin(dim=1), ranges[:, :, 1].amax(dim=1)], dim=1)[:, None]
 
 
 def layer_noise(network: CalibratedNetwork, name: str, layer: QuantizedLayer) -> float:
@@ -170,14 +188,16 @@ def layer_noise(network: CalibratedNetwork, name: str, layer: QuantizedLayer) ->
         sample = sample[~same_tokens(sample, known).any(dim=0).squeeze(-1)]
     expected = sample @ network.layers[name].weight.detach().flatten(1).t().to(sample.dtype)
     inputs = balance_sample(sample, layer.balance)
-    # of a convolution, each patch gets the scale that its sample would have; a static range may be that of one step or
-    # branch, and of a channel
+    # of a convolution, each patch gets the scale that its sample would have; a static range may be that of a channel,
+    # and is that of all steps, as the rows are
     ranges = layer.activation_range
-    rounded = inputs
-    if ranges is None or ranges.shape[:2] == (1, 1):
-        channels = inputs.shape[-1] if ranges is None or ranges.ndim == 3 else ranges.shape[-1]
-        image = inputs.reshape(len(inputs), channels, -1, 1)
-        rounded = layer.rounded(image if channels < inputs.shape[-1] else inputs).reshape(inputs.shape)
+    channels = inputs.shape[-1] if ranges is None or ranges.ndim == 3 else ranges.shape[-1]
+    image = inputs.reshape(len(inputs), channels, -1, 1) if channels < inputs.shape[-1] else inputs
+    if ranges is None:
+        rounded = layer.rounded(image)
+    else:
+        rounded = fake_quantize(image, activation_grid(image, layer.form.activation, shared_range(ranges)))
+    rounded = rounded.reshape(inputs.shape)
     found = rounded @ layer.weight_matrix.t().to(sample.dtype)
     if layer.up is not None and layer.down is not None:
         found = found + inputs @ layer.down.t().to(sample.dtype) @ layer.up.t().to(sample.dtype)

@@ -105,11 +105,13 @@ def save_quantized(path: str | Path, model: nn.Module) -> None:
     """Write the whole model, quantized layers and all others, atomically and with a checksum.
 
     Raises:
-        ValueError: the model has no quantized layer.
+        ValueError: the model has no quantized layer, or one with ranges by step, whose timesteps no file holds.
     """
     plans = plans_of(model)
     if not plans:
         raise ValueError("the model has no quantized layer: save it as what it is")
+    if any(layer.has_steps for layer in quantized_layers(model).values()):
+        raise ValueError("ranges by step have no place here: save_pretrained writes them with their timesteps")
     plan = _PLANS.dump_json(plans).decode()
     save_tensors(path, model.state_dict(), {"format": _FORMAT, "version": _VERSION, "plan": plan})
 

@@ -31,8 +31,8 @@ class SpecialInputs:
         text: layers that read text embeddings with tokens that never change.
         positions: of these tokens.
         rows: their embeddings [positions, features].
-        ranges: minimum and maximum of the parts of each layer's input, float32 [parts, 2]: both feature maps, or all
-            tokens but those at the positions.
+        ranges: minimum and maximum of the parts of each layer's input, float32 [parts, steps, 2]: both feature maps, or
+            all tokens but those at the positions.
     """
 
     splits: Mapping[str, int] = field(default_factory=dict)
@@ -43,7 +43,12 @@ class SpecialInputs:
 
 
 def special_inputs(
-    network: nn.Module, calls: Sequence[NetworkCall], *, split: bool, ratio: float | None
+    network: nn.Module,
+    calls: Sequence[NetworkCall],
+    *,
+    split: bool,
+    ratio: float | None,
+    places: Sequence[int] | None = None,
 ) -> SpecialInputs:
     """Such layers of a network, with the ranges of their inputs over calls in full precision.
 
@@ -52,6 +57,7 @@ def special_inputs(
         calls: of different prompts.
         split: look for two feature maps side by side.
         ratio: look for tokens that never change, see `constant_positions`; None: do not.
+        places: the step of each call, for ranges by step; None: one range for all.
 
     Raises:
         ValueError: too few different prompts to tell which tokens never change.
@@ -77,9 +83,23 @@ def special_inputs(
         name: [_channels(0, channels), _channels(channels, None)] for name, channels in splits.items()
     }
     parts |= {name: [lambda x: without_positions(x, positions)] for name in text}
-    ranges = part_ranges(network, parts, lambda: [replay(network, call) for call in calls]) if parts else {}
+    ranges = part_ranges(network, parts, _runs(network, calls, places)) if parts else {}
     rows = rows.to(next(network.parameters()).device)
     return SpecialInputs(splits, text, positions, rows, ranges)
+
+
+def _runs(network: nn.Module, calls: Sequence[NetworkCall], places: Sequence[int] | None) -> list[Callable[[], object]]:
+    """What replays the calls of each step; of all of them where None tells steps apart."""
+
+    def replays(chosen: Sequence[NetworkCall]) -> Callable[[], object]:
+        return lambda: [replay(network, call) for call in chosen]
+
+    if places is None:
+        return [replays(calls)]
+    by_step: list[list[NetworkCall]] = [[] for _ in range(max(places) + 1)]
+    for call, place in zip(calls, places, strict=True):
+        by_step[place].append(call)
+    return [replays(chosen) for chosen in by_step]
 
 
 def _channels(begin: int, end: int | None) -> Callable[[Tensor], Tensor]:
@@ -204,15 +224,28 @@ def constant_positions(texts: Tensor, *, ratio: float = 4.0, least: int = 8) -> 
 
 
 def part_ranges(
-    model: nn.Module, parts: Mapping[str, Sequence[Callable[[Tensor], Tensor]]], run: Callable[[], object]
+    model: nn.Module,
+    parts: Mapping[str, Sequence[Callable[[Tensor], Tensor]]],
+    runs: Sequence[Callable[[], object]],
 ) -> dict[str, Tensor]:
-    """Least and greatest number of each part of the inputs of layers, float32 [parts, 2], over all that `run` calls.
+    """Least and greatest number of each part of the inputs of layers, over all that a run calls.
 
     Args:
         model: not changed.
         parts: for each layer, what gives the parts of its input.
-        run: calls the model once or more.
+        runs: each calls the model once or more.
+
+    Returns:
+        By layer, float32 [parts, runs, 2].
     """
+    found = [_ranges_of_run(model, parts, run) for run in runs]
+    return {name: torch.stack([ranges[name] for ranges in found], dim=1) for name in parts}
+
+
+def _ranges_of_run(
+    model: nn.Module, parts: Mapping[str, Sequence[Callable[[Tensor], Tensor]]], run: Callable[[], object]
+) -> dict[str, Tensor]:
+    """[parts, 2] by layer."""
     ranges: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -239,8 +272,9 @@ def balanced_ranges(
     *,
     text: Collection[str] = (),
     positions: Sequence[int] = (),
+    places: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Least and greatest number of the balanced input of each layer over calls, float32 [1, 1, 2], by layer.
+    """Least and greatest number of the balanced input of each layer over calls, float32 [1, steps, 2], by layer.
 
     Args:
         network: of diffusers, not changed.
@@ -248,6 +282,7 @@ def balanced_ranges(
         calls: in full precision.
         text: layers in whose inputs the tokens at the positions do not count.
         positions: ascending.
+        places: the step of each call, for ranges by step; None: one range for all.
     """
 
     def reading(name: str) -> Callable[[Tensor], Tensor]:
@@ -255,12 +290,7 @@ def balanced_ranges(
         left_out = positions if name in text else ()
         return lambda values: balance_input(without_positions(values, left_out), balances[name], dim)
 
-    def run() -> None:
-        for call in calls:
-            replay(network, call)
-
-    ranges = part_ranges(network, {name: [reading(name)] for name in balances}, run)
-    return {name: found[None] for name, found in ranges.items()}
+    return part_ranges(network, {name: [reading(name)] for name in balances}, _runs(network, calls, places))
 
 
 def without_positions(values: Tensor, positions: Sequence[int]) -> Tensor:

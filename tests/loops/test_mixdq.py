@@ -37,6 +37,7 @@ WORDS = [
     "trainer.accelerator=cpu",
     f"method.keep='{KEEP}'",
     "method.samples=8",
+    "method.activation_ranges=step",
     "method.trajectory=4",
     "method.constant_ratio=1.0",
     "method.mixed.choices=[4,8]",
@@ -99,9 +100,10 @@ def test_every_rival_stands_in_the_table(root: Path) -> None:
     ways = ["mixed", "mixed, greedy", "mixed by weight error", "mixed by proxy", "mixed by threshold", "uniform bits",
             "mixed, one metric", "mixed, one sum of dB for all layers", "mixed by group budgets",
             *(f"random bits {i}" for i in range(3))]  # fmt: skip
-    names = ["full precision", "naive", "no constant tokens", "no split", "MixDQ", *(f"MixDQ {way}" for way in ways)]
+    own = ["one range for all steps", "MixDQ", *(f"MixDQ {way}" for way in ways)]
+    names = ["full precision", "naive", "no constant tokens", "no split", *own]
     assert [name for name in rows if not name.startswith(("torchao", "optimum-quanto"))] == names
-    for name in names[5:]:
+    for name in names[6:]:
         assert rows[name]["bits"] <= 5 + 1e-9 and rows[name]["input_bits"] <= 7 + 1e-9
     assert rows["MixDQ"]["bits"] == 8 == rows["MixDQ"]["input_bits"]
     assert rows["MixDQ"]["sqnr"] > rows["naive"]["sqnr"]
@@ -153,6 +155,7 @@ def test_the_artifact_keeps_tokens_and_splits(root: Path) -> None:
     unet = root / "run" / "validate" / "artifact" / "unet"
     network = diffusers.UNet2DConditionModel.from_pretrained(unet)
     layers = quantized_layers(network)
+    assert len(network.sampling_steps.timesteps) == 2 and all(layer.has_steps for layer in layers.values())
     kept = [name for name, layer in layers.items() if isinstance(layer, ConstantTokenLinear)]
     assert kept and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in kept)
     plain = diffusers.UNet2DConditionModel.from_pretrained(root / "model" / "unet")
@@ -200,6 +203,8 @@ def test_a_killed_sensitivity_resumes_to_the_same_file_and_table(root: Path) -> 
         (["method.constant_tokens=some"], "constant_tokens"),
         (["method.rounding=gptq"], "split_shortcuts needs rounding"),
         (["method.activation_mode=dynamic"], "split_shortcuts needs activation_mode"),
+        (["method.activation_mode=dynamic", "method.split_shortcuts=false"], "activation_ranges = 'step' needs"),
+        (["method.activation_ranges=all"], "activation_ranges"),
         (["method.mixed.average_bits=2"], "average_bits"),
         (["method.mixed.average_activation_bits=5"], "average_activation_bits"),
         (["method.mixed.activation_choices=null"], "need activation_choices"),

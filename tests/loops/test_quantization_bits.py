@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,14 @@ from genlight.errors import UserError
 from genlight.loops.quantization_bits import BitChoices, allocated_bits, ways_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_report import _unproved
-from genlight.loops.quantization_sensitivity import Sensitivity, measured_layer, probes_of
+from genlight.loops.quantization_sensitivity import (
+    FILE,
+    Sensitivity,
+    _header,
+    measure_sensitivity,
+    measured_layer,
+    probes_of,
+)
 from genlight.loops.quantization_settings import GroupSettings, MixedBits, check_groups, check_metrics
 from genlight.loops.quantization_variants import VariantRows
 from genlight.quantization.convert import quantize_layer
@@ -224,3 +232,15 @@ def test_another_budget_measures_nothing_again(tmp_path: Any) -> None:
         )
         keys.add(repr(VariantRows(work, [])._settings))
     assert len(keys) == 1
+
+
+def test_what_was_measured_with_one_range_for_all_steps_is_of_another_calibration(tmp_path: Path) -> None:
+    """Than that of ranges by step."""
+    work = work_of(GROUPS)
+    work.folder, work.fingerprint = tmp_path, {}
+    work.evaluations = SimpleNamespace(trainer=None, display=None, agreed=lambda found: found)
+    (tmp_path / FILE).parent.mkdir(parents=True)
+    (tmp_path / FILE).write_text(_header(work, MIXED) + "\n")
+    work.method = replace(work.method, activation_ranges="step")
+    with pytest.raises(UserError, match="another calibration: inputs differ"):
+        measure_sensitivity(work, MIXED)

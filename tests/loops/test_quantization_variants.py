@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Barrier
@@ -36,6 +37,7 @@ from genlight.loops.quantization_speed import (
 )
 from genlight.loops.quantization_variants import FILE, Variant, VariantRows
 from genlight.loops.quantization_work import QuantizationWork, checked_work
+from genlight.quantization.layers import QuantizedLayer
 from genlight.quantization.observers import InputObserver
 from genlight.quantization.recipe import overall_range
 from genlight.quantization.statistics import StatisticsSettings
@@ -175,6 +177,77 @@ def test_static_ranges_are_those_of_balanced_inputs(tmp_path: Path) -> None:
     for name, layer in layers.items():
         assert layer.activation_range is not None and layer.input_scale is not None
         assert torch.allclose(layer.activation_range, overall_range(observer.statistics[name]))
+
+
+def test_ranges_by_step_are_those_of_each_timestep(tmp_path: Path) -> None:
+    """Whatever is done to the inputs; without the steps they are what one range for all is."""
+    layers, quality = dict[str, dict[str, QuantizedLayer]](), dict[str, float]()
+    for ranges in ("shared", "step"):
+        trainer, module, data = parts_of("sd", tmp_path / ranges, samples=2)
+        module.num_inference_steps = 2
+        settings = {**SETTINGS, "activation_mode": "static", "activation_ranges": ranges, "balance": "none"}
+        work = checked_work(QuantizationCalibration(trajectory=1, activation_bits=4, **settings), trainer, module, data)
+        first_validation(trainer, module, data)
+        one, reference = Variant.mixed(work.method, "own"), work.reference("report", 1)
+        scaled = work.layers(replace(one, balance="scale"))
+        layers[ranges], layers[f"{ranges}, scaled"] = work.layers(one), scaled
+        layers[f"{ranges}, without"] = work.layers(replace(one, by_step=False))
+        layers[f"{ranges}, scaled without"] = work.layers(replace(one, balance="scale", by_step=False))
+        with work.replaced(layers[ranges]):
+            quality[ranges] = work.noise(reference)
+            assert hasattr(work.network, "sampling_steps") == (ranges == "step")
+    assert quality["step"] < quality["shared"]
+    assert work.ranges.steps is not None
+    calls, times = work.reference("search", work.method.samples).calls, work.ranges.steps.timesteps.tolist()
+    assert times == sorted({float(call.arguments[1]) for call in calls}, reverse=True) and len(times) == 2
+    for kind, found in (("step", layers["step"]), ("step, scaled", layers["step, scaled"])):
+        balances = {name: layer.balance for name, layer in found.items()}
+        for place, timestep in enumerate(times):
+            observer = InputObserver(work.network, list(found), StatisticsSettings(), balances=balances)
+            with observer:
+                for call in calls:
+                    if float(call.arguments[1]) == timestep:
+                        work.inside(partial(replay, work.network, call))
+            for name, layer in found.items():
+                assert layer.activation_range is not None and layer.steps is work.ranges.steps, kind
+                expected = overall_range(observer.statistics[name])
+                assert torch.allclose(layer.activation_range[:, place : place + 1], expected, rtol=1e-4, atol=1e-5)
+    for one, other in (("", " without"), (", scaled", ", scaled without")):
+        for name, layer in layers[f"shared{one}"].items():
+            same = layers[f"step{other}" if one else "step, without"][name]
+            assert layer.activation_range is not None and same.activation_range is not None and not same.has_steps
+            assert torch.equal(layer.activation_range, same.activation_range)
+
+
+def test_one_range_for_all_steps_is_a_rival_where_each_has_its_own() -> None:
+    kept = {"split_shortcuts": True, "constant_tokens": "warn"}
+    for title, options in (("ViDiT-Q", {}), ("MixDQ", kept)):
+        method = QuantizationCalibration(
+            title, rounding="nearest", activation_mode="static", activation_ranges="step", **options
+        )
+        *rivals, shared, own = variants_of(method, {})
+        assert own.by_step and shared == replace(own, name="one range for all steps", by_step=False)
+        assert not rivals[0].by_step
+        plain = variants_of(replace(method, activation_ranges="shared"), {})
+        assert [variant.name for variant in plain] == [variant.name for variant in (*rivals, own)]
+    # what is called dynamic is so whatever the settings say
+    dynamic = next(rival for rival in variants_of(QuantizationCalibration(activation_mode="static"), {})
+                   if rival.name == "dynamic")  # fmt: skip
+    form = dynamic.form("", QuantizationCalibration(activation_mode="static").form, 8)
+    assert form == QuantizationCalibration(rounding="nearest").form
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"activation_mode": "dynamic"}, "needs activation_mode"),
+        ({"activation_ranges": "all"}, "must be shared or step"),
+        ({"torchao": True, "weight_symmetric": True, "balance": "scale"}, "not those of each token"),
+    ],
+)
+def test_ranges_by_step_that_are_not_possible_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        QuantizationCalibration(**{"activation_mode": "static", "activation_ranges": "step", **options})
 
 
 def test_samples_of_both_networks_are_written_under_the_names_of_their_prompts(tmp_path: Path) -> None:

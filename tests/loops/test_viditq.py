@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_accounted, histories, report_of, run_in_own_process, the_error, untrained_features
+from command_line import assert_accounted, histories, report_of, run_in_ranks, the_error, untrained_features
 from diffusers import DiTTransformer2DModel
 from lightning.pytorch.strategies import FSDPStrategy
 from oracles.kills import at_line, kill
@@ -293,7 +293,7 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_two_processes_give_the_table_and_artifact_of_one(root: Path) -> None:
     """Each measures layers and variants of its own, the second the winner; lines are in the order of one process."""
     words = [*MODEL, *SMALL, f"run.root={root}", "run.name=ddp", "method.rivals=false", "method.samples_out=true"]
-    run_in_own_process("validate", *words, "strategy=ddp", "trainer.devices=2")
+    run_in_ranks("validate", *words, "strategy=ddp", "trainer.devices=2")
     two, one = root / "ddp" / "validate", root / "run" / "validate"
     assert histories(two)["sensitivity"] == histories(one)["sensitivity"]
     rows, every = rows_of(two), rows_of(one)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from genlight.quantization.balance import Balance
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.observers import InputObserver
 from genlight.quantization.recipe import (
@@ -16,6 +17,8 @@ from genlight.quantization.recipe import (
     layer_noise,
     overall_range,
     quantized_layer,
+    shared_range,
+    step_ranges,
     weight_error,
     with_bits,
 )
@@ -102,11 +105,20 @@ def test_static_layers_have_one_range_for_all_steps() -> None:
         maximum=torch.tensor([[3.0, 1.0], [2.0, 0.5]]),
     )
     assert overall_range(wide).tolist() == [[[-4.0, 3.0]]]
+    by_step = step_ranges(wide, [0, 1])
+    assert by_step.tolist() == [[[-1.0, 3.0], [-4.0, 1.0]]]
+    assert torch.equal(shared_range(by_step), overall_range(wide)) and torch.equal(
+        step_ranges(wide, [0, 0]), overall_range(wide)
+    )
     static = replace(FORM, activation=ActivationFormat(8, True, "static", "tensor"))
     layer = quantized_layer(
         calibrated(), "q", static, balanced_input(calibrated(), 0, FORM, BalanceSettings("none")).balance
     )
     assert layer.activation_range is not None and layer.activation_range.shape == (1, 1, 2)
+    # the proxy, which does not know the steps of its rows, takes the range of all
+    halves = torch.cat([layer.activation_range / 2, layer.activation_range], dim=1)
+    by_step = quantized_layer(calibrated(), "q", static, Balance(), ranges=halves)
+    assert layer_noise(calibrated(), "q", by_step) == layer_noise(calibrated(), "q", layer)
 
 
 @pytest.mark.parametrize(

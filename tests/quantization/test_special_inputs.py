@@ -128,8 +128,10 @@ def test_ranges_are_of_each_part_over_all_calls() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     calls = [torch.tensor([[1.0, -2.0, 30.0, 4.0]]), torch.tensor([[-1.0, 2.0, 3.0, 40.0]])]
     parts = [lambda x: x[:, :2], lambda x: x[:, 2:]]
-    found = part_ranges(model, {"0": parts}, lambda: [model(call) for call in calls])
-    assert torch.equal(found["0"], torch.tensor([[-2.0, 2.0], [3.0, 40.0]]))
+    found = part_ranges(model, {"0": parts}, [lambda: [model(call) for call in calls]])
+    assert torch.equal(found["0"], torch.tensor([[[-2.0, 2.0]], [[3.0, 40.0]]]))
+    found = part_ranges(model, {"0": parts}, [lambda: model(calls[0]), lambda: model(calls[1])])
+    assert found["0"].tolist() == [[[-2.0, 1.0], [-1.0, 2.0]], [[4.0, 30.0], [3.0, 40.0]]]
 
 
 def test_ranges_of_balanced_inputs_leave_constant_tokens_out() -> None:
@@ -153,5 +155,8 @@ def test_ranges_of_balanced_inputs_leave_constant_tokens_out() -> None:
         "image": balance_input(image, balances["image"], 1),
         "text": balance_input(text[:, 1:], balances["text"]),
     }
+    by_step = balanced_ranges(network, balances, calls, text=["text"], positions=[0], places=[1, 0])
     for name, values in expected.items():
         assert torch.equal(found[name], torch.stack([values.min(), values.max()])[None, None])
+        parts = [torch.stack(part.aminmax()) for part in (values[4:], values[:4])]
+        assert torch.equal(by_step[name], torch.stack(parts)[None])

@@ -34,13 +34,13 @@ def pixart() -> diffusers.PixArtTransformer2DModel:
     return diffusers.PixArtTransformer2DModel(**PIXART).eval()
 
 
-def call(model: nn.Module) -> Tensor:
+def call(model: nn.Module, timestep: float = 7) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     dtype = next(model.parameters()).dtype
     image, text = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 1, 8, 8), (2, 3, 32)))
     conditions = {"resolution": None, "aspect_ratio": None}
     with torch.no_grad():
-        return model(image, text, timestep=torch.tensor([7, 7]), added_cond_kwargs=conditions).sample
+        return model(image, text, timestep=torch.tensor([timestep] * 2), added_cond_kwargs=conditions).sample
 
 
 def converted(
