@@ -248,8 +248,9 @@ def _write_use(folder: Path, module: PipelineModule, files: Sequence[str]) -> No
     assert module.scheduled is not None
     settings = {key: getattr(module, key) for key in ("guidance_scale", "height", "width", "num_frames")}
     given = {key: value for key, value in {**settings, **module.call}.items() if value is not None}
+    source = Path(module.pretrained)
     text = _USE.format(
-        source=repr(module.pretrained),
+        source=repr(str(source.absolute()) if source.exists() else module.pretrained),
         options=f"dtype={module.scheduled.dtype}" + (f", variant={module.variant!r}" if module.variant else ""),
         file=files[-1],
         call=", ".join(f"{key}={value!r}" for key, value in given.items()),

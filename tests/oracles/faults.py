@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from oracles.ranks import skip_after_cuda
+
 from genlight.io import primitives
 
 EXIT_CODE = 77
@@ -53,7 +55,11 @@ def in_child(action: Callable[[], object]) -> int:
 
 
 def start_child(action: Callable[[], object]) -> int:
-    """Begin `action` in a forked child, which has imported what this process has; returns its process id."""
+    """Begin `action` in a forked child, which has imported what this process has; returns its process id.
+
+    The test is skipped where this process has begun to use CUDA.
+    """
+    skip_after_cuda()
     pid = os.fork()
     if pid == 0:
         status = 1

@@ -4,16 +4,26 @@ import os
 import socket
 from collections.abc import Callable
 
+import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+
+def skip_after_cuda() -> None:
+    """Skip the test where this process has begun to use CUDA, which no child of it can then use."""
+    if torch.cuda.is_initialized():
+        pytest.skip("this process has begun to use CUDA, and its children could not")
 
 
 def in_ranks(action: Callable[[], object], count: int = 2) -> None:
     """Run `action` in so many children, which Lightning takes for those that it starts itself.
 
+    The test is skipped where this process has begun to use CUDA.
+
     Raises:
         torch.multiprocessing.ProcessException: one of them failed; the others are stopped.
     """
+    skip_after_cuda()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
