@@ -107,7 +107,7 @@ def test_a_budget_is_one_that_a_schedule_keeps_and_another_exceeds() -> None:
     assert limits(4.0) == {1.0: 5.0, 4.0: 20.0} and limits(5.5, 2.5) == {1.0: 5.0, 5.5: 27.5}
     with pytest.raises(UserError, match=r"4.1 calls of .* more than any .*, 4 with method.max_evaluations = 4"):
         limits(4.1)
-    with pytest.raises(UserError, match="0.9 calls of .* below one of the cheapest, 1"):
+    with pytest.raises(UserError, match=r"0.9 calls of .* below one of the cheapest, 1"):
         limits(0.9)
 
 
