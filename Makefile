@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 # read what is written for them, in tests; apart, since diffusers imports both wherever they are, which takes two seconds
 FORMATS := $(CURDIR)/$(VENV)/formats
 FORMAT_TESTS := tests/modules/test_serving.py tests/quantization/test_torchao_format.py
+# files stay whole, since their fixtures are dear, in the order of tests/conftest.py
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 # those of a GPU have a script of their own, tools/proofs/gpu.sh
 PROOFS := $(filter-out %_gpu.py %_cifar.py,$(wildcard tools/proofs/[!_]*.py))
 
@@ -33,7 +35,7 @@ demo: $(STAMP)
 	$(RUN) validate run.name=demo run.overwrite=true ckpt_path=runs/demo/fit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FORMAT_TESTS:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(FORMAT_TESTS:%=--ignore=%)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(FORMATS) $(BIN)/python -m pytest $(FORMAT_TESTS)
 
 lint: $(STAMP)
@@ -60,4 +62,4 @@ lowest: resolve
 	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
 	$(UV) install -q --resolution lowest-direct torch==$(TORCH) -e '.[dev]'
 	$(UV) check
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(SPREAD)

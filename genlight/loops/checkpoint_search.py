@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from genlight.callbacks.timing import print_line
 from genlight.checkpoints.bases import Basis, GeometricBins, group_of_names
 from genlight.checkpoints.files import FileTrajectory, paths_of
 from genlight.checkpoints.importing import import_checkpoints
@@ -179,8 +178,5 @@ class CheckpointSearch:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         work = CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))
         work.check_averages()
-        remarks = remarks_before(work)
-        work.runner.notes += remarks
-        for remark in remarks * work.runner.main:
-            print_line(f"warning: {remark}")
+        work.runner.remark(remarks_before(work))
         return work

@@ -149,7 +149,7 @@ def _ending(each: Found, every: Sequence[Found]) -> str:
 def _found(work: ExpertWork, own: Mapping[str, float]) -> Found:
     every = work.choices()
     remarks = remarks_after(work.metric, work.method.mode, work.measured_scores())
-    work.remark([f"{work.num_experts} experts: {remark}" for remark in remarks])
+    work.runner.remark([f"{work.num_experts} experts: {remark}" for remark in remarks])
     choices = [choice for choice in every if math.isfinite(choice.search) and math.isfinite(choice.select)]
     failed = [choice.name for choice in every if choice not in choices]
     best: dict[str, Choice] = {}

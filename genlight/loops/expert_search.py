@@ -156,7 +156,7 @@ class ExpertSearch:
         asked = min(self.settings.fidelity, len(data.examples("search")))
         works = [ExpertWork(self, n, evaluations, module, datamodule, data, metric, cache) for n in numbers]
         works = within_limits(works, self.limits, most_only=not self.num_experts)
-        works[0].remark(remarks_before(metric, names, asked, first.logged))
+        works[0].runner.remark(remarks_before(metric, names, asked, first.logged))
         return works, first
 
     def metric_of(self, kinds: Mapping[str, str]) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from genlight.callbacks.timing import print_line
 from genlight.errors import in_config
 from genlight.experts.baselines import baseline
 from genlight.experts.maps import LayerMaps, selection_maps
@@ -132,12 +131,6 @@ class ExpertWork:
     def runner(self) -> SearchRunner:
         """Runs the search in the run folder."""
         return SearchRunner(self.evaluations, self.method.settings)
-
-    def remark(self, remarks: Sequence[str]) -> None:
-        """Say at the terminal, and note for the report, what a person should know of the search."""
-        self.runner.notes += remarks
-        for remark in remarks if self.runner.main else ():
-            print_line(f"warning: {remark}")
 
     @cached_property
     def baseline_maps(self) -> dict[str, dict[str, LayerMaps]]:

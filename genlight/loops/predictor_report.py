@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlight import io
-from genlight.callbacks.timing import print_line
 from genlight.loops.predictor_cost import COMPARISONS, PREDICTOR
 from genlight.loops.predictor_work import EXPERT_TAU, PredictorWork, Scores
 from genlight.loops.result import MethodResult
@@ -41,9 +40,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
     method, labels = work.method, work.datamodule.labels
     with work.evaluations.timing(COMPARISONS):
         indicators = work.indicators()
-        remarks = [*work.doubts(), *_unlearned(indicators)]
-        for remark in remarks * work.runner.main:
-            print_line(f"warning: {remark}")
+        work.runner.remark([*work.doubts(), *_unlearned(indicators)])
         compared = work.compared()
     regrets = work.regrets()
     rows = _rows(work, compared, indicators)
@@ -61,7 +58,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
         f"best single indicator, which was chosen on the candidates held out: {best}",
         *(_search_note(work, name, *each) for name, each in ends.items()),
         *([f"next to measure, best first: rows {_numbers(proposals)}"] if proposals else []),
-        *remarks,
+        *work.runner.notes,
     ]
     return MethodResult(
         {**own, **taus, **found},

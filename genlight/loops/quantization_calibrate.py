@@ -149,6 +149,12 @@ class QuantizationCalibration:
         return self.activation_ranges == "step"
 
     @property
+    def parts_in_words(self) -> str:
+        """What decides which ranges and tokens inputs have, for fingerprints."""
+        words = f"{self.constant_tokens} {self.constant_ratio} {self.split_shortcuts}"
+        return f"{words} by step" if self.by_step else words
+
+    @property
     def balances(self) -> bool:
         """Whether some row of the table balances inputs or splits weights; convolutions in groups allow neither."""
         return self.balance != "none" or self.rank > 0 or (self.rivals and not self.special)

@@ -99,8 +99,7 @@ def layer_times(work: QuantizationWork, choices: Mapping[str, Sequence[Choice]])
         "samples": str(samples),
         "forms": str(sorted((name, repr(form)) for name, form in work.forms.items())),
         "choices": str({name: [written(choice) for choice in choices[name]] for name in sorted(choices)}),
-        "inputs": f"{method.balancing} {method.rank} {method.constant_tokens} {method.constant_ratio} "
-        f"{method.split_shortcuts}" + (" by step" if method.by_step else ""),
+        "inputs": f"{method.balancing} {method.rank} {method.parts_in_words}",
     }
     found: LayerTimes | None = None
     if evaluations.trainer.is_global_zero:

@@ -200,8 +200,7 @@ def _header(work: QuantizationWork, mixed: MixedBits) -> str:
         "samples": f"{method.samples} to calibrate, {mixed.samples} to compare",
         "choices": json.dumps({name: mixed.choices_in(group) for name, group in work.groups.items()}, sort_keys=True),
         "images": "of all layers" if mixed.every_metric else "of layers that are judged by them",
-        "inputs": f"{method.activation_mode} {method.constant_tokens} {method.constant_ratio} {method.split_shortcuts}"
-        + (" by step" if method.by_step else ""),
+        "inputs": f"{method.activation_mode} {method.parts_in_words}",
     }
     return seal({"kind": _KIND, "version": _VERSION, "fingerprint": fingerprint})
 

@@ -215,17 +215,18 @@ class QuantizationWork:
 
     def layers_of(self, variant: Variant, chosen: Sequence[str]) -> dict[str, QuantizedLayer]:
         """Some of the quantized layers of a variant."""
-        plain = self.calibrated.layers
-        columns = {name: plain[name].weight.shape[1:].numel() for name in self.forms}
-        forms = {
-            name: fitting_form(plain[name], variant.form(name, form, columns[name]))
-            for name, form in self.forms.items()
-        }
+
+        def form_of(name: str) -> LayerFormat:
+            plain = self.calibrated.layers[name]
+            columns = plain.weight.shape[1:].numel()
+            return fitting_form(plain, variant.form(name, self.forms[name], columns))
+
         made: dict[str, QuantizedLayer] = {}
         for name in chosen:
             group = self.calibrated.group_of(name)
+            forms = {each: form_of(each) for each in self.calibrated.groups[group]}
             # one balance for all that read the input: for the layer with the fewest bits
-            lowest = min((forms[n] for n in self.calibrated.groups[group]), key=lambda form: form.weight.bits)
+            lowest = min(forms.values(), key=lambda form: form.weight.bits)
             with in_config(f"method: {name}"):
                 made[name] = self._layer(variant, name, forms[name], group, lowest)
             # a rival: to warn that nothing is faster would mislead

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -140,6 +140,12 @@ class SearchRunner:
         guards = [c for c in trainer.callbacks if isinstance(c, SignalGuard)]
         self.guard = guards[0] if guards else SignalGuard()
         self.main = bool(trainer.is_global_zero)
+
+    def remark(self, remarks: Sequence[str]) -> None:
+        """Say at the terminal, and note for the report, what a person should know of the searches."""
+        self.notes += remarks
+        for remark in remarks if self.main else ():
+            print_line(f"warning: {remark}")
 
     def plan(self, name: str, make: Callable[[int], SearchPlan]) -> SearchPlan:
         """The plan of a search for the budget that it was begun with; a larger one since extends its last stage.

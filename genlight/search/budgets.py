@@ -17,7 +17,7 @@ from genlight.search.evolution import Evolution
 from genlight.search.guided import Fitted, OfProblem, Predictor, described
 from genlight.search.proposing import RANDOM, propose
 from genlight.search.protocols import Candidate, CandidateIn, SearchSpace, Vector
-from genlight.search.records import History, Problem, Proposal, Record
+from genlight.search.records import History, Problem, Proposal
 
 BUDGETED = "budgeted"
 # the generator of what a round shares is independent of those of its candidates
@@ -167,7 +167,7 @@ class BudgetedSearch:
     ) -> list["_Scored[Candidate]"]:
         """All candidates that were bred within the problem's limits, and the first ones, from best to worst."""
         size = self.evolution.population
-        first: dict[str, Candidate] = {record.key: record.candidate for record in _best_within(problem, history, size)}
+        first: dict[str, Candidate] = {record.key: record.candidate for record in _within(problem, history).best(size)}
         for _ in range(_TRIES * size):
             if len(first) >= size:
                 break
@@ -234,8 +234,7 @@ class DirectEvolution:
         history = history.at(problem.fidelity)
         for turn in range(len(self.budgets)):
             limited = within_budget(problem, self.budgets[(history.generation + turn) % len(self.budgets)], self.cost)
-            records = [record for record in history if limited.within_limits(record.cost)]
-            proposals = self.evolution.ask(limited, History(records, history.next_index, history.generation))
+            proposals = self.evolution.ask(limited, _within(limited, history))
             if proposals:
                 return proposals
         return []
@@ -311,9 +310,9 @@ class _Effects(Generic[Candidate]):
         return [*found, *rest[: count - len(found)]]
 
 
-def _best_within(problem: Problem[Candidate], history: History[Candidate], count: int) -> list[Record[Candidate]]:
-    """The best measured ones that keep the problem's limits."""
-    return History([record for record in history if problem.within_limits(record.cost)]).best(count)
+def _within(problem: Problem[Candidate], history: History[Candidate]) -> History[Candidate]:
+    """What was measured that keeps the problem's limits."""
+    return history.keeping(lambda record: problem.within_limits(record.cost))
 
 
 def _checked_budgets(budgets: Sequence[float]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ which a search has of every candidate, and on the features of the space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -87,12 +87,13 @@ class DelePredictor:
         require_indicators(problem.space)
         founders = [record.candidate for record in history.records[: self.founders]]
         space = problem.space
-        screened = {record.key: record for record in history.cheaper if record.score is not None}
+        highest = max((record.fidelity for record in history.cheaper), default=None)
+        screened = [record for record in history.cheaper if record.fidelity == highest and record.score is not None]
         key = (
             space.fingerprint(),
             problem.seed,
             tuple(space.key(founder) for founder in founders),
-            tuple((name, record.fidelity, record.score) for name, record in screened.items()),
+            tuple((record.key, record.fidelity, record.score) for record in screened),
         )
         if key not in self._kept:
             while len(self._kept) >= _KEPT:
@@ -104,17 +105,18 @@ class DelePredictor:
         return Described(known.groups, _Process(known))
 
     def _pretrained(
-        self, problem: Problem[Any], founders: Sequence[Any], screened: Mapping[str, Record[Any]]
+        self, problem: Problem[Any], founders: Sequence[Any], screened: Sequence[Record[Any]]
     ) -> ExpertDescription:
         space: Any = problem.space
-        candidates = pool_of(problem, founders, self.pool, [record.candidate for record in screened.values()])
+        candidates = pool_of(problem, founders, self.pool, [record.candidate for record in screened])
         features = pad([space.encode(each) for each in candidates])[0]
         indicators = torch.from_numpy(np.stack([space.indicators(each) for each in candidates])).float()
         kept = useful_columns(space.indicator_names, indicators)
         flat = Standardiser.of(features.flatten(1))
         names = [space.indicator_names[column] for column in kept]
         columns = [indicators[:, kept]]
-        if len(few := _few_sample_scores(screened)) >= _LEAST_SCREENED:
+        few = {record.key: record.rank[0] for record in screened}
+        if len(few) >= _LEAST_SCREENED and len(set(few.values())) > 1:
             names.append(FEW_SAMPLES)
             columns.append(torch.tensor([[few.get(space.key(each), torch.nan)] for each in candidates]))
         pool = Pool(flat(features.flatten(1)), (REAL,) * flat.mean.numel(), torch.cat(columns, dim=1), tuple(names))
@@ -258,15 +260,6 @@ def pool_of(problem: Problem[Any], founders: Sequence[Any], count: int, screened
             candidate = space.sample(rng)
         found.setdefault(space.key(candidate), candidate)
     return list(found.values())
-
-
-def _few_sample_scores(screened: Mapping[str, Record[Any]]) -> dict[str, float]:
-    """Those of the fidelity at which most were measured, by key; none if they are all equal."""
-    by_fidelity: dict[int, dict[str, float]] = {}
-    for key, record in screened.items():
-        by_fidelity.setdefault(record.fidelity, {})[key] = record.rank[0]
-    scores = max(by_fidelity.values(), key=len, default={})
-    return scores if len(set(scores.values())) > 1 else {}
 
 
 def require_indicators(space: Any) -> None:

@@ -81,6 +81,5 @@ class WithoutFailed:
         except ValueError as error:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
             raise UserError(f"the search cannot go on without the members that failed, {reasons}: {error}") from error
-        kept = [record for record in history if not failed.keys() & set(record.candidate.members)]
-        rest = History(kept, history.next_index, history.generation)
+        rest = history.keeping(lambda record: not failed.keys() & set(record.candidate.members))
         return self.strategy.ask(replace(problem, space=space), rest)

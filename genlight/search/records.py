@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -129,6 +129,11 @@ class History(Generic[Candidate]):
         """The records of one fidelity, with the same place in the search; those of lower ones are `cheaper`."""
         kept = [record for record in self.records if record.fidelity == fidelity]
         cheaper = [record for record in (*self.cheaper, *self.records) if record.fidelity < fidelity]
+        return History(kept, self.next_index, self.generation, cheaper)
+
+    def keeping(self, wanted: Callable[[Record[Candidate]], bool]) -> History[Candidate]:
+        """Without the records, and the `cheaper` ones, that are not wanted; with the same place in the search."""
+        kept, cheaper = ([each for each in part if wanted(each)] for part in (self.records, self.cheaper))
         return History(kept, self.next_index, self.generation, cheaper)
 
     def keys(self) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from campaigns.commands import FIT, Points, differing, folder_of, reference, results, resumed, run
-from oracles.faults import in_child
+from oracles.faults import in_child, start_child
 from search.toy_search import (
     FINGERPRINT,
     Counting,
@@ -82,14 +82,7 @@ def sigkills(root: Path, kills: int, strategy: Any = _STRATEGY, seed: int = 0, r
 
 def _forked(search: Callable[[], str]) -> int:
     """The process of a search, whose status is 0 if it ends with its budget."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = 0 if search() == "budget" else 1
-        finally:
-            os._exit(status)
-    return pid
+    return start_child(lambda: sys.exit(search() != "budget"))
 
 
 def _search_as(rank: int, ranks: int, meeting: Path, folder: Path, strategy: Any, budget: int, seed: int) -> str:

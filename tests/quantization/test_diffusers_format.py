@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
-from quantization.tiny_pixart import W4A8, call, converted, pixart
+from quantization.tiny_pixart import W4A8, call, converted, pixart, save_altered
 from safetensors.torch import load_file
 
 from genlight.quantization.convert import quantized_layers
@@ -100,14 +101,8 @@ def test_other_types_are_for_the_other_layers(tmp_path: Path) -> None:
         (lambda c: next(iter(c["tensors"].values())).update(weight_codes=["uint8", 1, 1]), "shape"),
     ],
 )
-def test_a_config_that_does_not_hold_is_refused(change: object, expected: str, tmp_path: Path) -> None:
-    model = converted()
-    with marked_quantized(model, {}):
-        model.save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    content = json.loads(file.read_text())
-    change(content["quantization_config"])  # type: ignore[operator]
-    file.write_text(json.dumps(content))
+def test_a_config_that_does_not_hold_is_refused(change: Any, expected: str, tmp_path: Path) -> None:
+    save_altered(converted(), tmp_path, change)
     with pytest.raises(ValueError, match=expected):
         diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
 

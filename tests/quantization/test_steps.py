@@ -1,16 +1,16 @@
 """Ranges of inputs by step: chosen by the timestep that a network is called with, saved, loaded, compiled."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
-from quantization.tiny_pixart import KEPT, call, pixart
+from quantization.tiny_pixart import KEPT, call, pixart, save_altered
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -171,15 +171,12 @@ def test_a_saved_network_knows_its_steps(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_config_whose_steps_do_not_hold_is_refused(timesteps: object, expected: str, tmp_path: Path) -> None:
-    model = followed()
-    with marked_quantized(model, {}):
-        model.save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    content = json.loads(file.read_text())
-    assert content["quantization_config"].pop("timesteps") == TIMES
-    if timesteps is not None:
-        content["quantization_config"]["timesteps"] = timesteps
-    file.write_text(json.dumps(content))
+    def change(config: dict[str, Any]) -> None:
+        assert config.pop("timesteps") == TIMES
+        if timesteps is not None:
+            config["timesteps"] = timesteps
+
+    save_altered(followed(), tmp_path, change)
     with pytest.raises(ValueError, match=expected):
         diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
 

@@ -1,11 +1,17 @@
 """A small transformer of diffusers, and its conversion as a calibration does it."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import diffusers
 import torch
 from torch import Tensor, nn
 
 from genlight.quantization.balance import Balance, balance_scale
 from genlight.quantization.convert import LayerGroup, formats_of_layers, quantize_layer, replace_layers
+from genlight.quantization.diffusers_format import marked_quantized
 from genlight.quantization.formats import ActivationFormat, LayerFormat, WeightFormat
 from genlight.quantization.hadamard import random_rotation
 from genlight.quantization.observers import InputObserver, layers_by_input
@@ -41,6 +47,15 @@ def call(model: nn.Module, timestep: float = 7) -> Tensor:
     conditions = {"resolution": None, "aspect_ratio": None}
     with torch.no_grad():
         return model(image, text, timestep=torch.tensor([timestep] * 2), added_cond_kwargs=conditions).sample
+
+
+def save_altered(model: nn.Module, folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Save a quantized network whose config then is changed."""
+    with marked_quantized(model, {}):
+        model.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    change(content["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(content))
 
 
 def converted(

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
+from oracles.faults import EXIT_CODE, die_at, exit_code, fail_at, hooked, in_child, start_child
 from search.local_space import LocalSpace
 from search.toy_search import (
     FINGERPRINT,
@@ -189,16 +190,15 @@ def test_a_dozen_sigkills_change_nothing(tmp_path: Path) -> None:
 
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     while True:
-        begun, pid = lines(), os.fork()
-        if pid == 0:
-            os._exit(0 if search(killed, "evolution", 200, slow).stopped == "budget" else 1)
+        begun = lines()
+        pid = start_child(lambda: sys.exit(search(killed, "evolution", 200, slow).stopped != "budget"))
         # Two candidates further: a second kill on one candidate would make it poison
         while kills < 12 and lines() < begun + 2:
             time.sleep(0.001)
         if kills < 12:
             time.sleep(rng.random() * 0.008)
             os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = exit_code(pid)
         if status != -signal.SIGKILL:
             break
         kills += 1
@@ -241,18 +241,12 @@ def test_two_processes_that_share_the_work_give_the_same_archive(reference: Any,
         result = Search(problem, strategy, archives[rank], evaluate, INITIAL, workers=2).run(Budget(30))
         assert len(result.records) == 30 and 10 <= len(objective.calls) <= 20
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            one_rank(1)
-            os._exit(0)
-        finally:
-            os._exit(1)
+    pid = start_child(lambda: one_rank(1))
     try:
         one_rank(0)
     finally:
         ends[0].close()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = exit_code(pid)
     assert status == 0 and history(tmp_path) == reference("guided", 30)
 
 
