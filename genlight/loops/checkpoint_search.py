@@ -25,7 +25,7 @@ from genlight.loops.checkpoint_remarks import remarks_before
 from genlight.loops.checkpoint_report import combination_result
 from genlight.loops.checkpoint_work import CheckpointWork
 from genlight.loops.cost import announced, first_validation
-from genlight.loops.evaluation import CandidateTrainer, check_logged
+from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.quantization.convert import quantized_layers
@@ -49,7 +49,7 @@ class CheckpointSearch:
         skip_damaged: leave damaged checkpoints out instead of ending with an error.
         ckpt_path: of the command.
         objective: name of a metric that validate logs, such as "val/fd_digits".
-        mode: "min", or "max" for a metric where more is better.
+        mode: "min", "max", or "auto": as the metric says which way it is better.
         until: only checkpoints up to this optimizer step, as if the training had ended there; null: all.
         basis: what coefficients belong to: geometric bins, every checkpoint, or moving averages.
         groups: patterns of parameter names; each group has coefficients of its own.
@@ -72,7 +72,7 @@ class CheckpointSearch:
         objective: str,
         trajectory: str | Sequence[str] | None = None,
         ckpt_path: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "auto",
         until: int | None = None,
         basis: Basis | None = None,
         groups: Sequence[str] = (".*",),
@@ -88,9 +88,7 @@ class CheckpointSearch:
             raise ValueError("method=lcsc searches: choose how by search=lcsc (or genetic, random)")
         if min(singles, select) < 1:
             raise ValueError(f"method.singles = {singles!r} and method.select = {select!r} must be 1 or more")
-        if mode not in ("min", "max"):
-            raise ValueError(f"method.mode = {mode!r} must be min or max")
-        self.settings, self.objective, self.mode = search, objective, mode
+        self.settings, self.objective, self.mode = search, objective, checked_mode(mode)
         self.places: tuple[str, ...] = () if trajectory is None or isinstance(trajectory, str) else tuple(trajectory)
         own = ckpt_path and str(Path(ckpt_path) / TRAJECTORY)
         self.folder = None if self.places else trajectory if isinstance(trajectory, str) else own
@@ -174,6 +172,7 @@ class CheckpointSearch:
         if evaluations.sharded:
             raise UserError("method=lcsc writes whole weights: use strategy=auto or strategy=ddp")
         check_logged(self.objective, logged)
+        self.mode = direction(self.mode, self.objective, getattr(module, "metrics", None))
         if self.gradient is not None:
             self.gradient.check(module, getattr(module, "metrics", None), self.objective)
         work = CheckpointWork(self, evaluations, module, datamodule, space, evaluations.fingerprint(module))

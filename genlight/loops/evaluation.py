@@ -225,6 +225,38 @@ def check_logged(objective: str, logged: Collection[str], *others: str) -> None:
         raise UserError(f"method.objective={objective}: validate does not log it; choose one of {', '.join(known)}")
 
 
+def checked_mode(mode: str) -> str:
+    """ValueError if a method's `mode` is none of those that `direction` reads."""
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f"method.mode = {mode!r} must be auto, min or max")
+    return mode
+
+
+def direction(mode: str, objective: str, metrics: Any) -> str:
+    """ "min" or "max": which way the objective of a method is better.
+
+    Args:
+        mode: of the method; "auto": as the metric says.
+        objective: such as "val/fd_digits".
+        metrics: of the module; what has no `higher_is_better` says nothing.
+
+    Raises:
+        UserError: the metric goes the other way, or says nothing where nothing else does.
+    """
+    more = (getattr(metrics, "higher_is_better", None) or {}).get(objective.removeprefix("val/"))
+    if more is None and mode == "auto":
+        raise UserError(
+            f"method.objective={objective}: the metric does not say whether more or less of it is better; "
+            "set method.mode=max or method.mode=min"
+        )
+    if more is None:
+        return mode
+    word, known = ("more", "max") if more else ("less", "min")
+    if mode not in ("auto", known):
+        raise UserError(f"method.objective={objective}: {word} of it is better; set method.mode={known}, or auto")
+    return known
+
+
 def as_logged(mode: str, score: float) -> float:
     """The metric of a score, or the score of a metric: scores are minimised, whatever the mode."""
     return score if mode == "min" else -score

@@ -15,7 +15,7 @@ from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.loops.cost import FirstValidation, announced, first_validation
-from genlight.loops.evaluation import CandidateTrainer, check_logged
+from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
 from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
 from genlight.loops.expert_remarks import remarks_before
@@ -44,7 +44,7 @@ class ExpertSearch:
         tasks: names of the tasks to search for; None: all that the data measures. The report is on all of these.
         objective: name of a metric that validate logs, such as "val/accuracy"; None: "val/choice_log_likelihood" where
             every task of the search has choices, else "val/log_likelihood".
-        mode: "max", or "min" for a metric where less is better.
+        mode: "min", "max", or "auto": as the metric says which way it is better.
         groups: of layers with the same maps, evenly by depth; None: each layer has its own.
         router_mapping: "logits": what is merged can be saved; "post_softmax": mix probabilities, as published.
         baselines: what is compared with, and begins a warm search; names of `genlight.experts.baselines`.
@@ -67,7 +67,7 @@ class ExpertSearch:
         num_experts_per_tok: int | None = None,
         tasks: Sequence[str] | None = None,
         objective: str | None = None,
-        mode: Literal["min", "max"] = "max",
+        mode: Literal["auto", "min", "max"] = "auto",
         groups: int | None = None,
         router_mapping: Literal["logits", "post_softmax"] = "logits",
         baselines: Sequence[str] = BASELINES[1:],
@@ -80,13 +80,8 @@ class ExpertSearch:
     ) -> None:
         if not isinstance(search, SearchSettings):
             raise ValueError("method=eep searches: choose how by search=eep (or eep_paper, evolution, random)")
-        if mode not in ("min", "max") or router_mapping not in ("logits", "post_softmax"):
-            raise ValueError(
-                f"method.mode = {mode!r} must be min or max, and method.router_mapping = {router_mapping!r} logits or "
-                "post_softmax"
-            )
-        if objective is None and mode == "min":
-            raise ValueError("method.mode = min needs a method.objective: where it is null, more is better")
+        if router_mapping not in ("logits", "post_softmax"):
+            raise ValueError(f"method.router_mapping = {router_mapping!r} must be logits or post_softmax")
         if unknown := sorted(set(baselines) - set(BASELINES[1:])):
             raise ValueError(f"method.baselines: {', '.join(unknown)} unknown; known are {', '.join(BASELINES[1:])}")
         numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts or ())
@@ -106,7 +101,8 @@ class ExpertSearch:
                 f"method.random_draws = {random_draws!r} and method.cache_bytes = {cache_bytes!r} must not be "
                 f"negative, and method.num_experts_per_tok = {num_experts_per_tok!r} 1 or more"
             )
-        self.settings, self.objective, self.mode, self.router_mapping = search, objective, mode, router_mapping
+        self.settings, self.objective, self.mode = search, objective, checked_mode(mode)
+        self.router_mapping = router_mapping
         self.num_experts, self.num_experts_per_tok, self.groups = tuple(numbers), num_experts_per_tok, groups
         self.limits = limits
         self.tasks, self.baselines, self.random_draws = tasks, tuple(baselines), random_draws
@@ -153,6 +149,7 @@ class ExpertSearch:
         metric = self.metric_of({name: data.tasks[name].kind for name in names})
         first = first_validation(trainer, module, datamodule, dry=dry)
         check_logged(metric, first.logged)
+        self.mode = direction(self.mode, metric, module.metrics)
         asked = min(self.settings.fidelity, len(data.examples("search")))
         works = [ExpertWork(self, n, evaluations, module, datamodule, data, metric, cache) for n in numbers]
         works = within_limits(works, self.limits, most_only=not self.num_experts)

@@ -15,7 +15,7 @@ from genlight.data.prompts import PromptsDataModule
 from genlight.diffusion.model_schedule import Kind
 from genlight.errors import UserError
 from genlight.loops.cost import FirstValidation, announced, first_validation
-from genlight.loops.evaluation import CandidateTrainer, check_logged
+from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
 from genlight.loops.model_cost import model_cost
 from genlight.loops.model_report import model_result
 from genlight.loops.model_work import ModelWork
@@ -34,7 +34,7 @@ class ModelSearch:
     Args:
         search: how schedules are chosen and how many are measured, for all budgets together.
         objective: name of a metric that validate logs, such as "val/fd_digits".
-        mode: "min", or "max" for a metric where more is better.
+        mode: "min", "max", or "auto": as the metric says which way it is better.
         budgets: in units of one call of the dearest member, for one batch.
         unit: "ms", measured latency, or "macs", work, which is the same on every machine.
         kinds, max_evaluations, slots, max_order: see `ModelScheduleSpace`.
@@ -61,7 +61,7 @@ class ModelSearch:
         self,
         search: SearchSettings,
         objective: str,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "auto",
         budgets: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
         unit: Literal["ms", "macs"] = "ms",
         kinds: Sequence[Kind] = ("singlestep",),
@@ -87,9 +87,9 @@ class ModelSearch:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"method.{name} = {value!r} must be 1 or more")
-        if mode not in ("min", "max") or unit not in ("ms", "macs"):
-            raise ValueError(f"method.mode = {mode!r} must be min or max, and method.unit = {unit!r} ms or macs")
-        self.settings, self.objective, self.mode, self.unit = search, objective, mode, unit
+        if unit not in ("ms", "macs"):
+            raise ValueError(f"method.unit = {unit!r} must be ms or macs")
+        self.settings, self.objective, self.mode, self.unit = search, objective, checked_mode(mode), unit
         self.budgets = tuple(sorted({float(budget) for budget in budgets}))
         self.space: dict[str, Any] = {
             "kinds": tuple(kinds),
@@ -117,13 +117,6 @@ class ModelSearch:
         """Measure a few schedules, and multiply."""
         return model_cost(*self._work(trainer, module, datamodule, dry=True))
 
-    def _check_mode(self, metrics: Any) -> None:
-        """UserError if the metrics know that the objective is to go the other way."""
-        more = getattr(metrics, "higher_is_better", {}).get(self.objective.removeprefix("val/"))
-        if more is not None and more != (self.mode == "max"):
-            word, mode = ("more", "max") if more else ("less", "min")
-            raise UserError(f"method.objective={self.objective}: {word} of it is better; set method.mode={mode}")
-
     def _work(
         self, trainer: Any, module: Any, datamodule: Any, *, dry: bool = False
     ) -> tuple[ModelWork, FirstValidation]:
@@ -137,5 +130,5 @@ class ModelSearch:
             )
         first = first_validation(trainer, module, datamodule, dry=dry)
         check_logged(self.objective, first.logged)
-        self._check_mode(getattr(module, "metrics", None))
+        self.mode = direction(self.mode, self.objective, getattr(module, "metrics", None))
         return ModelWork(self, CandidateTrainer(trainer), module, datamodule), first

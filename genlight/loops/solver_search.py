@@ -15,7 +15,7 @@ from genlight.diffusion.solver.fitting import Adam, LevenbergMarquardt
 from genlight.diffusion.solver.presets import PRESETS
 from genlight.diffusion.solver.spacings import SPACINGS, End
 from genlight.loops.cost import announced, first_validation
-from genlight.loops.evaluation import CandidateTrainer, check_logged
+from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
 from genlight.loops.result import MethodResult
 from genlight.loops.search import SearchSettings
 from genlight.loops.solver_banks import BankSizes, Teacher
@@ -38,7 +38,7 @@ class SolverSearch:
         nfe: numbers of network evaluations to search a schedule for.
         objective: "teacher", the RMS distance to a many-step teacher on the same noise; or the name of a metric that
             validate logs, such as "val/fd_digits".
-        mode: "min", or "max" for a metric where more is better.
+        mode: "min", "max", or "auto": as the metric says which way it is better.
         genes, max_order, min_gap, start_slack, end_slack, integer_times: see `SolverScheduleSpace`. start_slack null:
             3 where pure noise lies at a finite λ, else 0.
         end: "t_min", or "clean" for one step more to σ = 0.
@@ -61,7 +61,7 @@ class SolverSearch:
         search: SearchSettings,
         nfe: Sequence[int] = (4, 5, 6),
         objective: str = TEACHER,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "auto",
         genes: Sequence[str] = ALL_GENES,
         max_order: int = 3,
         min_gap: float = 0.05,
@@ -86,7 +86,7 @@ class SolverSearch:
             raise ValueError(f"method.nfe = {list(nfe)!r} must be one or more numbers of evaluations, each 1 or more")
         if min(refined, tuned) < 1:
             raise ValueError(f"method.refined = {refined!r} and method.tuned = {tuned!r} must be 1 or more")
-        self.objective, self.mode, self.end = objective, mode, end
+        self.objective, self.mode, self.end = objective, checked_mode(mode), end
         self.space: dict[str, Any] = {
             "genes": tuple(genes),
             "max_order": max_order,
@@ -114,7 +114,7 @@ class SolverSearch:
         _check_target(module)
         # the number to compare with; it also starts the other processes of a strategy that has them
         first = first_validation(trainer, module, datamodule)
-        self._check(first.logged)
+        self._check(first.logged, module)
         work = SolverWork(self, CandidateTrainer(trainer), module, datamodule)
         predicted = announced(trainer, lambda: solver_cost(work, first))
         return solver_result(work, [work.outcome(nfe) for nfe in self.nfe], first.logged, predicted)
@@ -123,7 +123,7 @@ class SolverSearch:
         """Measure three candidates and a little of the teacher, and add everything up."""
         _check_target(module)
         first = first_validation(trainer, module, datamodule, dry=True)
-        self._check(first.logged)
+        self._check(first.logged, module)
         return solver_cost(SolverWork(self, CandidateTrainer(trainer), module, datamodule), first)
 
     def describe(self) -> dict[str, Any]:
@@ -132,8 +132,12 @@ class SolverSearch:
         settings = {name: repr(getattr(self, name)) for name in names}
         return {**settings, "finalists": self.settings.finalists, "noise": repr(self.noise)}
 
-    def _check(self, logged: dict[str, Any]) -> None:
+    def _check(self, logged: dict[str, Any], module: Any) -> None:
         check_logged(self.objective, logged, TEACHER)
+        if self.objective == TEACHER:
+            self.mode = "min"
+        else:
+            self.mode = direction(self.mode, self.objective, getattr(module, "metrics", None))
 
 
 def _check_target(module: Any) -> None:

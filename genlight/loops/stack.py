@@ -13,7 +13,7 @@ from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError
 from genlight.loops.cost import first_validation
-from genlight.loops.evaluation import CandidateTrainer, check_logged
+from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
 from genlight.loops.result import MethodResult
 from genlight.loops.stack_report import measured_row, stack_result
 from genlight.modules.artifact_kind import schedule_files
@@ -48,7 +48,7 @@ class Stack:
         recipe: the experiment whose fit makes ckpt_path where it is missing. None: it must be there.
         shared: words that all stages get, and the fit of the recipe.
         objective: name of a metric that validate logs, such as "val/fd_digits": what a loss is counted in.
-        mode: "min", or "max" for a metric where more is better.
+        mode: "min", "max", or "auto": as the metric says which way it is better.
 
     Raises:
         ValueError: no stage, a name that is none for a folder, words that are not a list or name a stage that does not
@@ -66,7 +66,7 @@ class Stack:
         ckpt_path: str | None = None,
         recipe: str | None = None,
         shared: Sequence[str] = (),
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "auto",
     ) -> None:
         if not stages:
             raise ValueError("method.stages is empty: name the methods that are to follow each other")
@@ -84,10 +84,8 @@ class Stack:
                 raise ValueError(
                     f"method.stages.{name} leaves members and schedules, which no stage reads: it must be the last"
                 )
-        if mode not in ("min", "max"):
-            raise ValueError(f"method.mode = {mode!r} must be min or max")
         self.stages = {name: tuple(words) for name, words in stages.items()}
-        self.experiment, self.objective, self.mode = experiment, objective, mode
+        self.experiment, self.objective, self.mode = experiment, objective, checked_mode(mode)
         self.reader, self.ckpt_path, self.recipe, self.shared = reader, ckpt_path, recipe, tuple(shared)
         self._run_root: str | Path = "runs"
 
@@ -115,6 +113,7 @@ class Stack:
         start, folder = self._start(), Path(trainer.default_root_dir) / "stages"
         logged = first_validation(trainer, module, datamodule).logged
         check_logged(self.objective, logged)
+        self.mode = direction(self.mode, self.objective, module.metrics)
         artifacts = dict[str, Path]()
         display_of(trainer).close()  # each stage shows its own progress
         for name in self.stages:

@@ -35,6 +35,12 @@ class TaskScores:
         self._sums = _Sums(len(self.tasks), len(QUANTITIES), sync_on_compute=sync)
 
     @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """Of each metric, by the name under which it is reported: more is better."""
+        names = [f"{task}/{quantity}" for task in self.tasks for quantity in QUANTITIES]
+        return dict.fromkeys([*names, *_OVERALL], True)
+
+    @property
     def sync(self) -> bool:
         """Whether ``compute`` merges the questions of all processes; a search may switch it."""
         return bool(self._sums.sync_on_compute)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from genlight.diffusion.model_schedule import ModelSchedule, solver_schedule
 from genlight.diffusion.noise_schedules import NoiseSchedule
@@ -35,7 +35,7 @@ def pareto_figure(
     *,
     baselines: Mapping[str, Sequence[Point]] | None = None,
     budgets: Sequence[float] = (),
-    mode: Literal["min", "max"] = "min",
+    mode: str = "min",
     xlabel: str = "cost",
     ylabel: str = "score",
     title: str = "",

@@ -338,7 +338,7 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.num_experts_per_tok=4"], "num_experts_per_tok = 4"),
         (["method.tasks=[sums]"], "method.tasks"),
         (["method.objective=val/bleu"], "method.objective"),
-        (["method.mode=min"], "method.mode = min needs a method.objective"),
+        (["method.mode=min"], "more of it is better; set method.mode=max"),
         (["method.tasks=null", "method.objective=val/choice_log_likelihood"], "says nothing of written"),
         (["method.baselines=[best]"], "method.baselines"),
         (["method.groups=4"], "groups = 4"),

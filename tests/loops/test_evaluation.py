@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from genlight.errors import UserError
-from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_rounds, in_turn, measured
+from genlight.loops.evaluation import (
+    CandidateTrainer,
+    MetricObjective,
+    checked_mode,
+    direction,
+    in_rounds,
+    in_turn,
+    measured,
+)
+from genlight.metrics.text_tasks import TaskScores
 from genlight.search.evaluation import one_by_one
 from genlight.search.records import Trial
 from genlight.trainer.resident import ResidentStrategy, is_sharded, local_trainer, silenced
@@ -84,6 +93,23 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are() -> None:
         objective.evaluate(1.0, 2)
     with pytest.raises(ValueError, match=r"method.mode"):
         MetricObjective(evaluations(), Space(), Target(), Rows(), "val/mean", "least")
+
+
+def test_a_metric_says_which_way_it_is_better() -> None:
+    known = SimpleNamespace(higher_is_better={"is": True, "fid": False, "hue": None})
+    assert [direction("auto", f"val/{name}", known) for name in ("is", "fid")] == ["max", "min"]
+    assert direction("max", "val/is", known) == "max" and direction("min", "val/fid", known) == "min"
+    assert direction("max", "val/hue", known) == "max" and direction("min", "val/loss", None) == "min"
+    assert direction("auto", "val/sort/f1", TaskScores(["sort"])) == "max"
+    for mode, name, expected in [
+        ("min", "is", "more of it is better; set method.mode=max"),
+        ("max", "fid", "less of it is better; set method.mode=min"),
+        ("auto", "hue", "does not say whether more or less"),
+    ]:
+        with pytest.raises(UserError, match=rf"method.objective=val/{name}: .*{expected}"):
+            direction(mode, f"val/{name}", known)
+    with pytest.raises(ValueError, match=r"method.mode = 'least' must be auto, min or max"):
+        checked_mode("least")
 
 
 def test_a_candidate_that_raises_fails_alone() -> None:

@@ -27,7 +27,7 @@ MODEL = [
 FIT = ["trainer.max_steps=16", "trainer.val_check_interval=16", "callbacks.collector.every_n_steps=2"]
 SEARCH = ["method=lcsc", "search=lcsc", "search.budget=8", "search.fidelity=40", "search.finalists=2"]
 SEARCH += ["search.shared=false"]
-SEARCH += ["method.objective=val/sort/log_likelihood", "method.mode=max", "method.select=40", "method.singles=3"]
+SEARCH += ["method.objective=val/sort/log_likelihood", "method.select=40", "method.singles=3"]
 
 
 def test_checkpoints_of_a_language_model_are_combined(tmp_path: Path) -> None:

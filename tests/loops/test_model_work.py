@@ -22,7 +22,6 @@ from genlight.loops import model_curves, model_report
 from genlight.loops.model_cost import costs_kept
 from genlight.loops.model_costs import _overhead, wanted_key
 from genlight.loops.model_curves import read_curves, write_curves
-from genlight.loops.model_search import ModelSearch
 from genlight.loops.model_work import ModelWork
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
 from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
@@ -186,15 +185,6 @@ def test_a_member_that_fails_where_another_process_judges_is_noted_by_all() -> N
 
     inf, note = float("inf"), "the member b fails and is left out: RuntimeError: no such kernel"
     assert Pair().run(judged) == [([8.0, inf, 8.0, inf], [note])] * 2
-
-
-@pytest.mark.parametrize(("mode", "more"), [("min", True), ("max", False)])
-def test_an_objective_that_goes_the_other_way_is_refused(mode: str, more: bool) -> None:
-    method: Any = SimpleNamespace(objective="val/clip_score", mode=mode)
-    for metrics in (None, SimpleNamespace(higher_is_better={"clip_score": None, "other": more})):
-        ModelSearch._check_mode(method, metrics)
-    with pytest.raises(UserError, match=f"set method.mode={'max' if more else 'min'}"):
-        ModelSearch._check_mode(method, SimpleNamespace(higher_is_better={"clip_score": more}))
 
 
 def test_a_predictor_that_is_little_guide_is_doubted() -> None:
