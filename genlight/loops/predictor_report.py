@@ -40,7 +40,7 @@ def predictor_result(work: PredictorWork, own: Mapping[str, float], predicted: C
     method, labels = work.method, work.datamodule.labels
     with work.evaluations.timing(COMPARISONS):
         indicators = work.indicators()
-        work.runner.remark([*work.doubts(), *_unlearned(indicators)])
+        work.runner.remark([*work.doubts(), *work.cost_doubts(), *_unlearned(indicators)])
         compared = work.compared()
     regrets = work.regrets()
     rows = _rows(work, compared, indicators)

@@ -186,13 +186,17 @@ class PredictorWork:
 
     @cached_property
     def _cost(self) -> Tensor | None:
-        """What each candidate costs, float [N], NaN where that is not known; None where nothing is limited."""
+        """What each candidate costs, float [N], NaN where that is not known; None where nothing is limited.
+
+        A measurement that is negative failed.
+        """
         name, known = self.method.cost, self.datamodule.low_fidelity
         if name is None:
             return None
         if name not in known:
             raise UserError(f"method.cost: data.low_fidelity has no {name}: {', '.join(known)}")
-        return cleaned(self.table.low_fidelity[:, known.index(name)])
+        cost = cleaned(self.table.low_fidelity[:, known.index(name)])
+        return torch.where(cost < 0, torch.nan, cost)
 
     def _affordable(self) -> Tensor:
         """Which rows cost no more than is allowed, bool [N]."""
@@ -206,8 +210,21 @@ class PredictorWork:
         """Rows that a search may choose: their true score is known, and they cost no more than is allowed; int64."""
         rows: Tensor = (self._affordable() & self.table.target.isfinite()).nonzero().squeeze(1)
         if not len(rows):
-            raise UserError(f"method.cost_limit = {self.method.cost_limit}: every candidate costs more")
+            raise UserError(f"method.cost_limit = {self.method.cost_limit}: every candidate costs more; {self._costs}")
         return rows
+
+    def cost_doubts(self) -> list[str]:
+        """What to think twice about in the limit of the costs."""
+        if self._cost is None or not bool((self._affordable() == self._cost.isfinite()).all()):
+            return []
+        return [f"method.cost_limit = {self.method.cost_limit} leaves no candidate out: {self._costs}"]
+
+    @property
+    def _costs(self) -> str:
+        """The range of the costs, which shows whether a limit is in their unit."""
+        known = self._cost[self._cost.isfinite()] if self._cost is not None else torch.zeros(0)
+        span = f"goes from {float(known.min()):.4g} to {float(known.max()):.4g}" if len(known) else "is never known"
+        return f"{self.method.cost} {span}"
 
     @cached_property
     def space(self) -> TableSpace:

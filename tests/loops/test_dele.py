@@ -231,6 +231,22 @@ def test_no_search_measures_what_costs_too_much(root: Path) -> None:
     assert proposals and all(sum(each["tokens"]) <= 4 for each in proposals)
 
 
+def test_a_limit_of_cost_in_another_unit_is_doubted_and_failed_measurements_cost_too_much() -> None:
+    costs = torch.tensor([[0.5], [-1.0], [11.7], [torch.nan], [3.0]])
+
+    def limited(limit: float) -> PredictorWork:
+        method: Any = SimpleNamespace(cost="latency", cost_limit=limit)
+        work = PredictorWork(method, None, SimpleNamespace(low_fidelity=("latency",)), None)  # type: ignore[arg-type]
+        work.table = SimpleNamespace(low_fidelity=costs, target=torch.arange(5.0), tokens=torch.zeros(5, 1))
+        return work
+
+    assert limited(4.0).searched.tolist() == [0, 4] and limited(4.0).cost_doubts() == []
+    expected = "method.cost_limit = 4000.0 leaves no candidate out: latency goes from 0.5 to 11.7"
+    assert limited(4000.0).cost_doubts() == [expected]
+    with pytest.raises(UserError, match=r"0.004: every candidate costs more; latency goes from 0.5 to 11.7"):
+        limited(0.004).searched  # noqa: B018
+
+
 @pytest.mark.parametrize("search", ["guided", "evolution"])
 def test_evolution_searches_the_table_too(search: str, root: Path) -> None:
     words = ["method.label_seeds=1", "method.predictors=[expert_gp]", "method.labels=null", "method.search_seeds=1"]
@@ -324,7 +340,10 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.label_seeds=0"], "method.label_seeds = 0"),
         (["method.cost=size"], "method.cost = size and method.cost_limit = None go together"),
         (["method.cost=time", "method.cost_limit=1"], "method.cost: data.low_fidelity has no time"),
-        (["method.cost=size", "method.cost_limit=-1"], "method.cost_limit = -1"),
+        (
+            ["method.cost=size", "method.cost_limit=-1"],
+            "method.cost_limit = -1: every candidate costs more; size goes from 0 to 10",
+        ),
         (["search.strategy.strategy.acquisition=best"], "strategy.acquisition = 'best'"),
         (["ckpt_path=null"], "ckpt_path"),
         (["data.pretrain_steps=60"], "data.pretrain_steps = 60, but 40 in the fit of ckpt_path="),
