@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from genlight.errors import in_config
 from genlight.loops.quantization_latency import LayerTimes, latency_facts, layer_times
@@ -26,6 +27,7 @@ from genlight.quantization.allocation import (
     solve_allocation,
 )
 from genlight.quantization.formats import FLOAT_BITS
+from genlight.quantization.packing import packed_width
 from genlight.quantization.trajectory import decibels
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def ways_of(mixed: MixedBits | None) -> tuple[str, ...]:
     return (*WAYS, ONE_METRIC, SUM_DB, *budgets, *(f"{RANDOM} {seed}" for seed in range(_RANDOM_SEEDS)))
 
 
-class BitChoices:
-    """The program of a network: what each choice of each layer costs and does, and what is allowed.
+class BitCosts:
+    """What each choice of each layer costs, and what is allowed, as far as that is known before layers are measured.
 
     A layer whose group may not have a choice has in its column the nearest that it may have.
 
@@ -64,32 +66,23 @@ class BitChoices:
         names: of the layers, rows of all tables.
         choices: columns of all tables, cheapest first.
         weights: numbers in the weight of each layer.
-        every: costs by the names of all limits that there are.
+        every: costs by the names of all limits that there are; "megabytes" has the bytes of codes alone.
         units: by which a limit is multiplied to be one of a sum of costs, by its name.
-        times: of the layers, if milliseconds are limited.
-        costs: of the limits that are given.
-        limits: of the sums of these costs.
-        decibels: losses that add up signal-to-noise ratios; an input that is not rounded counts as in the most bits in
-            which it is, for beside its 200 dB nothing else would matter.
-        unproved: ways of choosing, for which the solver stopped before it had proved its answer.
+        limits: of the sums of costs, those that are given.
     """
 
-    def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
-        """From the sensitivities of all layers in all bits; measures their times where these are limited.
-
-        Raises ValueError where the limit of milliseconds is below what the fastest choices come to.
-        """
+    def __init__(self, work: QuantizationWork, mixed: MixedBits) -> None:
         self.work, self.mixed = work, mixed
         self.names = list(work.forms)
         self.choices = choices_of(mixed)
         self._own = [_as_may_be(self.choices, *mixed.choices_in(work.groups[name])) for name in self.names]
-        self._found = {(entry.layer, entry.bits, entry.activation_bits): entry for entry in found}
-        weights = {name: work.calibrated.layers[name].weight.numel() for name in self.names}
+        layers: dict[str, Any] = {name: work.network.get_submodule(name) for name in self.names}
+        weights = {name: layer.weight.numel() for name, layer in layers.items()}
         self.weights = np.array(list(weights.values()), dtype=np.float64)
         self.every = {
             "average_bits": self._costs(lambda name, choice: weights[name] * choice[0]),
             "average_activation_bits": self._costs(lambda name, choice: work.inputs[name] * (choice[1] or 0)),
-            "megabytes": self.table(lambda entry: entry.bytes, of_weights=True),
+            "megabytes": self._costs(lambda name, choice: _bytes_of_codes(layers[name].weight, choice[0])),
             "bit_operations": self._costs(
                 lambda name, choice: work.macs[name] * choice[0] * (choice[1] or work.forms[name].activation.bits)
             ),
@@ -102,6 +95,41 @@ class BitChoices:
         }
         given = {name: getattr(mixed, name) for name in self.units}
         self.limits = {name: float(value * self.units[name]) for name, value in given.items() if value is not None}
+
+    def check(self) -> None:
+        """Raises ValueError where a limit is below what the least choices come to."""
+        for name, limit in self.limits.items():
+            least = int(self.every[name].min(axis=1).sum())
+            if math.floor(limit) < least:
+                known = math.ceil(1e4 * least / self.units[name]) / 1e4
+                value = getattr(self.mixed, name)
+                raise ValueError(f"{name} = {value:g} is below {known:g}, the least that the choices of layers come to")
+
+    def _costs(self, cost: Callable[[str, Choice], float]) -> Array:
+        rows = zip(self.names, self._own, strict=True)
+        return np.array([[cost(name, choice) for choice in own] for name, own in rows], dtype=np.float64)
+
+
+class BitChoices(BitCosts):
+    """The program of a network: what each choice of each layer costs and does, and what is allowed.
+
+    Attributes:
+        times: of the layers, if milliseconds are limited.
+        costs: of the limits that are given.
+        decibels: losses that add up signal-to-noise ratios; an input that is not rounded counts as in the most bits in
+            which it is, for beside its 200 dB nothing else would matter.
+        unproved: ways of choosing, for which the solver stopped before it had proved its answer.
+    """
+
+    def __init__(self, work: QuantizationWork, mixed: MixedBits, found: Sequence[Sensitivity]) -> None:
+        """From the sensitivities of all layers in all bits; measures their times where these are limited.
+
+        Raises ValueError where a limit is below what the least, or the fastest, choices come to.
+        """
+        super().__init__(work, mixed)
+        self._found = {(entry.layer, entry.bits, entry.activation_bits): entry for entry in found}
+        self.every["megabytes"] = self.table(lambda entry: entry.bytes, of_weights=True)
+        self.check()
         self.times: LayerTimes | None = None
         if mixed.milliseconds is not None:
             self.times = layer_times(work, dict(zip(self.names, self._own, strict=True)))
@@ -143,10 +171,6 @@ class BitChoices:
             )
         return float(limit)
 
-    def _costs(self, cost: Callable[[str, Choice], float]) -> Array:
-        rows = zip(self.names, self._own, strict=True)
-        return np.array([[cost(name, choice) for choice in own] for name, own in rows], dtype=np.float64)
-
     def table(self, value: Callable[[Sensitivity], float], *, of_weights: bool = False) -> Array:
         """A number of each layer and choice: that of its weight, and added to it that of its input."""
 
@@ -187,6 +211,22 @@ def _as_may_be(choices: Sequence[Choice], weights: Sequence[int], inputs: Sequen
         return None if bits is None or among is None else min(among, key=lambda own: (abs(own - bits), own))
 
     return [(nearest(weight, weights), nearest(activation, inputs)) for weight, activation in choices]
+
+
+def _bytes_of_codes(weight: Tensor, bits: int) -> int:
+    if bits == FLOAT_BITS:
+        return weight.nbytes
+    return len(weight) * packed_width(weight[0].numel(), bits)
+
+
+def check_budget(work: QuantizationWork, mixed: MixedBits) -> None:
+    """Before the calibration, that each limit can be kept by itself; of megabytes and milliseconds not all is known.
+
+    Raises:
+        UserError: a limit is below what the least bits come to.
+    """
+    with in_config("method.mixed"):
+        BitCosts(work, mixed).check()
 
 
 def allocated_bits(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import measured
+from genlight.loops.quantization_bits import check_budget
 from genlight.loops.quantization_cost import calibrated_cost, quantization_cost
 from genlight.loops.quantization_report import FULL, quantization_result
 from genlight.loops.quantization_samples import check_samples
@@ -201,6 +202,8 @@ class QuantizationCalibration:
             module.metrics.keep_reference()  # the videos of full precision
         if self.samples_out:
             check_samples(work)
+        if self.mixed is not None:
+            check_budget(work, self.mixed)
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
         predicted = announced(trainer, lambda: calibrated_cost(work, first))
         return quantization_result(work, own, predicted)

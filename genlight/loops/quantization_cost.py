@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from genlight.loops.cost import FirstValidation, first_validation, method_cost, report_line, timed
-from genlight.loops.quantization_bits import choices_of, ways_of
+from genlight.loops.quantization_bits import check_budget, choices_of, ways_of
 from genlight.loops.quantization_latency import TIMES, TURNS
 from genlight.loops.quantization_libraries import library_phases
 from genlight.loops.quantization_report import DEQUANTIZED, FULL, LAYERS, TORCHAO, VARIANTS, variants_of
@@ -41,6 +41,8 @@ def quantization_cost(method: QuantizationCalibration, trainer: Any, module: Any
     work = checked_work(replace(method, samples=few), trainer, module, datamodule)
     first = first_validation(trainer, module, datamodule, dry=True)
     check_metrics(method.groups, first.logged)
+    if method.mixed is not None:
+        check_budget(work, method.mixed)
     (calibrated,) = timed([lambda: work.calibrated])
     # several processes measure full precision once more, each all of it
     whole = first.every * work.evaluations.shares if work.evaluations.shares > 1 else 0

@@ -196,10 +196,11 @@ def _notes(work: QuantizationWork, winner: str, chosen: Mapping[str, Any], full:
     method = work.method
     special = []
     if method.special:
-        known = work.special
+        known, forms = work.special, work.forms.keys()
         special = [
-            f"{len(known.splits)} convolutions have scales for two feature maps; {len(known.text)} layers keep what "
-            f"they make of the text tokens {list(known.positions)}, the same for every prompt"
+            f"{len(forms & known.splits)} convolutions have scales for two feature maps; "
+            f"{len(forms & set(known.text))} layers keep what they make of the text tokens {list(known.positions)}, "
+            "the same for every prompt"
         ]
     steps = work.ranges.steps
     by_step = [] if steps is None else [_by_step(steps.timesteps.tolist())]

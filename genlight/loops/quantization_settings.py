@@ -12,8 +12,9 @@ from torch import nn
 from genlight.checkpoints.bases import group_of_names
 from genlight.errors import UserError, in_config
 from genlight.quantization.convert import LayerGroup, formats_of_layers, is_grouped
-from genlight.quantization.formats import LayerFormat
+from genlight.quantization.formats import FLOAT_BITS, LayerFormat
 from genlight.quantization.recipe import with_bits
+from genlight.quantization.uniform import BITS
 
 METRICS = ("sqnr", "psnr", "ssim", "motion")
 # embedders, modulation, and the layers at both ends: little work, and all else rests on them
@@ -61,7 +62,7 @@ class MixedBits:
     """Bits chosen layer by layer within a budget; all limits that are given hold together.
 
     Attributes:
-        choices: bits a weight may have.
+        choices: bits a weight may have, 2 to 8, or 16 for floating point.
         activation_choices: bits an input may have; None: inputs have those of the method, and weights alone are chosen.
         objective: what shares the budget between groups: the sum of noise powers, which errors of layers come to; one
             sum of signal-to-noise ratios in dB ("sum_db"); or, as in the MixDQ paper, `ratios` ("group_budgets").
@@ -101,6 +102,11 @@ class MixedBits:
             raise ValueError(f"samples = {self.samples} must be 1 or more")
         if self.activation_choices is not None and not self.activation_choices:
             raise ValueError("activation_choices must hold at least one number of bits, or be null")
+        for name in ("choices", "activation_choices"):
+            for bits in getattr(self, name) or ():
+                if type(bits) is not int or bits not in (*BITS, FLOAT_BITS):
+                    known = f"whole numbers from {BITS[0]} to {BITS[-1]}, or {FLOAT_BITS} for floating point"
+                    raise ValueError(f"{name} = {list(getattr(self, name))} must be {known}, not {bits!r}")
         if self.objective not in ("noise_power", "sum_db", "group_budgets"):
             raise ValueError(f"objective = {self.objective!r} must be noise_power, sum_db or group_budgets")
         if self.objective == "group_budgets" and not self.ratios:

@@ -27,7 +27,7 @@ from genlight.quantization.accounting import ModelCost, count_inputs, count_macs
 from genlight.quantization.calls import sampling_calls
 from genlight.quantization.constant_tokens import Mismatch, with_constant_rows
 from genlight.quantization.context import SamplingContext
-from genlight.quantization.convert import quantize_split, replace_layers
+from genlight.quantization.convert import check_replaceable, quantize_split, replace_layers
 from genlight.quantization.float8 import require_float8
 from genlight.quantization.formats import LayerFormat
 from genlight.quantization.layers import QuantizedLayer
@@ -129,6 +129,7 @@ class QuantizationWork:
         call = self.reference("search", 1).calls[0]
         with in_config("method.keep"):
             groups = self.inside(lambda: layers_by_input(self.network, names, lambda: replay(self.network, call)))
+            self.inside(lambda: check_replaceable(self.network, names, lambda: replay(self.network, call)))
         branches = {branch for context in self.contexts for branch in context.branches}
         settings = StatisticsSettings(
             branches=len(branches),
@@ -224,10 +225,10 @@ class QuantizationWork:
         made: dict[str, QuantizedLayer] = {}
         for name in chosen:
             group = self.calibrated.group_of(name)
-            forms = {each: form_of(each) for each in self.calibrated.groups[group]}
-            # one balance for all that read the input: for the layer with the fewest bits
-            lowest = min(forms.values(), key=lambda form: form.weight.bits)
             with in_config(f"method: {name}"):
+                forms = {each: form_of(each) for each in self.calibrated.groups[group]}
+                # one balance for all that read the input: for the layer with the fewest bits
+                lowest = min(forms.values(), key=lambda form: form.weight.bits)
                 made[name] = self._layer(variant, name, forms[name], group, lowest)
             # a rival: to warn that nothing is faster would mislead
             if variant.group_size is not None:

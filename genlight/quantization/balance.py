@@ -74,7 +74,8 @@ def reduce_absmax(absmax: Tensor, how: Literal["max", "first", "mean"] = "max") 
 
     Args:
         absmax: not negative; zero where a step or a branch was not seen.
-        how: over steps: the largest, that of the first step, or the mean; over branches always the largest.
+        how: over steps: the largest, that of the first step, or the mean of those seen; over branches always the
+            largest.
 
     Raises:
         ValueError: `how` is something else.
@@ -85,7 +86,7 @@ def reduce_absmax(absmax: Tensor, how: Literal["max", "first", "mean"] = "max") 
     if how == "first":
         return largest[0]
     if how == "mean":
-        return largest.mean(dim=0)
+        return largest.sum(dim=0) / largest.any(dim=1).sum().clamp(min=1)
     raise ValueError(f"reduce = {how!r} must be 'max', 'first' or 'mean'")
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from genlight.quantization.formats import LayerFormat
 from genlight.quantization.layers import LayerParts, QuantizedLayer, QuantizedLinear
@@ -94,16 +93,31 @@ class ConstantTokenLinear(QuantizedLinear):
     def _rows(self, given: Tensor) -> Tensor:
         known, kept = self.constant_inputs.to(given.dtype), self.constant_outputs.to(given.dtype)
         same = same_tokens(given, known)
-        # a decision by numbers would stop a compiled or a captured program
-        if not (torch.compiler.is_compiling() or (given.is_cuda and torch.cuda.is_current_stream_capturing())):
-            # zeros are what pipelines write for no text, such as SDXL's for no negative prompt
-            if bool((same | ~given.any(dim=-1, keepdim=True)).all()):
-                return torch.where(same, kept, kept.new_zeros(()) if self.bias is None else self.bias.to(given.dtype))
+        return torch.where(same, kept, self._products(given, (same | ~given.any(dim=-1, keepdim=True)).all()))
+
+    def _products(self, given: Tensor, expected: Tensor) -> Tensor:
+        """What tokens give that are not known; `expected`, bool []: all are known, or zeros."""
+
+        def of_zeros(inputs: Tensor) -> Tensor:
+            # what pipelines write for no text, such as SDXL's for no negative prompt
+            zeros = given.new_zeros(*inputs.shape[:-1], self.outputs)
+            return zeros if self.bias is None else zeros + self.bias.to(given.dtype)
+
+        def unrounded(inputs: Tensor) -> Tensor:
+            return self._product_of_numbers(inputs, inputs).to(given.dtype)
+
+        # a decision by numbers would stop a captured program, and have a compiled one wait for its GPU
+        compiled = torch.compiler.is_compiling()
+        if not (compiled or (given.is_cuda and torch.cuda.is_current_stream_capturing())):
+            if bool(expected):
+                return of_zeros(given)
             if self.mismatch == "raise":
                 raise ValueError(f"{_OTHER_TOKENS.partition(';')[0]}: quantize with this text encoder")
-            warnings.warn(_OTHER_TOKENS, stacklevel=3)
-        product = functional.linear(given, self.effective_weight().to(given.dtype))
-        return torch.where(same, kept, product if self.bias is None else product + self.bias.to(given.dtype))
+            warnings.warn(_OTHER_TOKENS, stacklevel=4)
+        inputs = self.balanced(given)
+        if compiled and given.device.type == "cpu":
+            return torch.cond(expected, of_zeros, unrounded, (inputs,))  # type: ignore[no-any-return]
+        return unrounded(inputs)
 
 
 def with_constant_rows(

@@ -1,8 +1,10 @@
 """From a model with layers of torch to the same model with quantized ones, by patterns of names and in place."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +191,51 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         layer.train(model.get_submodule(name).training)
         model.set_submodule(name, layer)
+
+
+class _WithoutWeight(nn.Module):
+    """Computes what a layer does, and shows no more of it than a quantized one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # no module inside, whose weight would be found
+        if isinstance(layer, nn.Linear):
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+        bias: Any = layer.bias
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self._layer[0](values)
+        return found
+
+
+def check_replaceable(model: nn.Module, names: Collection[str], run: Callable[[], object]) -> None:
+    """That nothing but layers themselves asks for their weights, which quantized ones do not have as such.
+
+    Args:
+        model: not changed.
+        names: of its layers.
+        run: calls the model once.
+
+    Raises:
+        ValueError: something does; the message says where.
+    """
+    plain = {name: model.get_submodule(name) for name in names}
+    replace_layers(model, {name: _WithoutWeight(layer) for name, layer in plain.items()})
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        places = {module: name for name, module in model.named_modules() if name}
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        where = [places[one] for one in frames if isinstance(one, nn.Module) and one in places]
+        raise ValueError(
+            f"{where[-1] if where else type(model).__name__} asks for the weights of its layers, which quantized ones "
+            f"do not have as such ({error!r}): the pattern must match these layers"
+        ) from error
+    finally:
+        replace_layers(model, plain)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

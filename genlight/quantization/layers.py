@@ -126,7 +126,7 @@ class QuantizedLayer(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         for name in ("weight_sums", "static_scale", "static_zero_point"):
-            self.register_buffer(name, None, persistent=False)
+            self.register_buffer(name, None)
         self.derive()
 
     def derive(self) -> None:
@@ -137,10 +137,15 @@ class QuantizedLayer(nn.Module):
         weight, form, ranges = self.quantized_weight, self.form.activation, self.activation_range
         if ranges is not None and not ranges.is_meta:
             grids = static_grids(ranges, form)
-            self.static_scale, self.static_zero_point = grids.scale, grids.zero_point
+            self._keep_derived("static_scale", grids.scale)
+            self._keep_derived("static_zero_point", grids.zero_point)
         shifted = form.bits != FLOAT_BITS and form.numbers == "integer" and not form.symmetric
         if shifted and weight is not None and weight.group_size is None and not weight.codes.is_meta:
-            self.weight_sums = replace(weight, sums=None).row_sums()
+            self._keep_derived("weight_sums", replace(weight, sums=None).row_sums())
+
+    def _keep_derived(self, name: str, tensor: Tensor | None) -> None:
+        # accelerate takes each name of a buffer that is not saved for that of a tensor
+        self.register_buffer(name, tensor, persistent=tensor is None)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
@@ -255,12 +260,14 @@ class QuantizedLinear(QuantizedLayer):
         if self.uses_integers(rows):
             return self._product_of_codes(values, rows)
         inputs = self.balanced(values)
-        rounded = self.rounded(inputs)
+        return self._product_of_numbers(self.rounded(inputs), inputs).to(values.dtype)
+
+    def _product_of_numbers(self, rounded: Tensor, inputs: Tensor) -> Tensor:
         output = functional.linear(rounded, self.weight_matrix.to(rounded.dtype))
         low_rank = self._low_rank(inputs)
         if low_rank is not None:
             output = output + functional.linear(*low_rank)
-        return (output if self.bias is None else output + self.bias).to(values.dtype)
+        return output if self.bias is None else output + self.bias
 
     def _product_of_codes(self, values: Tensor, rows: int) -> Tensor:
         form, inputs, grid = self.form.activation, values, None

@@ -166,10 +166,18 @@ def step_ranges(statistics: InputStatistics, places: Sequence[int]) -> Tensor:
     Args:
         statistics: of an input.
         places: of each step of the calibration, from 0; steps of one timestep share theirs.
+
+    Raises:
+        ValueError: a place at which the layer never ran. At some of its steps or branches it may not have: a call for
+            guidance can leave out blocks or have fewer branches than others.
     """
-    place, ranges = torch.tensor(places), statistics.ranges
-    parts = [ranges[:, place == one] for one in range(max(places) + 1)]
-    return torch.stack([torch.stack([part[..., 0].min(), part[..., 1].max()]) for part in parts])[None]
+    place = torch.tensor(places)
+    here = [place == one for one in range(max(places) + 1)]
+    least = torch.stack([statistics.minimum[:, own].min() for own in here])
+    if bool(torch.isinf(least).any()):
+        number = int(torch.isinf(least).int().argmax())
+        raise ValueError(f"the calibration ran no input at timestep {number + 1} of {len(here)}: no range is known")
+    return torch.stack([least, torch.stack([statistics.maximum[:, own].max() for own in here])], dim=-1)[None]
 
 
 def shared_range(ranges: Tensor) -> Tensor:

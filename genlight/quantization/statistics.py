@@ -85,19 +85,6 @@ class InputStatistics:
     sample: Tensor | None = None
     sample_keys: Tensor | None = None
 
-    @property
-    def ranges(self) -> Tensor:
-        """Minimum and maximum, float32 [branches, steps, 2], for static activations.
-
-        Raises:
-            ValueError: a step or a branch that calibration never ran.
-        """
-        missing = torch.isinf(self.minimum).nonzero().tolist()
-        if missing:
-            branch, step = missing[0]
-            raise ValueError(f"calibration ran no input at step {step} of guidance branch {branch}")
-        return torch.stack([self.minimum, self.maximum], dim=-1)
-
 
 def empty_statistics(
     channels: int, columns: int, settings: StatisticsSettings, device: torch.device

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,11 +16,16 @@ import torch
 from command_line import assert_accounted, histories, report_of, the_error
 from modules.test_pipeline import tokenized
 from oracles.kills import at_line, kill
+from torch import nn
 
 from genlight import io
 from genlight.cli import main
+from genlight.loops.quantization_calibrate import QuantizationCalibration
+from genlight.loops.quantization_report import _notes
 from genlight.quantization.constant_tokens import ConstantTokenLinear
 from genlight.quantization.convert import quantized_layers
+from genlight.quantization.formats import LayerFormat
+from genlight.quantization.special_inputs import SpecialInputs
 
 GROUP = "_target_: genlight.loops.quantization_settings.GroupSettings, pattern"
 # shortcuts, and one transformer with cross-attention
@@ -220,3 +226,17 @@ def test_what_is_wrong_is_said_in_one_line(
     fast = [] if "samples" in words[0] else given
     assert validate(root, "wrong", *fast, *words, "run.overwrite=true", "method.mixed.samples=1") != 0
     assert expected in the_error(capfd.readouterr().err)
+
+
+def test_the_report_counts_layers_that_are_quantized() -> None:
+    """Not those that read text or two feature maps and are kept in floating point."""
+    layers = {name: nn.Linear(4, 4) for name in ("a", "b", "c", "kept")}
+    work: Any = SimpleNamespace(
+        method=QuantizationCalibration("MixDQ", keep="kept", constant_tokens="warn"),
+        special=SpecialInputs({"kept": 3}, ("kept", "b", "c"), (0,)),
+        ranges=SimpleNamespace(steps=None),
+        forms=dict.fromkeys(("a", "b", "c"), LayerFormat()),
+        network=nn.ModuleDict(layers),
+    )
+    row = dict.fromkeys(("bits", "input_bits", "megabytes", "file_megabytes"), 8.0)
+    assert _notes(work, "MixDQ", row, row)[0].startswith("0 convolutions have scales for two feature maps; 2 layers")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from genlight.errors import UserError
-from genlight.loops.quantization_bits import BitChoices, allocated_bits, ways_of
+from genlight.loops.quantization_bits import BitChoices, allocated_bits, check_budget, ways_of
 from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_report import _unproved
 from genlight.loops.quantization_sensitivity import (
@@ -50,6 +50,7 @@ def work_of(groups: Mapping[str, GroupSettings]) -> Any:
         groups=groups,
         metrics={name: group.metric for name, group in groups.items()},
         calibrated=SimpleNamespace(layers=layers),
+        network=nn.ModuleDict(layers),
         inputs={name: 10 + index for index, name in enumerate(groups)},
         macs={name: layer.weight.numel() for name, layer in layers.items()},
         image_error=lambda variant, samples: 0.1,
@@ -112,6 +113,36 @@ def test_what_is_not_rounded_does_not_outweigh_all_else() -> None:
     assert {inputs for _, inputs in plans_of(MIXED)[0]["mixed by group budgets"].values()} == {8}
     alone = replace(MIXED, activation_choices=(16,), average_activation_bits=None)
     assert {inputs for _, inputs in plans_of(alone)[0]["mixed by group budgets"].values()} == {16}
+
+
+@pytest.mark.parametrize(
+    ("limits", "least"),
+    [
+        ({"average_bits": 4.2}, 4.4),
+        ({"average_bits": None, "bit_operations": 0.3}, 0.55),
+        ({"average_bits": None, "megabytes": 1e-4}, 0.0002),
+    ],
+    ids=["average_bits", "bit_operations", "megabytes"],
+)
+def test_a_limit_below_the_least_is_refused_in_its_own_unit(limits: dict[str, Any], least: float) -> None:
+    """Before layers are measured, of what their weights, inputs and multiplications come to."""
+    groups = {"a": GroupSettings(weight_bits=8), "b": GroupSettings(), "c": GroupSettings(), "d": GroupSettings()}
+    work, mixed = work_of(groups), MixedBits((4, 8), **limits)
+    ((name, value),) = ((name, value) for name, value in limits.items() if value is not None)
+    with pytest.raises(UserError, match=rf"^method.mixed: {name} = {value:g} is below {least:g}, the least that"):
+        check_budget(work, mixed)
+    check_budget(work, replace(mixed, **{name: least}))
+    found = [entry_of(work, *probe) for probe in probes_of(mixed, groups)]
+    with pytest.raises(UserError, match=rf"^method.mixed: {name} = {value:g} is below {least:g}, the least that"):
+        allocated_bits(work, mixed, found)
+
+
+def test_bits_that_no_layer_can_have_are_refused() -> None:
+    for choices in ((4, 12), (1, 8), (4.5, 8), (True, 8)):
+        with pytest.raises(ValueError, match=r"^choices = .* must be whole numbers from 2 to 8, or 16"):
+            MixedBits(choices, average_bits=6.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^activation_choices = \[0, 8\] must be whole numbers .*, not 0$"):
+        MixedBits((4, 16), (0, 8), average_bits=6.0)
 
 
 def test_an_answer_that_is_not_proved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,19 +8,24 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from metrics.test_video import Quarters
-from modules.test_pipeline import module_of
+from modules.test_pipeline import module_of, tiny_pipe
+from modules.tiny_folders import vae
 
 from genlight.data.prompts import PromptsDataModule
 from genlight.errors import UserError
 from genlight.io import load_state
 from genlight.loops.quantization_calibrate import QuantizationCalibration
 from genlight.loops.quantization_settings import GroupSettings, MixedBits, network_of
+from genlight.loops.quantization_variants import Variant
+from genlight.loops.quantization_work import checked_work
 from genlight.metrics.paired import image_scores
 from genlight.metrics.video import VideoMetrics
 from genlight.quantization.calls import sampling_calls
 from genlight.quantization.convert import quantized_layers
-from genlight.quantization.statistics import load_statistics
-from genlight.quantization.trajectory import noise_to_signal, recorded_calls
+from genlight.quantization.observers import InputObserver
+from genlight.quantization.recipe import overall_range
+from genlight.quantization.statistics import StatisticsSettings, load_statistics
+from genlight.quantization.trajectory import noise_to_signal, recorded_calls, replay
 
 
 @pytest.mark.parametrize(
@@ -60,13 +65,35 @@ def test_a_pipeline_is_calibrated_quantized_and_saved(name: str, tmp_path: Path)
     assert 0 < noise_to_signal(plain.eval(), calls) < noise_to_signal(again.eval(), calls) < 1e-2
 
 
-def parts_of(name: str, folder: Path, samples: int = 4) -> tuple[Trainer, Any, PromptsDataModule]:
+def parts_of(name: str, folder: Path, samples: int = 4, **options: Any) -> tuple[Trainer, Any, PromptsDataModule]:
     """What a method runs with."""
-    module, data = module_of(name), PromptsDataModule(num_samples=samples, eval_batch_size=2)
+    module, data = module_of(name, **options), PromptsDataModule(num_samples=samples, eval_batch_size=2)
     module.check_data(data)
     data.noise_shape = module.sample_shape
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return Trainer(accelerator="cpu", default_root_dir=str(folder), **quiet), module, data
+
+
+def test_calls_for_guidance_may_leave_out_blocks_and_branches(tmp_path: Path) -> None:
+    """Skip-layer guidance: one more call in some steps, of one branch, without a block."""
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5}
+    pipe = tiny_pipe("sd3")
+    pipe.register_modules(vae=vae(shift_factor=0.1))
+    parts = parts_of("sd3", tmp_path, pipe=pipe, call=skipping)
+    method = QuantizationCalibration(samples=2, trajectory=1, dequantized=False)
+    _, *rows = method.run(*parts).table
+    assert "static" in {row["variant"] for row in rows} and all(row["sqnr"] > 20 for row in rows)
+    work = checked_work(method, *parts)
+    found = work.layers(Variant("static", "none", "nearest", mode="static"))
+    observer = InputObserver(work.network, list(found), StatisticsSettings())
+    with observer:
+        calls = work.reference("search", 2).calls
+        for call in calls:
+            replay(work.network, call)
+    assert {len(call.output) for call in calls} == {2, 4}
+    for name, layer in found.items():
+        assert layer.activation_range is not None
+        assert torch.allclose(layer.activation_range, overall_range(observer.statistics[name]), rtol=1e-5)
 
 
 MOTION = GroupSettings("^temporal_transformer_blocks", "motion")
@@ -145,5 +172,25 @@ def test_statistics_are_of_every_step_and_branch(tmp_path: Path) -> None:
     statistics, batches = load_statistics(file, fingerprint=state["fingerprint"])
     assert batches == 2
     for entry in statistics.values():
-        assert entry.absmax.shape[:2] == (2, 5) and entry.ranges.shape == (2, 5, 2)
+        assert entry.absmax.shape[:2] == entry.minimum.shape == (2, 5) and entry.minimum.isfinite().all()
         assert (entry.absmax.amax(-1) > 0).all() and entry.hessian is None
+
+
+def test_layers_whose_weights_the_network_reads_are_refused_before_the_calibration(tmp_path: Path) -> None:
+    """Wan asks its time embedder for the type of a parameter."""
+    method = QuantizationCalibration(samples=2, trajectory=1, keep="^proj_out", rivals=False)
+    trainer, module, data = parts_of("wan", tmp_path)
+    with pytest.raises(UserError, match=r"^method.keep: condition_embedder.* asks for the weights of its layers"):
+        method.run(trainer, module, data)
+    assert not list(tmp_path.glob("calibration*"))
+    # and the network is as it was
+    assert isinstance(module.networks["transformer"].condition_embedder.time_embedder.linear_1, torch.nn.Linear)
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    groups = (GroupSettings("attn", weight_bits=8), GroupSettings())
+    mixed = MixedBits((4, 8), average_bits=4.2, samples=1)
+    method = QuantizationCalibration(samples=2, trajectory=1, groups=groups, mixed=mixed, rivals=False)
+    with pytest.raises(UserError, match=r"^method.mixed: average_bits = 4.2 is below \d\.\d+, the least that"):
+        method.run(*parts_of("sd", tmp_path))
+    assert not list(tmp_path.glob("calibration*")) and not (tmp_path / "search/sensitivity/history.jsonl").exists()

@@ -82,6 +82,9 @@ def test_reductions_over_steps() -> None:
     assert reduce_absmax(table).tolist() == [5, 9]
     assert reduce_absmax(table, "first").tolist() == [3, 1]
     assert reduce_absmax(table, "mean").tolist() == [4, 5]
+    # a step and a branch that were not seen
+    table = torch.cat([table, torch.zeros(2, 1, 2), torch.tensor([[[1.0, 2]], [[0, 0]]])], dim=1)
+    assert reduce_absmax(table, "mean").tolist() == [3, 4]
     with pytest.raises(ValueError, match="reduce"):
         reduce_absmax(table, "median")  # type: ignore[arg-type]
 

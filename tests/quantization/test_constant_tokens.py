@@ -75,6 +75,27 @@ def test_another_token_is_noticed_in_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+def test_compiled_code_gives_the_same_and_multiplies_only_where_a_token_is_another(bias: bool) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    found = made(LayerFormat(WeightFormat(8), STATIC), plain=layer(bias))
+    compiled = torch.compile(found, backend=backend, fullgraph=True)
+    other, none = text(), text()
+    other[1, 0], none[1] = torch.linspace(1, 3, 24), 0
+    for given in (text(), none):
+        assert torch.equal(compiled(given), found(given))
+    with pytest.warns(UserWarning, match="the same for every prompt"):
+        expected = found(other)
+    assert torch.equal(compiled(other), expected)
+    (graph,) = graphs
+    assert torch.ops.higher_order.cond in {node.target for node in graph.graph.nodes}
+
+
+@pytest.mark.parametrize("bias", [True, False])
 def test_no_text_is_known(bias: bool) -> None:
     """Zeros, which pipelines write for no negative prompt, are no foreign token: they give the bias, or 0."""
     given = text()

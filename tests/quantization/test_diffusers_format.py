@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -41,6 +42,9 @@ def test_a_network_comes_back_bit_for_bit(form: LayerFormat, tmp_path: Path) -> 
     assert not any(tensor.is_meta for tensor in again.buffers())
     if not form.activation.symmetric and form.weight.group_size is None:
         assert all(layer.weight_sums is not None for layer in quantized_layers(again).values())
+    # as `pipe.enable_sequential_cpu_offload` does where a network has a parameter of its own
+    accelerate.cpu_offload(again, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(call(again), call(model))
 
 
 def test_nothing_is_left_of_the_mark(tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def test_static_layers_have_one_range_for_all_steps() -> None:
     assert torch.equal(shared_range(by_step), overall_range(wide)) and torch.equal(
         step_ranges(wide, [0, 0]), overall_range(wide)
     )
+    # one call in the place of the second branch, and blocks left out of another
+    nothing = torch.tensor([[False, True, False], [True, True, False]])
+    torch.manual_seed(0)
+    low = (torch.randn(2, 3) - 5).masked_fill(nothing, torch.inf)
+    holes = replace(statistics, minimum=low, maximum=torch.ones(2, 3).masked_fill(nothing, -torch.inf))
+    assert overall_range(holes).tolist() == [[[low.min().item(), 1.0]]]
+    assert step_ranges(holes, [0, 0, 1])[0, 0].tolist() == [low[0, 0].item(), 1.0]
+    with pytest.raises(ValueError, match="no input at timestep 2 of 3"):
+        step_ranges(holes, [0, 1, 2])
     static = replace(FORM, activation=ActivationFormat(8, True, "static", "tensor"))
     layer = quantized_layer(
         calibrated(), "q", static, balanced_input(calibrated(), 0, FORM, BalanceSettings("none")).balance
