@@ -36,7 +36,8 @@ class Encoder:
     Attributes:
         tokenizer: of transformers.
         max_length: most tokens of a question with its answer.
-        truncate: cut longer questions at their beginning; False: they are an error.
+        truncate: cut longer questions at their beginning, behind what stands in front of all text (a token of the
+            beginning, the head of a chat); False: they are an error.
         chat: put questions, with the solved examples, into a turn of the user by the tokenizer's chat template. Answers
             begin the turn of the model, without `answer_prefix`.
     """
@@ -68,8 +69,7 @@ class Encoder:
         where = f"data.tasks.{example.task}: the question {example.prompt[:60]!r}"
         prompt, prefix = shots + example.prompt, task.answer_prefix
         if self.chat:
-            turns = [{"role": "user", "content": prompt}]
-            prompt, prefix = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
+            prompt, prefix = self._framed(prompt), ""
         whole = [self._tokens(prompt + prefix + option) for option in example.options]
         given = self._tokens(prompt + prefix.rstrip(" "))  # a space at its end is drawn to the answer
         start = min(_common(given, ids) for ids in whole)
@@ -77,13 +77,20 @@ class Encoder:
         if not context or not all(options):
             raise UserError(f"{where} or an answer to it has no tokens")
         longest = max(room, *map(len, options))
-        excess = len(context) + longest - self.max_length
-        if excess > 0 and (not self.truncate or excess >= len(context)):
+        excess = max(len(context) + longest - self.max_length, 0)
+        head = _common(context, self._tokens(self._framed("") if self.chat else "")) if excess else 0
+        if excess and (not self.truncate or head + excess >= len(context)):
             raise UserError(
                 f"{where} takes {len(context) + longest} tokens with its answer, data.max_length = {self.max_length}"
                 + ("" if self.truncate else ": raise it, or set data.truncate=true to cut the beginning of prompts")
             )
-        return Encoded(context[max(excess, 0) :], options)
+        return Encoded(context[:head] + context[head + excess :], options)
+
+    def _framed(self, prompt: str) -> str:
+        """The prompt as a turn of the user, and the beginning of the model's."""
+        turns = [{"role": "user", "content": prompt}]
+        framed: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return framed
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         # a chat template writes the tokens that stand before all text itself

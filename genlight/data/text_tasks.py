@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,11 @@ from genlight.errors import UserError
 SHARES: Mapping[str, float] = {"train": 0.4, "search": 0.2, "select": 0.1, "report": 0.3}
 
 
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names that come more than once, in order."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 class TextTaskDataModule(SeededDataModule):
     """Tasks of rows and templates, one or several at a time.
 
@@ -35,13 +41,15 @@ class TextTaskDataModule(SeededDataModule):
         evaluate: names of the tasks that are measured; None: all.
         shares: of the four splits; they add up to 1.
         max_length: most tokens of a question with its answer and solved examples.
-        truncate: cut longer questions at their beginning; False: they are an error.
+        truncate: cut longer questions at their beginning, behind what the tokenizer or the chat template puts in front
+            of all text; False: they are an error.
         batch_size: training sequences in a batch of one device.
         eval_batch_size: questions in a validation batch of one device.
         num_samples: questions of one evaluation; None: all of the draw.
         seed: of the training order.
         draw: "search", "select" or "report".
         chat_template: ask as in a chat, by the template that the tokenizer brings along; see `Encoder`.
+        trust_remote_code: run code that the tokenizer's folder brings along.
 
     Raises:
         ValueError: a value out of range.
@@ -65,6 +73,7 @@ class TextTaskDataModule(SeededDataModule):
         seed: int = 0,
         draw: str = "report",
         chat_template: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -79,8 +88,10 @@ class TextTaskDataModule(SeededDataModule):
         self.evaluate = list(self.tasks) if evaluate is None else list(evaluate)
         if unknown := sorted(set(self.evaluate) - set(self.tasks)):
             raise ValueError(f"data.evaluate names {', '.join(unknown)}, tasks are {', '.join(self.tasks) or 'none'}")
+        if twice := repeated(self.evaluate):
+            raise ValueError(f"data.evaluate names {', '.join(twice)} twice: name each task once")
         self.tokenizer_source, self.max_length, self.truncate = tokenizer, max_length, truncate
-        self.chat_template = chat_template
+        self.chat_template, self.trust_remote_code = chat_template, trust_remote_code
         self.shares, self.batch_size, self.eval_batch_size = dict(shares), batch_size, eval_batch_size
         self.seed, self.draw = seed, check_draw(draw)
         self._limit = num_samples
@@ -102,7 +113,7 @@ class TextTaskDataModule(SeededDataModule):
         """The tokenizer; UserError where there is none."""
         if self.tokenizer_source is None:
             raise UserError("data.tokenizer is null, and the module has no pretrained model to take it from")
-        return load_tokenizer(self.tokenizer_source)
+        return load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
 
     @property
     def tokenizer(self) -> Any:
@@ -152,10 +163,10 @@ class TextTaskDataModule(SeededDataModule):
         """The same data with other tasks measured; tasks keep their numbers, and nothing is read twice.
 
         Raises:
-            ValueError: an unknown task, or none.
+            ValueError: an unknown task, one twice, or none.
         """
-        if not names or set(names) - set(self.tasks):
-            raise ValueError(f"tasks = {list(names)} must be one or more of {', '.join(self.tasks)}")
+        if not names or set(names) - set(self.tasks) or repeated(names):
+            raise ValueError(f"tasks = {list(names)} must be one or more of {', '.join(self.tasks)}, each once")
         other = copy.copy(self)
         other.evaluate, other._drawn, other._encoded = list(names), {}, {}
         return other
@@ -178,7 +189,8 @@ class TextTaskDataModule(SeededDataModule):
             for name in self.tasks
         }
         plain = {name: repr(task) for name, task in self.tasks.items()}
-        facts = [self.name, keys, plain, tokenizer_digest(self.tokenizer), self.max_length, self.truncate]
+        cut = self.truncate and "behind the head"
+        facts = [self.name, keys, plain, tokenizer_digest(self.tokenizer), self.max_length, cut]
         return fingerprint_of([*facts, self.tokenizer.chat_template] if self.chat_template else facts)
 
     def train_dataloader(self) -> TrainLoader:

@@ -29,6 +29,8 @@ def load_tokenizer(source: str, key: str = "data.tokenizer", trust_remote_code: 
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers, huggingface_hub and httpx each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which data.trust_remote_code=true runs"
         raise UserError(f"{key}={source}: no tokenizer can be read there: {reason}") from error
 
 

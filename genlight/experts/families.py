@@ -155,9 +155,8 @@ def check_count(num_experts: int, routing: Routing, family: Family) -> None:
         raise ValueError(
             f"num_experts = {num_experts} must be at least num_experts_per_tok = {per_token}; lower that first"
         )
-    if groups == 1:
-        return
-    way_out = "keep as many experts in each group, or route without groups (ungroup)"
+    ungrouped = "" if groups == 1 else ", or route without groups (ungroup)"
+    way_out = f"keep as many experts in each group{ungrouped}"
     if num_experts % groups or num_experts // groups < family.min_group:
         raise ValueError(
             f"num_experts = {num_experts} must be a multiple of n_group = {groups} with {family.min_group} or more "

@@ -5,7 +5,7 @@ outputs of all experts (similarities, reconstruction) is computed from the sampl
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
@@ -183,19 +183,6 @@ class RoutingStatistics:
         # with a cache of earlier tokens the mask is longer than what runs
         mask = self._mask[:, -(tokens // len(self._mask)) :]
         return mask.reshape(-1).to(device).bool().nonzero().squeeze(1)
-
-
-def combined(parts: Sequence[Mapping[str, LayerStatistics]], kept_tokens: int) -> dict[str, LayerStatistics]:
-    """Statistics of several processes as those of one pass over all their data.
-
-    Args:
-        parts: results, each made with a seed of its own.
-        kept_tokens: tokens a layer in the sample.
-    """
-    total = dict(parts[0])
-    for part in parts[1:]:
-        total = {name: total[name].plus(one, kept_tokens) for name, one in part.items()}
-    return total
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 
+import numpy as np
+
 from genlight.loops.cost import (
     CHOICE,
     REPORT,
@@ -41,12 +43,13 @@ def _phases(work: ExpertWork) -> list[Phase]:
     method, settings, shares = work.method, work.method.settings, work.evaluations.shares
     objective = work.objective("search")
     measure = partial(objective.evaluate, fidelity=settings.fidelity)
-    baseline = next(iter(work.baselines.values()))
-    (rough,) = timed([partial(measure, baseline)])
+    # a run may be without baselines
+    first = next(iter(work.baselines.values()), None) or work.space.sample(np.random.default_rng(settings.seed))
+    (rough,) = timed([partial(measure, first)])
     rehearsal = rehearsal_of(work.task.problem, work.task.plan, rough)
-    seconds = timed([partial(measure, each) for each in (baseline, *rehearsal.some(_MEASURED))])
+    seconds = timed([partial(measure, each) for each in (first, *rehearsal.some(_MEASURED))])
     each = rehearsal.mean([trial.fidelity / settings.fidelity for trial in rehearsal.trials])
-    line = sample_line(partial(objective.evaluate, baseline), settings.fidelity)
+    line = sample_line(partial(objective.evaluate, first), settings.fidelity)
     judged = [line.scaled(value, method.select / settings.fidelity) / shares for value in seconds]
     # of an edited model, which is what the report is about
     whole, some = (

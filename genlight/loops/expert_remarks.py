@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from genlight.loops.evaluation import as_logged
 
@@ -45,12 +46,13 @@ def remarks_before(metric: str, names: Sequence[str], asked: int, logged: Mappin
     return found
 
 
-def remarks_after(metric: str, mode: str, scores: Sequence[float]) -> list[str]:
+def remarks_after(metric: str, mode: str, scores: Sequence[float], which: str = "of the search") -> list[str]:
     """What the search could not tell apart.
 
     Args:
         metric, mode: that candidates were compared by.
         scores: of all candidates that were measured on all questions, lower is better.
+        which: of the candidates these are.
     """
     if len(scores) < 2:
         return []
@@ -60,13 +62,30 @@ def remarks_after(metric: str, mode: str, scores: Sequence[float]) -> list[str]:
     if _is_share(metric):
         advice += ", or search by a log-likelihood (method.objective=null)"
     if tied == len(scores):
-        return [f"all {tied} candidates of the search have {reached}, so that it had nothing to learn from: {advice}"]
+        return [f"all {tied} candidates {which} have {reached}, which leaves it nothing to learn from: {advice}"]
     if tied > max(1, _TIED * len(scores)):
         return [
-            f"{tied} of {len(scores)} candidates of the search have its best score, {reached}, so that it had little "
+            f"{tied} of {len(scores)} candidates {which} have its best score, {reached}, so that it had little "
             f"to learn from: {advice}"
         ]
     return []
+
+
+def remarks_of_merging(merges: bool, budget: int, strategy: Any) -> list[str]:
+    """That nothing was merged, where the search was to merge.
+
+    Args:
+        merges: whether anything was.
+        budget: `search.budget`.
+        strategy: one without a number of evaluations that prune (`ExpertPlan`) merges nothing by intent.
+    """
+    prune = getattr(strategy, "prune_evaluations", None)
+    if merges or prune is None:
+        return []
+    return [
+        f"no evaluation was left for merging (search.budget = {budget}, search.strategy.prune_evaluations = {prune}): "
+        "raise search.budget, and go on with resume=true"
+    ]
 
 
 def _is_share(metric: str) -> bool:

@@ -15,8 +15,9 @@ from genlight.errors import UserError
 from genlight.experts.export import check_exportable, save_edited
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
-from genlight.loops.expert_remarks import remarks_after
-from genlight.loops.expert_work import FULL, MERGED, PRUNED, RANDOM, Choice, ExpertWork
+from genlight.loops.expert_calibration import RANDOM
+from genlight.loops.expert_remarks import remarks_after, remarks_of_merging
+from genlight.loops.expert_work import FULL, MERGED, PRUNED, Choice, ExpertWork
 from genlight.loops.result import MethodResult
 from genlight.reports.cost import CostEstimate
 from genlight.reports.expert_figures import expert_heatmaps
@@ -72,6 +73,20 @@ class Found:
     refusal: str
     failed: Sequence[str]
 
+    def metrics(self) -> dict[str, float]:
+        """Of the winner, as validate logs them, of the whole model beside it, and the headline of the method.
+
+        Where the search is for some of the tasks, means over all of them are left out: those of the headline are means
+        over the tasks of the search.
+        """
+        winner = self.shown[self.winner.kind].values
+        return {**_logged(self.work, winner), **self.before(), **_headline(self)}
+
+    def before(self) -> dict[str, float]:
+        """Of the whole model, under names that say so."""
+        own = _logged(self.work, self.shown[FULL].values)
+        return {f"{name.removeprefix('val/')}_full": value for name, value in own.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """Of the table, the whole model first."""
         rows = [_row(self.work, each, each.choice is self.winner) for each in self.shown.values()]
@@ -91,11 +106,13 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
     """
     every = [_found(work, own) for work in works]
     first = works[0]
-    rows, metrics = every[0].rows()[:1], dict(own)
+    # a model card is about its artifact: of several models each has a card, and names of all say which they are of
+    rows, metrics = every[0].rows()[:1], every[0].before() if len(every) > 1 else every[0].metrics()
     for each in every:
         rows += each.rows()[1:]
         end = _ending(each, every)
-        metrics |= {f"{name}{end}": value for name, value in _headline(each).items()}
+        if end:
+            metrics |= {f"{name}{end}": value for name, value in _headline(each).items()}
         if first.runner.main:
             _pictures(each, end)
     if first.runner.main:
@@ -117,7 +134,7 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
 
     def save(folder: Path, module: Any) -> None:
         for each in every:
-            place = folder / f"{each.work.num_experts}_experts" if len(every) > 1 else folder
+            place = folder / _folder(each) if len(every) > 1 else folder
             place.mkdir(exist_ok=True)
             save_artifact(each, place, module)
 
@@ -129,6 +146,7 @@ def expert_result(works: Sequence[ExpertWork], own: Mapping[str, float], predict
         predicted=predicted,
         spent=first.evaluations.spent,
         save=save,
+        parts={_folder(each): each.metrics() for each in every} if len(every) > 1 else {},
     )
 
 
@@ -141,6 +159,17 @@ def _few(work: ExpertWork) -> list[str]:
     return [f"the choice among the best is by {min(held, asked)} questions: {why}"]
 
 
+def _folder(each: Found) -> str:
+    """Of one number of experts, where there are several."""
+    return f"{each.work.num_experts}_experts"
+
+
+def _logged(work: ExpertWork, values: Mapping[str, float]) -> dict[str, float]:
+    """What validate logs, without means over all tasks where the search is for some."""
+    some = set(work.task_data.evaluate) < set(work.datamodule.evaluate)
+    return {name: value for name, value in values.items() if not some or "/" in name.removeprefix("val/")}
+
+
 def _ending(each: Found, every: Sequence[Found]) -> str:
     """What tells names apart where several numbers of experts were searched."""
     return f"_{each.work.num_experts}" if len(every) > 1 else ""
@@ -148,7 +177,9 @@ def _ending(each: Found, every: Sequence[Found]) -> str:
 
 def _found(work: ExpertWork, own: Mapping[str, float]) -> Found:
     every = work.choices()
+    settings = work.method.settings
     remarks = remarks_after(work.metric, work.method.mode, work.measured_scores())
+    remarks += remarks_of_merging(work.merges, settings.budget, settings.strategy)
     work.runner.remark([f"{work.num_experts} experts: {remark}" for remark in remarks])
     choices = [choice for choice in every if math.isfinite(choice.search) and math.isfinite(choice.select)]
     failed = [choice.name for choice in every if choice not in choices]
@@ -274,7 +305,7 @@ def _pictures(found: Found, end: str) -> None:
         kept[best[kind].name] = [maps[layer].expert_map.abs().sum(dim=0).tolist() for layer in work.space.layers]
     expert_heatmaps(kept, figures / f"kept_experts{end}.png", label="weight of each expert")
     searched = best.get(PRUNED) or best[MERGED]
-    loads = {"all experts": work.load, searched.name: work.routing(_candidate(searched))}
+    loads = {"all experts": work.whole.load, searched.name: work.routing(_candidate(searched))}
     shares = {
         name: [(load[layer] / max(1, int(load[layer].sum()))).tolist() for layer in work.space.layers]
         for name, load in loads.items()

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from genlight.data.text_tasks import repeated
 from genlight.errors import UserError, in_config
 from genlight.experts.baselines import BASELINES
 from genlight.experts.prefix_cache import PrefixCache
 from genlight.loops.cost import FirstValidation, announced, first_validation
 from genlight.loops.evaluation import CandidateTrainer, check_logged, checked_mode, direction
+from genlight.loops.expert_calibration import WholeModel
 from genlight.loops.expert_cost import expert_cost
 from genlight.loops.expert_numbers import LIMITS, numbers_of, within_limits
 from genlight.loops.expert_remarks import remarks_before
@@ -84,6 +86,8 @@ class ExpertSearch:
             raise ValueError(f"method.router_mapping = {router_mapping!r} must be logits or post_softmax")
         if unknown := sorted(set(baselines) - set(BASELINES[1:])):
             raise ValueError(f"method.baselines: {', '.join(unknown)} unknown; known are {', '.join(BASELINES[1:])}")
+        if twice := repeated(tasks or ()):
+            raise ValueError(f"method.tasks names {', '.join(twice)} twice: name each task once")
         numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts or ())
         limits = dict(limits or {})
         if unknown := sorted(limits.keys() - set(LIMITS)):
@@ -151,8 +155,10 @@ class ExpertSearch:
         check_logged(metric, first.logged)
         self.mode = direction(self.mode, metric, module.metrics)
         asked = min(self.settings.fidelity, len(data.examples("search")))
-        works = [ExpertWork(self, n, evaluations, module, datamodule, data, metric, cache) for n in numbers]
+        whole = WholeModel(self, numbers, evaluations, module, data)
+        works = [ExpertWork(self, number, whole, datamodule, metric, cache) for number in numbers]
         works = within_limits(works, self.limits, most_only=not self.num_experts)
+        whole.numbers = [work.num_experts for work in works]
         works[0].runner.remark(remarks_before(metric, names, asked, first.logged))
         return works, first
 

@@ -1,9 +1,9 @@
-"""The work of EEP: calibration, baselines, the search, and the choice among the best on questions of their own."""
+"""The work of EEP: baselines, the search, and the choice among the best on questions of their own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 
 from genlight.errors import in_config
-from genlight.experts.baselines import baseline
-from genlight.experts.maps import LayerMaps, selection_maps
+from genlight.experts.maps import selection_maps
 from genlight.experts.prefix_cache import PrefixCache
-from genlight.experts.statistics import RoutingStatistics, routing_load
+from genlight.experts.statistics import routing_load
 from genlight.loops.cost import CHOICE
 from genlight.loops.draw_metrics import DrawMetrics
-from genlight.loops.evaluation import CandidateTrainer, MetricObjective, drawing, in_turn, measured, whole_loader
+from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn, measured
+from genlight.loops.expert_calibration import RANDOM, WholeModel
+from genlight.loops.expert_remarks import remarks_after
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.search.engine import SearchResult
-from genlight.search.evaluation import one_by_one
+from genlight.search.engine import INITIAL, SearchResult
+from genlight.search.evaluation import is_lost, one_by_one
 from genlight.search.protocols import Evaluation
 from genlight.search.records import Problem, Record
 from genlight.search.spaces.expert_map_edits import random_kept
@@ -32,7 +32,7 @@ from genlight.search.spaces.expert_maps import ExpertMaps, ExpertMapSpace
 if TYPE_CHECKING:
     from genlight.loops.expert_search import ExpertSearch
 
-FULL, RANDOM, PRUNED, MERGED = "full", "random", "EEP prune", "EEP merge"
+FULL, PRUNED, MERGED = "full", "EEP prune", "EEP merge"
 # batches behind the tokens per second, and how often they run
 TIMED_BATCHES, REPEATS = 4, 3
 
@@ -90,22 +90,34 @@ class ExpertWork:
     Attributes:
         method: the settings.
         num_experts: that are left in each layer, E'.
-        evaluations, module, datamodule: of the run.
-        task_data: the same data with the tasks of the search alone.
+        whole: what all numbers of experts have in common.
+        datamodule: of the run.
         metric: that candidates are compared by.
         cache: of hidden states.
-        load: tokens that the whole model routes to each expert in calibration, int64 [E] by layer.
     """
 
     method: ExpertSearch
     num_experts: int
-    evaluations: CandidateTrainer
-    module: Any
+    whole: WholeModel
     datamodule: Any
-    task_data: Any
     metric: str
     cache: PrefixCache | None = None
-    load: dict[str, torch.Tensor] = field(default_factory=dict)
+    _begun: list[float] = field(default_factory=list, init=False)
+
+    @property
+    def evaluations(self) -> CandidateTrainer:
+        """Of the run."""
+        return self.whole.evaluations
+
+    @property
+    def module(self) -> Any:
+        """Of the run."""
+        return self.whole.module
+
+    @property
+    def task_data(self) -> Any:
+        """The data with the tasks of the search alone."""
+        return self.whole.task_data
 
     @property
     def editor(self) -> Any:
@@ -133,46 +145,12 @@ class ExpertWork:
         return SearchRunner(self.evaluations, self.method.settings)
 
     @cached_property
-    def baseline_maps(self) -> dict[str, dict[str, LayerMaps]]:
-        """Edits of all layers by name of the baseline, the same on all processes: one pass over calibration data."""
-        maps: dict[str, dict[str, LayerMaps]]
-        with self.evaluations.display.phase(f"calibration, {self.num_experts} experts"):
-            maps, self.load = self.evaluations.agreed(self.evaluations.inside(self.module, self._calibrated))
-        return maps
-
-    def _calibrated(self) -> tuple[dict[str, dict[str, LayerMaps]], dict[str, torch.Tensor]]:
-        method, editor, seed = self.method, self.editor, self.method.settings.seed
-        editor.restore()
-        with RoutingStatistics(editor, seed=seed) as collecting:
-            self.run_batches("search", method.calibration)
-        statistics = collecting.results()
-        editor.route(num_experts_per_tok=self.per_token)
-        make = partial(baseline, editor=editor, statistics=statistics, num_experts=self.num_experts)
-        names = self.evaluations.display.counted(method.baselines)
-        found = {name: make(name, seed=seed, max_subsets=method.max_subsets) for name in names}
-        for number in range(method.random_draws):
-            found[f"{RANDOM} {number}"] = make(RANDOM, seed=seed + number)
-        editor.restore()
-        return found, {name: one.frequency for name, one in statistics.items()}
-
-    def run_batches(self, draw: str, count: int, batches: int | None = None) -> int:
-        """Score the questions of a draw with the module as it is; how many tokens that were. To be called `inside`."""
-        tokens = 0
-        with drawing(self.task_data, draw, count):
-            for number, batch in enumerate(whole_loader(self.task_data)):
-                if number == batches:
-                    break
-                self.module.log_likelihoods(move_data_to_device(batch, self.module.device))
-                tokens += int(batch["attention_mask"].sum())
-        return tokens
-
-    @cached_property
     def space(self) -> ExpertMapSpace:
         """The space of the model's experts."""
         method, editor = self.method, self.editor
         orders = {
             name: {layer: one.neuron_orders for layer, one in maps.items() if one.neuron_orders is not None}
-            for name, maps in self.baseline_maps.items()
+            for name, maps in self.whole.baseline_maps[self.num_experts].items()
         }
         sizes = []
         for layer in editor.layers.values():
@@ -198,7 +176,7 @@ class ExpertWork:
         known = self.space.neuron_orders
         return {
             name: self.space.candidate_of(maps, name if name in known else "")
-            for name, maps in self.baseline_maps.items()
+            for name, maps in self.whole.baseline_maps[self.num_experts].items()
         }
 
     @cached_property
@@ -226,9 +204,17 @@ class ExpertWork:
         depends = {
             **self.draws.describe(),
             "tasks": ", ".join(self.task_data.evaluate),
-            "weights": self.evaluations.fingerprint(self.module),
+            "weights": self.whole.fingerprint,
         }
-        return SearchTask(self.name, problem, plan, evaluator, depends)
+        return SearchTask(self.name, problem, plan, evaluator, depends, self._seen)
+
+    def _seen(self, record: Record[ExpertMaps]) -> None:
+        """Say at once where all that the search begins with tie: there is nothing to choose parents by."""
+        if record.source == INITIAL and record.score is not None:
+            self._begun.append(record.score)
+            if len(self._begun) == len(self.task.plan.initial) and len(set(self._begun)) == 1:
+                remarks = remarks_after(self.metric, self.method.mode, self._begun, "that the search begins with")
+                self.runner.remark([f"{self.num_experts} experts: {remark}" for remark in remarks])
 
     @cached_property
     def result(self) -> SearchResult[ExpertMaps]:
@@ -249,31 +235,52 @@ class ExpertWork:
         found += [*self.finalists(PRUNED), *self.finalists(MERGED)]
         records = [record for record in self.result.records if record.fidelity == self.fidelity]
         known = {record.key: float(record.score) for record in records if record.score is not None}
-        missing = {self._key(c): c.candidate for c in found if self._key(c) not in known}
-        distinct = {self._key(c): c.candidate for c in found}
         with self.evaluations.timing(f"{CHOICE}, {self.num_experts} experts"):
-            known |= dict(zip(missing, self.judge(list(missing.values()), "search", self.fidelity), strict=True))
-            select = dict(zip(distinct, self.judge(list(distinct.values()), "select", self.method.select), strict=True))
-        return [Choice(c.name, c.kind, c.candidate, known[self._key(c)], select[self._key(c)]) for c in found]
+            search = self._scores(found, "search", self.fidelity, known)
+            select = self._scores(found, "select", self.method.select, {})
+        return [Choice(c.name, c.kind, c.candidate, search[self._key(c)], select[self._key(c)]) for c in found]
+
+    def _scores(self, choices: Sequence[Choice], draw: str, count: int, known: Mapping[str, float]) -> dict[str, float]:
+        """On a draw, by key; measured where they are not known, the whole model's once for all numbers of experts."""
+        whole = self.whole.scores
+        known = {**known, **({FULL: whole[draw, count]} if (draw, count) in whole else {})}
+        missing = {self._key(c): c.candidate for c in choices if self._key(c) not in known}
+        known |= dict(zip(missing, self.judge(list(missing.values()), draw, count), strict=True))
+        whole[draw, count] = known[FULL]
+        return known
 
     def _key(self, choice: Choice) -> str:
         return FULL if choice.candidate is None else self.space.key(choice.candidate)
 
+    @property
+    def merges(self) -> bool:
+        """Whether the search came to merging: that it began with merged baselines is no merging of its own."""
+        made = [r for r in self.result.records if r.source != INITIAL and r.score is not None]
+        return any(not record.candidate.prunes for record in made)
+
     def ranked(self, kind: str) -> list[Record[ExpertMaps]]:
-        """What the search measured of one phase, best first, the baselines that it began with among it."""
+        """What the search measured of one phase, best first, the baselines that it began with among it.
+
+        Nothing of merging where it did not come to that.
+        """
+        if kind == MERGED and not self.merges:
+            return []
         own = [r for r in self.result.records if r.score is not None and r.fidelity == self.fidelity]
         kept = [record for record in own if record.candidate.prunes is (kind == PRUNED)]
         return sorted(kept, key=lambda record: record.rank)
 
     def measured_scores(self) -> list[float]:
         """Of all candidates of the search that answered all questions, lower is better."""
-        return [float(each.score or 0.0) for kind in (PRUNED, MERGED) for each in self.ranked(kind)]
+        return [float(r.score) for r in self.result.records if r.score is not None and r.fidelity == self.fidelity]
 
     def finalists(self, kind: str) -> list[Choice]:
         """The best of a phase by the search draw, and all that the search began with; not yet with scores.
 
-        So what is chosen is never worse than a baseline on the questions that choose.
+        So what is chosen is never worse than a baseline on the questions that choose; where nothing was merged, than
+        one that only prunes.
         """
+        if kind == MERGED and not self.merges:
+            return []
         names = {self.space.key(candidate): name for name, candidate in reversed(self.baselines.items())}
         best = self.ranked(kind)[: self.method.settings.finalists]
         found = {record.key: (str(record.index), record.candidate) for record in best}
@@ -286,13 +293,15 @@ class ExpertWork:
         ]
 
     def judge(self, candidates: Sequence[ExpertMaps | None], draw: str, count: int) -> list[float]:
-        """Scores on a draw, lower is better; infinite where a measurement fails."""
+        """Scores on a draw, lower is better; infinite where a measurement fails, unless the device is lost."""
         objective = self.objective(draw)
 
         def one(candidate: ExpertMaps | None) -> float:
             try:
                 return objective.evaluate(candidate, count).score
-            except (ValueError, FloatingPointError, RuntimeError):
+            except (ValueError, FloatingPointError, RuntimeError) as error:
+                if is_lost(error):
+                    raise
                 return float("inf")
 
         pieces: list[Callable[[], float]] = [partial(one, each) for each in candidates]
@@ -325,7 +334,7 @@ class ExpertWork:
             seconds, tokens = [], 0
             for _ in range(REPEATS + 1):
                 begun = time.perf_counter()
-                tokens = self.run_batches("report", self.task_data.num_samples, TIMED_BATCHES)
+                tokens = self.whole.run_batches("report", self.task_data.num_samples, TIMED_BATCHES)
                 if self.module.device.type == "cuda":
                     torch.cuda.synchronize(self.module.device)
                 seconds.append(time.perf_counter() - begun)
@@ -349,7 +358,7 @@ class ExpertWork:
     def routing(self, candidate: ExpertMaps) -> dict[str, torch.Tensor]:
         """Tokens that each expert gets in the edited model, on the calibration questions, int64 [E] by layer."""
         self.apply(candidate)
-        run = partial(self.run_batches, "search", self.method.calibration)
+        run = partial(self.whole.run_batches, "search", self.method.calibration)
         return self.evaluations.inside(self.module, partial(routing_load, self.editor, run))
 
 

@@ -23,6 +23,7 @@ class MethodResult:
         predicted: what the method said that it would cost; None: one validation is all there is.
         spent: seconds that its parts really took, by the names of the phases that were predicted.
         save: writes the artifact into an empty folder, given the module with all of its weights; None: there is none.
+        parts: metrics of each folder in the artifact that holds a model of its own and gets a card of its own, by name.
     """
 
     metrics: Mapping[str, float]
@@ -33,6 +34,7 @@ class MethodResult:
     predicted: CostEstimate | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
     save: Callable[[Path, Any], None] | None = field(default=None, repr=False)
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
 from genlight.modules.pretrained import first_line
 from genlight.modules.pretrained_lm import DTYPES, load_language_model
-from genlight.recipes import fit_where_missing
+from genlight.recipes import fit_below_where_missing
 from genlight.trainer.resident import is_sharded
 
 
@@ -90,14 +91,14 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
         """Read the pretrained model, once; where its folder is missing, ``recipe`` makes it below ``run_root``.
 
         Raises:
-            UserError: the fit failed, or as in `load_language_model`.
+            UserError: the folder is not what the fit makes, the fit failed, or as in `load_language_model`.
         """
         if self.network is None:
-            if self.recipe is not None and run_root:
-                words = (f"run.root={run_root}", f"paths.cache={cache}")
-                folder = Path(str(self.pretrained))
-                fit_where_missing(self.recipe, folder.exists, f"the model {folder}", run_root, *words)
-            self.network = load_language_model(str(self.pretrained), self.weights_dtype, self.trust_remote_code)
+            source = str(self.pretrained)
+            # what lies elsewhere, or on the hub, no fit makes
+            if self.recipe and run_root and Path(source).absolute().is_relative_to(Path(run_root).absolute()):
+                fit_below_where_missing(self.recipe, source, "module.pretrained", run_root, cache)
+            self.network = load_language_model(source, self.weights_dtype, self.trust_remote_code)
 
     def setup(self, stage: str) -> None:
         """Read the model where that was not done yet; Lightning calls this before it shards."""
@@ -176,7 +177,10 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
         return own, torch.where(targets >= 0, chosen, 0.0).sum(1)
 
     def generate_answers(self, generation: Mapping[str, Any]) -> list[str]:
-        """Greedy answers to the prompts of a batch's ``generation``, each cut at its first stop text."""
+        """Greedy answers to the prompts of a batch's ``generation``, each cut at its first stop text.
+
+        Generation of all rows ends where each has an end token, a stop text or as many tokens as it may have.
+        """
 
         def answers(part: slice) -> list[str]:
             return self._answers({name: values[part] for name, values in generation.items()})
@@ -186,27 +190,41 @@ class CausalLMModule(InHalves, LiveParameters, Optimization, LightningModule):
 
     @torch.no_grad()
     def _answers(self, generation: Mapping[str, Any]) -> list[str]:
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
-        limits, tokenizer = generation["max_new_tokens"], self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # said in full: what is left out would be taken from the folder's own settings
+        limits, stops, tokenizer = generation["max_new_tokens"], generation["stop"], self.tokenizer
+        ends = _end_tokens(tokenizer.eos_token_id, self.network.generation_config.eos_token_id)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
         settings: Any = GenerationConfig
-        greedy = settings(
-            max_new_tokens=max(limits), max_length=None, do_sample=False, num_beams=1, num_return_sequences=1,
-            repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
-        )  # fmt: skip
         trainer = self._trainer
+        given, done = generation["input_ids"], [False] * len(limits)
+        greedy = settings(max_new_tokens=max(limits), do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+
+        def text_of(row: list[int], limit: int) -> str:
+            # behind an end token stands padding
+            own = list(takewhile(lambda token: token not in ends, row[:limit]))
+            return str(tokenizer.decode(own, skip_special_tokens=True))
+
+        def ended(tokens: Tensor, _: Any, **__: Any) -> Tensor:
+            for place, row in enumerate(tokens[:, given.shape[1] :].tolist()):
+                if not done[place]:
+                    text = text_of(row, limits[place]) if stops[place] else ""
+                    done[place] = len(row) >= limits[place] or _has_ended(text, stops[place])
+            return torch.tensor(done, device=tokens.device)
+
         # a pass for each token: experts are not merged anew in every one
-        with nullcontext() if self._editor is None else self._editor.keeping_merged():
+        merged = nullcontext() if self._editor is None else self._editor.keeping_merged()
+        # the folder's own settings would be taken for what is not said here
+        with merged, _replaced(self.network, "generation_config", settings()):
             found = self.network.generate(
-                input_ids=generation["input_ids"],
+                input_ids=given,
                 attention_mask=generation["attention_mask"],
                 generation_config=greedy,
+                stopping_criteria=StoppingCriteriaList([ended]),
                 synced_gpus=trainer is not None and is_sharded(trainer),
-            )[:, generation["input_ids"].shape[1] :]
-        texts = [tokenizer.decode(row[:limit], skip_special_tokens=True) for row, limit in zip(found.tolist(), limits)]
-        return [_until(text, stop) for text, stop in zip(texts, generation["stop"])]
+            )[:, given.shape[1] :]
+        texts = [text_of(row, limit) for row, limit in zip(found.tolist(), limits)]
+        return [_until(text, stop) for text, stop in zip(texts, stops)]
 
     def on_validation_epoch_start(self) -> None:
         if self.metrics is None:
@@ -301,6 +319,30 @@ def _is_best(scores: Tensor, batch: Mapping[str, Any]) -> Tensor:
     table, label = _table(scores, batch["option_place"]), batch["label"]
     right = table.gather(1, label[:, None])[:, 0]
     return torch.logical_and(table.argmax(1) == label, right.isfinite())
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute with another value, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _end_tokens(*given: int | list[int] | None) -> list[int]:
+    """All end tokens of a tokenizer and a config, each of which may have none, one or several."""
+    every = [each if isinstance(each, list) else [each] for each in given]
+    return list(dict.fromkeys(token for tokens in every for token in tokens if token is not None))
+
+
+def _has_ended(text: str, stop: list[str]) -> bool:
+    """Whether `_until` would cut the text where it does now, whatever comes after."""
+    ends = [place for mark in stop if (place := text.find(mark)) >= 0]
+    # another stop text may have begun before, as long as the longest of them
+    return bool(ends) and min(ends) + max(map(len, stop)) <= len(text)
 
 
 def _until(text: str, stop: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genlight.io import atomic_write_text, read_json
-from genlight.reports.report import Report, title_of, to_markdown
+from genlight.reports.report import Report, to_markdown
 
 _LOAD_PIPELINE = """\
 ```python
@@ -203,7 +203,7 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def _evaluation(report: Report, dataset: str, task: str) -> list[Any]:
-    """The metrics as the hub's evaluation results; a name of other features than Inception's says so itself."""
+    """The metrics as the hub's evaluation results, by their names: that of other features than Inception's says so."""
     from huggingface_hub import EvalResult
 
     return [
@@ -213,7 +213,7 @@ def _evaluation(report: Report, dataset: str, task: str) -> list[Any]:
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type=name.rsplit("/", 1)[-1],
-            metric_name=title_of(name, report.features),
+            metric_name=name.removeprefix("val/"),
             metric_value=value,
         )
         for name, value in report.metrics.items()

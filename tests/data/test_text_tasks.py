@@ -196,6 +196,36 @@ def test_long_questions_are_refused_or_lose_their_beginning() -> None:
         written.val_dataloader()
 
 
+class Marked:
+    """A tokenizer of characters that puts a token in front of all text, or asks as in a chat."""
+
+    pad_token_id = eos_token_id = 1
+    chat_template = "[user]{prompt}[me]"
+
+    def __init__(self) -> None:
+        self.plain = character_tokenizer(("<bos>",))
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = self.plain(text).input_ids
+        return SimpleNamespace(input_ids=[3, *ids] if add_special_tokens else ids)
+
+    def apply_chat_template(self, turns, **_) -> str:
+        return f"[user]{turns[0]['content']}[me]"
+
+
+@pytest.mark.parametrize(("chat", "expected"), [(False, "<bos>56789?"), (True, "[user]9?[me]")], ids=["plain", "chat"])
+def test_what_stands_in_front_of_all_text_is_not_cut(chat, expected) -> None:
+    tokenizer, task = Marked(), task_of("t", CHOICE)
+    room = len(tokenizer.plain(expected).input_ids)
+    example = Example("t", "", "", "0123456789?", ("x", "y"), 0)
+    found = Encoder(tokenizer, room + 1, truncate=True, chat=chat).encode(example, task)
+    assert tokenizer.plain.decode(found.context) == expected and found.length == room + 1
+    whole = Encoder(tokenizer, 40, truncate=True, chat=chat).encode(example, task)
+    assert tokenizer.plain.decode(whole.context) in ("<bos>0123456789?", "[user]0123456789?[me]")
+    with pytest.raises(UserError, match=r"data\.max_length = 2$"):
+        Encoder(tokenizer, 2, truncate=True, chat=chat).encode(example, task)
+
+
 def shares(**given: float) -> dict[str, float]:
     return {"train": 0.0, "search": 0.0, "select": 0.0, "report": 0.0, **given}
 
@@ -266,6 +296,7 @@ def test_the_fingerprint_is_that_of_questions_splits_and_tokens() -> None:
         ({"seed": -1}, r"data\.seed = -1 must not be negative"),
         ({"draw": "test"}, r"data\.draw='test' is not one of"),
         ({"evaluate": ["other"]}, r"data\.evaluate names other, tasks are choice, written"),
+        ({"evaluate": ["choice", "written", "choice"]}, r"data\.evaluate names choice twice: name each task once"),
         ({"shares": {"train": 1.0}}, r"data\.shares = .* must be shares of train, search, select, report"),
         ({"shares": shares(train=0.5, report=0.4)}, "that add up to 1"),
     ],
@@ -273,6 +304,45 @@ def test_the_fingerprint_is_that_of_questions_splits_and_tokens() -> None:
 def test_values_out_of_range_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         data_of(**options)
+
+
+def test_a_task_is_measured_once() -> None:
+    assert data_of().measuring(["written"]).evaluate == ["written"]
+    with pytest.raises(ValueError, match=r"tasks = \['written', 'written'\] must be one or more of .*, each once"):
+        data_of().measuring(["written", "written"])
+
+
+_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+class Letters(PreTrainedTokenizer):
+    vocab_size = 26
+
+    def get_vocab(self):
+        return {chr(97 + n): n for n in range(26)}
+
+    def _tokenize(self, text):
+        return [letter for letter in text if letter in self.get_vocab()]
+
+    def _convert_token_to_id(self, token):
+        return ord(token) - 97
+
+    def _convert_id_to_token(self, number):
+        return chr(97 + number)
+"""
+
+
+def test_code_of_a_tokenizer_runs_where_the_user_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    config = {"tokenizer_class": "Letters", "auto_map": {"AutoTokenizer": ["letters_of_mine.Letters", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "letters_of_mine.py").write_text(_TOKENIZER)
+    with pytest.raises(UserError, match=r"brings code of its own, which data\.trust_remote_code=true runs"):
+        TextTaskDataModule({}, str(folder)).tokenizer  # noqa: B018
+    assert TextTaskDataModule({}, str(folder), trust_remote_code=True).tokenizer("cab").input_ids == [2, 0, 1]
 
 
 def test_what_is_missing_is_named() -> None:

@@ -81,6 +81,7 @@ def test_weights_that_are_not_there_are_refused() -> None:
         (1, Routing(2), "mixtral", "at least num_experts_per_tok = 2"),
         (5, Routing(2, 2, 1), "deepseek_v3", "multiple of n_group = 2"),
         (2, Routing(1, 2, 1), "deepseek_v3", "2 or more experts in each group"),
+        (1, Routing(1), "deepseek_v3", "2 or more experts in each group for deepseek_v3: keep as many .* group$"),
         (4, Routing(3, 4, 2), "deepseek_v2", "leaves 2 experts in the topk_group = 2 groups"),
     ],
 )

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from command_line import added, assert_accounted, copied, histories, report_of, run_in_own_process, the_error
+from huggingface_hub import ModelCard
 from oracles.kills import at_line, kill
 
 from genlight import io
@@ -17,7 +19,11 @@ from genlight.data.tokenizer import character_tokenizer
 from genlight.errors import UserError
 from genlight.experts.editor import ExpertEditor
 from genlight.experts.export import export
+from genlight.experts.statistics import RoutingStatistics
 from genlight.loops.expert_remarks import remarks_after, remarks_before
+from genlight.loops.expert_work import ExpertObjective, ExpertWork
+from genlight.modules.causal_lm import CausalLMModule
+from genlight.search.records import Record
 from genlight.search.spaces.expert_map_file import read_expert_maps
 
 BASELINES = {"frequency", "soft_activation", "ean", "reap", "naee", "m_smoe", "hc_smoe"}
@@ -108,6 +114,34 @@ def test_every_baseline_stands_beside_what_was_found(root: Path) -> None:
     assert "search and select are val/choice_log_likelihood" in notes and "is by 19 questions: data.shares" in notes
     names = {path.name for path in (folder / "figures").glob("*.png")}
     assert {"kept_experts.png", "routing_load.png", "search.png", "pareto.png"} <= names
+
+
+def measured(metrics: dict[str, float], row: dict[str, Any]) -> bool:
+    """Whether what validate logs, under the names of tasks, is that of a row."""
+    known = {name: value for name, value in metrics.items() if name.startswith("val/") and name[4:] in row}
+    return len(known) >= 4 and all(value == row[name[4:]] for name, value in known.items())
+
+
+def metrics_of(card: Path) -> dict[str, float]:
+    """The results in the metadata of a card; no two have one name."""
+    results = ModelCard.load(card).data.eval_results or []
+    found = {result.metric_name: result.metric_value for result in results}
+    assert len(found) == len(results)
+    return found
+
+
+def test_the_numbers_of_the_card_are_those_of_the_saved_model(root: Path) -> None:
+    folder = root / "run" / "validate"
+    rows, metrics = rows_of(folder), report_of(folder)["metrics"]
+    (chosen,) = [row for row in rows.values() if row["chosen"]]
+    assert measured(metrics, chosen) and not measured(metrics, rows["full"])
+    for name in ("letters/log_likelihood", "written/accuracy", "accuracy"):
+        assert metrics[f"{name}_full"] == pytest.approx(rows["full"][name])
+    # what is searched for is one of two tasks, and other means are over it alone
+    assert "val/accuracy" not in metrics
+    card = metrics_of(folder / "artifact" / "README.md")
+    assert card == {name.removeprefix("val/"): value for name, value in metrics.items()}
+    assert card["letters/accuracy"] == chosen["letters/accuracy"]
 
 
 def test_no_candidate_is_measured_twice_and_pruning_comes_first(root: Path) -> None:
@@ -224,16 +258,35 @@ def test_the_search_of_the_paper(root: Path, capsys: pytest.CaptureFixture) -> N
     assert "in steps of 4.2 points" in said and "in steps of 4.2 points" in notes
 
 
-def test_several_numbers_of_experts_within_limits(root: Path) -> None:
-    """One search and one folder for each number that keeps the limits; the picture and the table hold them all."""
+def test_several_numbers_of_experts_within_limits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One search and one folder for each number that keeps the limits; the picture and the table hold them all.
+
+    What is known of the whole model is measured once.
+    """
+    once: list[str] = []
+    fingerprint, enter, evaluate = CausalLMModule.fingerprint, RoutingStatistics.__enter__, ExpertObjective.evaluate
+
+    def evaluated(self: ExpertObjective, candidate: Any, fidelity: int) -> Any:
+        once.extend(["whole " + self.metric.draw] if candidate is None else [])
+        return evaluate(self, candidate, fidelity)
+
+    monkeypatch.setattr(CausalLMModule, "fingerprint", lambda *given: once.append("weights") or fingerprint(*given))
+    monkeypatch.setattr(RoutingStatistics, "__enter__", lambda self: once.append("calibration") or enter(self))
+    monkeypatch.setattr(ExpertObjective, "evaluate", evaluated)
     four = 1 - 2 / 6  # of the experts of a layer; what is not expert is left whole
     whole = rows_of(root / "run" / "validate")["full"]
     limit = whole["parameters"] - (1 - four) * whole["expert parameters"] - 1
     words = ["method.num_experts=[2,4,3]", f"method.limits={{parameters: {limit}}}", "search.budget=4"]
     words += ["search.strategy.prune_evaluations=3", "method.baselines=[frequency]", "method.random_draws=1"]
     assert validate(root, "several", *words) == 0
+    assert sorted(once) == ["calibration", "weights", "whole search", "whole select"]
     folder = root / "several" / "validate"
     report = report_of(folder)
+    shared, chosen = metrics_of(folder / "artifact" / "README.md"), {}
+    for row in report["table"]:
+        chosen |= {row["experts"]: row} if row["chosen"] else {}
+    assert not any(name.startswith("val/") for name in report["metrics"])
+    assert shared["letters/log_likelihood_full"] == whole["letters/log_likelihood"] and "letters/accuracy" not in shared
     assert [row["experts"] for row in report["table"] if row["chosen"]] == [3, 2]
     assert {row["experts"] for row in report["table"]} == {6, 3, 2} and histories(folder).keys() == {
         "experts3",
@@ -246,6 +299,9 @@ def test_several_numbers_of_experts_within_limits(root: Path) -> None:
         assert config["num_local_experts"] == count
         assert io.read_json(folder / "artifact" / f"{count}_experts" / "expert_maps.json")["num_experts"] == [6, count]
         assert (folder / "figures" / f"kept_experts_{count}.png").is_file()
+        card = folder / "artifact" / f"{count}_experts" / "README.md"
+        assert measured({f"val/{name}": value for name, value in metrics_of(card).items()}, chosen[count])
+        assert "AutoModelForCausalLM" in card.read_text() and "accuracy_eep_prune" in metrics_of(card)
 
 
 def test_limits_alone_choose_the_number_of_experts(root: Path, capsys: pytest.CaptureFixture) -> None:
@@ -313,6 +369,25 @@ def test_merging_without_pruning(root: Path) -> None:
     assert config["num_experts_per_tok"] == 1 and config["num_local_experts"] == 6
 
 
+def test_a_search_that_begins_with_nothing(root: Path) -> None:
+    words = ["method.baselines=[]", "method.random_draws=0", "search.budget=4", "search.strategy.prune_evaluations=3"]
+    assert validate(root, "bare", *words) == 0
+    assert rows_of(root / "bare" / "validate").keys() == {"full", "EEP prune", "EEP merge"}
+
+
+def test_a_budget_that_pruning_takes_up_claims_no_merging(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also where a baseline merges; what is chosen only prunes."""
+    words = ["method.baselines=[frequency, m_smoe]", "method.random_draws=1", "search.budget=3"]
+    assert validate(root, "unmerged", *words, "search.strategy.prune_evaluations=3") == 0
+    folder, said = root / "unmerged" / "validate", capsys.readouterr().err
+    report, rows = report_of(folder), rows_of(folder)
+    assert rows.keys() == {"full", "random", "EEP prune", "frequency", "m_smoe"} and rows["EEP prune"]["chosen"]
+    assert not any("merge" in name for name in report["metrics"])
+    remark = "3 experts: no evaluation was left for merging (search.budget = 3, search.strategy.prune_evaluations = 3)"
+    assert remark in said and any(remark in note for note in report["notes"])
+    assert io.read_json(folder / "artifact" / "expert_maps.json")["candidates"].keys() == {"EEP prune"}
+
+
 def test_a_larger_budget_goes_on_from_the_archive(root: Path, capsys: pytest.CaptureFixture) -> None:
     longer = copied(root / "run" / "validate", "longer")
     assert validate(root, "longer", "resume=true", "search.budget=20", "method.objective=val/accuracy") != 0
@@ -337,6 +412,8 @@ def test_a_dry_run_says_what_it_would_cost(root: Path, capsys: pytest.CaptureFix
         (["method.limits={size: 1}"], "method.limits"),
         (["method.num_experts_per_tok=4"], "num_experts_per_tok = 4"),
         (["method.tasks=[sums]"], "method.tasks"),
+        (["method.tasks=[letters,written,letters]"], "method.tasks names letters twice: name each task once"),
+        (["data.evaluate=[letters,letters]"], "data.evaluate names letters twice: name each task once"),
         (["method.objective=val/bleu"], "method.objective"),
         (["method.mode=min"], "more of it is better; set method.mode=max"),
         (["method.tasks=null", "method.objective=val/choice_log_likelihood"], "says nothing of written"),
@@ -393,3 +470,36 @@ def test_candidates_that_tie_are_named() -> None:
     assert not remarks_after("val/accuracy", "max", [-0.75] * 2 + [-0.5] * 18)
     assert not remarks_after("val/accuracy", "max", [-0.75, -0.5, -0.5])
     assert not remarks_after("val/accuracy", "max", [-0.75]) and not remarks_after("val/accuracy", "max", [])
+
+
+def work_of(**known: Any) -> ExpertWork:
+    """Of three experts, compared by accuracy; with values for its properties."""
+    whole: Any = SimpleNamespace(evaluations=SimpleNamespace(shares=1, display=SimpleNamespace(counted=list)))
+    work = ExpertWork(SimpleNamespace(mode="max"), 3, whole, None, "val/accuracy")  # type: ignore[arg-type]
+    vars(work).update(known)
+    return work
+
+
+@pytest.mark.parametrize(("scores", "tied"), [([-0.5] * 3, True), ([-0.5, -0.25, -0.5], False), ([-0.5, None], False)])
+def test_a_beginning_that_ties_is_named_at_once(scores: list[float | None], tied: bool) -> None:
+    said: list[str] = []
+    plan = SimpleNamespace(plan=SimpleNamespace(initial=[0] * len(scores)))
+    work = work_of(task=plan, runner=SimpleNamespace(remark=said.extend))
+    for index, score in enumerate(scores):
+        assert not said
+        trial: Any = SimpleNamespace(source="initial", index=index)
+        work._seen(Record(trial, score, {}, None))
+    assert len(said) == tied and all("3 experts: all 3 candidates that the search begins with" in text for text in said)
+
+
+def test_a_lost_device_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: Exception) -> ExpertWork:
+        def evaluate(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(ExpertWork, "objective", lambda *_: SimpleNamespace(evaluate=evaluate))
+        return work_of()
+
+    assert failing(FloatingPointError("x")).judge([None], "select", 3) == [float("inf")]
+    with pytest.raises(torch.AcceleratorError):
+        failing(torch.AcceleratorError("device lost")).judge([None], "select", 3)

@@ -195,20 +195,72 @@ def test_a_length_divides_and_scores_that_are_no_numbers_are_wrong() -> None:
     assert _is_best(torch.tensor([-torch.inf, -torch.inf]), {**batch, "label": torch.tensor([0])}).tolist() == [False]
 
 
+PROMPTS = ("a", "bcdef", "gh" * 6)
+
+
+def answers(module, prompts=PROMPTS, limits=(6, 6, 6), stop=([], [], [])) -> list[str]:
+    ids, mask = left_padded([module.tokenizer(text).input_ids for text in prompts], 0)
+    given = {"input_ids": ids, "attention_mask": mask, "stop": list(stop), "max_new_tokens": list(limits)}
+    return module.eval().generate_answers({name: values[: len(prompts)] for name, values in given.items()})
+
+
 def test_answers_do_not_depend_on_what_is_beside_them() -> None:
-    module, tokenizer = module_of(), character_tokenizer()
-    module.network.generation_config.update(do_sample=True, temperature=5.0, num_beams=3, repetition_penalty=9.0)
-    prompts = [tokenizer(text).input_ids for text in ("a", "bcdef", "gh" * 6)]
+    module = module_of()
+    together = answers(module, limits=[6, 3, 6])
+    alone = [answers(module, [prompt], limits=[6])[0] for prompt in PROMPTS]
+    assert together == [alone[0], alone[1][:3], alone[2]] and len(set(together)) == 3
 
-    def answers(rows) -> list[str]:
-        ids, mask = left_padded(rows, 0)
-        given = {"input_ids": ids, "attention_mask": mask, "stop": [[]] * len(rows)}
-        return module.eval().generate_answers({**given, "max_new_tokens": [6, 3, 6][: len(rows)]})
 
-    together = answers(prompts)
-    assert together[0] == answers(prompts[:1])[0] and together[2] == answers(prompts[2:])[0]
-    assert together[1] == answers([prompts[1]])[0][:3]
-    assert len(set(together)) == 3
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 5.0, "num_beams": 3, "repetition_penalty": 9.0},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a", "b", "c"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 2},
+        {"suppress_tokens": list(range(60)), "encoder_repetition_penalty": 1.5, "bad_words_ids": [[70]]},
+        {"forced_eos_token_id": 5, "min_new_tokens": 6},
+        {"max_length": 3, "min_length": 60},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_a_folder_for_writing_change_no_answer(settings) -> None:
+    module = module_of()
+    expected = answers(module)
+    for name, value in settings.items():
+        setattr(module.network.generation_config, name, value)
+    own = module.network.generation_config
+    assert answers(module) == expected and module.network.generation_config is own
+
+
+def test_an_answer_ends_with_an_end_token_of_the_tokenizer_or_of_the_folder() -> None:
+    module = module_of()
+    whole = answers(module)[1]
+    (end,) = module.tokenizer(whole[3]).input_ids
+    for given in (end, [module.tokenizer.eos_token_id, end]):
+        module.network.generation_config.eos_token_id = given
+        assert answers(module)[1] == whole[: whole.index(whole[3])]
+    module.network.generation_config.eos_token_id = None
+    assert answers(module)[1] == whole
+
+
+def test_writing_ends_where_all_answers_have_their_stop_text() -> None:
+    """With the answer of one that is written to its end, and cut then; also where stop texts overlap."""
+    module, passes = module_of(), []
+    module.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    whole = answers(module, limits=[40] * 3)
+    assert len(passes) == 40 and min(map(len, whole)) > 30
+    marks = [[text[4]] for text in whole], [[text[4], text[3:8]] for text in whole]
+    for stop in marks:
+        passes.clear()
+        expected = [text[: min(text.index(mark) for mark in own)] for text, own in zip(whole, stop, strict=True)]
+        assert answers(module, limits=[40] * 3, stop=stop) == expected
+        assert len(passes) < 12
+    passes.clear()
+    # one has no stop text, but a limit
+    assert answers(module, limits=[40, 40, 12], stop=[*marks[0][:2], []])[2] == whole[2][:12]
+    assert len(passes) == 12
 
 
 def test_experts_are_merged_once_for_all_tokens_of_an_answer(monkeypatch) -> None:

@@ -20,10 +20,19 @@ def test_metadata_and_text(tmp_path):
     results = {result.metric_type: result for result in data.eval_results}
     assert set(results) == {"fd_digits", "kid_digits", "is_digits"}
     assert results["fd_digits"].metric_value == 0.9
-    assert results["fd_digits"].metric_name == "Fréchet distance (digits features)"
+    assert results["fd_digits"].metric_name == "fd_digits"
     for part in ("python -m genlight validate", "Method: training", "inherited from the base model", "from_pretrained"):
         assert part in card.text
     assert "FID" not in str(card)
+
+
+def test_no_two_results_have_one_name(tmp_path):
+    """Tasks of a language model have the same quantities; what a method was before has a name of its own too."""
+    metrics = {"val/a/accuracy": 0.5, "val/b/accuracy": 0.25, "a/accuracy_full": 0.75, "val/accuracy": 0.4}
+    write_model_card(tmp_path, parse_report(record(metrics=metrics, features=None, floor=None)), dataset="tasks")
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    names = ["a/accuracy", "b/accuracy", "a/accuracy_full", "accuracy"]
+    assert [(r.metric_name, r.metric_value) for r in results] == list(zip(names, metrics.values(), strict=True))
 
 
 def test_the_example_of_an_export_is_kept(tmp_path):

@@ -46,6 +46,12 @@ def test_a_sealed_line_opens_again(content: dict[str, Any]) -> None:
     assert unseal(line, "here") == json.loads(json.dumps(content))
 
 
+def test_a_candidate_of_many_numbers_is_read_again() -> None:
+    """EEP merges 48 layers of 128 experts to 64: 786,432 numbers."""
+    content = {"candidate": [[0.123456] * 786_432]}
+    assert unseal(seal(content), "here") == content
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_every_flipped_bit_is_seen(data: st.DataObject) -> None:

@@ -34,6 +34,8 @@ from genlight.search.spaces.expert_map_edits import (
 Matrix = tuple[tuple[float, ...], ...]
 # decimals of an entry: all of them count, in the key too
 _DIGITS = 6
+# of the fingerprint: 2 has keys of merged candidates by the bytes of their matrices
+_VERSION = 2
 _TRIES = 100
 
 
@@ -199,7 +201,15 @@ class ExpertMapSpace:
 
     def key(self, candidate: ExpertMaps) -> str:
         """Sixteen hexadecimal digits; the same for candidates that differ in their form alone."""
-        return canonical_key(self._canonical(candidate))
+        one = self._canonical(candidate)
+        if one.prunes:
+            return canonical_key(one)
+        # of millions of numbers the text would take seconds
+        digest = hashlib.sha256(one.neuron_orders.encode())
+        for maps in (one.expert_maps, one.router_maps):
+            matrices = np.array(maps, "<f8") + 0.0  # makes one of the two zeros
+            digest.update(repr(matrices.shape).encode() + matrices.tobytes())
+        return digest.hexdigest()[:16]
 
     def fingerprint(self) -> str:
         """All that changes what candidates are or how they vary, as JSON."""
@@ -207,7 +217,8 @@ class ExpertMapSpace:
         shares = ("group_probability", "row_probability", "entry_probability", "sigma", "normalise_probability")
         options = {name: getattr(self, name) for name in (*named, *shares, "first_parent_probability")}
         digests = {name: _digest(orders) for name, orders in self.neuron_orders.items()}
-        content = {"space": "expert_maps", "router_mapping": self.router_mapping, "neuron_orders": digests, **options}
+        named_orders = {"router_mapping": self.router_mapping, "neuron_orders": digests}
+        content = {"space": "expert_maps", "version": _VERSION, **named_orders, **options}
         return json.dumps(content, sort_keys=True)
 
     def apply(self, target: Any, candidate: ExpertMaps) -> None:

@@ -1,7 +1,10 @@
 """The space of expert maps: its operators, its names, its forms, and a search with an optimum that is known."""
 
 import dataclasses
+import functools
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from genlight.search.evaluation import one_by_one
 from genlight.search.protocols import Evaluation
 from genlight.search.records import History, Problem
 from genlight.search.spaces.expert_map_edits import crossed_rows, disturbed, exchanged, normalised_rows
+from genlight.search.spaces.expert_map_file import read_expert_maps
 from genlight.search.spaces.expert_maps import ExpertMaps, ExpertMapSpace
 from genlight.search.spaces.expert_plan import ExpertPlan, NearTheBest
 
@@ -117,6 +121,47 @@ def test_the_same_model_has_one_name() -> None:
     outside = space.candidate_of(other)
     assert len(outside.kept) == 6 and space.key(outside) != space.key(grouped)
     assert space.encode(outside).shape == (6, 16) and space.encode(grouped).shape == (4, 16)
+
+
+def test_every_number_of_a_merged_candidate_counts_in_its_name() -> None:
+    """Also which matrix it stands in, and the neurons' order; the two zeros are one."""
+    space, row = ExpertMapSpace(LAYERS[:2], 4, 2), (0.5, 0.0, 0.25, 1.0)
+    a, b = (row, row[::-1]), (row[::-1], row)
+    one = ExpertMaps((), (a, b), (b, a))
+    others = [ExpertMaps((), (b, a), (a, b)), ExpertMaps((), (a, b), (b, a), "m_smoe"), ExpertMaps((), (a, a), (b, a))]
+    for place in range(4):
+        changed = (*row[:place], row[place] + 1e-6, *row[place + 1 :])
+        others.append(ExpertMaps((), ((changed, a[1]), b), (b, a)))
+    assert len({space.key(each) for each in (one, *others)}) == 1 + len(others)
+    assert len(space.key(one)) == 16
+    assert space.key(ExpertMaps((), (((0.5, -0.0, 0.25, 1.0), a[1]), b), (b, a))) == space.key(one)
+    assert space.key(ExpertMaps((), tuple(map(tuple, (a, b))), (b, a))) == space.key(one)
+
+
+def test_an_archive_with_names_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Names of merged candidates were of their text once: what is measured would be measured again."""
+    space, plan = SPACES["alone"], ExpertPlan().plan(SPACES["alone"], 300)
+    before = json.loads(space.fingerprint())
+    assert before.pop("version") == 2
+    opened = functools.partial(open_archive, tmp_path, strategy=plan.strategy, fingerprint={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertMapSpace, "fingerprint", lambda _: json.dumps(before, sort_keys=True))
+        opened(problem=Problem(space))
+    with pytest.raises(UserError, match=r"belongs to another search: .*space is .*use another folder"):
+        opened(problem=Problem(space))
+
+
+def test_the_file_of_a_large_merge_is_read(tmp_path: Path) -> None:
+    """48 layers of 128 experts, 64 of which are left."""
+    row = (0.25,) * 128
+    maps = (((row,) * 64),) * 48
+    content = {
+        "kind": "expert_maps", "version": 1, "num_experts": [128, 64], "num_experts_per_tok": 8,
+        "router_mapping": "logits", "chosen": "EEP merge",
+        "candidates": {"EEP merge": dataclasses.asdict(ExpertMaps((), maps, maps))},
+    }  # fmt: skip
+    (tmp_path / "expert_maps.json").write_text(json.dumps(content))
+    assert read_expert_maps(tmp_path / "expert_maps.json").candidates["EEP merge"] == ExpertMaps((), maps, maps)
 
 
 def test_layers_belong_to_groups_by_depth_and_parents_come_into_them() -> None:
