@@ -17,9 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from genlight.callbacks.room import float32_bytes, reserve_disk, reserve_memory
+from genlight.checkpoints.lora import holds_adapters
 from genlight.checkpoints.online_bins import OnlineBins
 from genlight.checkpoints.trajectory import StoredType
-from genlight.checkpoints.writer import BackgroundWriter, TrajectoryWriter, free_bytes, stored_bytes
+from genlight.checkpoints.writer import BackgroundWriter, TrajectoryWriter
 from genlight.errors import UserError
 from genlight.reports.report import size
 from genlight.run_folder import RUN_FILE, read_run
@@ -59,8 +61,9 @@ class CheckpointCollector(Callback):
     Saved is what requires a gradient, each tied weight once, in float32. A member belongs to an optimizer step, so
     accumulating gradients changes nothing. A checkpoint of the trainer waits until all earlier members are on the disk,
     and a resumed run drops later ones: it ends with the files of a run that was never stopped. (Unless later ones had
-    pushed out the oldest of `max_members`; that is told.) Under DDP, FSDP and DeepSpeed process 0 writes; where the
-    weights lie in shards all processes gather them.
+    pushed out the oldest of `max_members`; that is told.) A run that is resumed with more steps keeps what it has, and
+    goes on at the interval of its new length. Under DDP, FSDP and DeepSpeed process 0 writes; where the weights lie in
+    shards all processes gather them.
 
     Args:
         dirpath: folder of the trajectory.
@@ -68,7 +71,8 @@ class CheckpointCollector(Callback):
         window: begin and end as shares of the length of the training.
         max_members: files kept at once; the oldest go.
         mode: "files" keeps each member; "bins" keeps `bins` means over spans that grow with age, in memory and in the
-            trainer's checkpoints, and writes them at the end.
+            trainer's checkpoints, and writes them at the end. Not for adapters: means of factors are no means of their
+            products.
         bins: how many means.
         dtype: "float32", or "bfloat16_difference": at the end of the training all members but the newest are turned
             into 16-bit differences to it. Until then they take their full room.
@@ -115,6 +119,7 @@ class CheckpointCollector(Callback):
         self.dirpath = Path(dirpath)
         self.every_n_steps, self.window, self.max_members = every_n_steps, tuple(window), max_members
         self.mode, self.dtype, self.parameters, self.disk_limit = mode, dtype, parameters, disk_limit
+        self.reserved: dict[str, int] = {}
         self._bins = OnlineBins(bins)
         self._names: list[str] = []
         self._schedule = Schedule(0, 0, 1)
@@ -128,7 +133,9 @@ class CheckpointCollector(Callback):
         self._schedule = Schedule.of(training_length(trainer, "collector"), self.window, self.every_n_steps)
         self._last_step = trainer.global_step
         if not self._last_step:
-            self._bins, self._highest_lr = OnlineBins(self._bins.max_bins), 0.0
+            self._highest_lr = 0.0
+        if not self._last_step or not trainer.is_global_zero:
+            self._bins = OnlineBins(self._bins.max_bins)
         self._names = parameter_names(pl_module, self.parameters)
         shapes = parameter_shapes(trainer, pl_module, self._names)
         self._queue = BackgroundWriter()
@@ -141,6 +148,11 @@ class CheckpointCollector(Callback):
                 f"callbacks.collector.every_n_steps={self._schedule.every} and window={list(self.window)} leave no "
                 f"step of {training_length(trainer, 'collector')} to save: give a smaller interval or a wider window"
             )
+        if self.mode == "bins" and holds_adapters(self._names):
+            raise UserError(
+                "callbacks.collector.mode=bins would keep means of the two factors of adapters, which are not those of "
+                "their products: use files, adapters are small"
+            )
         self._writer = TrajectoryWriter(
             self.dirpath,
             shapes,
@@ -151,23 +163,32 @@ class CheckpointCollector(Callback):
             resume_at=self._last_step,
         )
         self._writer.check()
-        count = min(len(steps), self.max_members) if self.mode == "files" else self._bins.max_bins
-        # one more than is kept: the oldest goes when the newest is whole
-        check_room(self.dirpath, count, count + 1, shapes, self.disk_limit, "collector", self._way_out(shapes))
+        self._check_room(trainer, shapes, len({*steps, *self._writer.steps}))
         before = [step for step in steps if step <= self._last_step][-self.max_members :]
         there = self._writer.steps if self.mode == "files" else before[len(before) * (not len(self._bins)) :]
-        if lost := sorted(set(before) - set(there)):
+        # before the training was made longer, members may have been nearer to each other
+        if lost := [step for step in before if not any(step - self._schedule.every < t <= step for t in there)]:
             rank_zero_warn(
                 f"{self.dirpath} lacks {len(lost)} members up to step {self._last_step}, from which the training "
                 f"continues (the first is {lost[0]}): the trajectory will have a gap"
             )
         self._warn_of_decay(_known_rates(trainer, steps))
 
-    def _way_out(self, shapes: dict[str, tuple[int, ...]]) -> str:
+    def _check_room(self, trainer: Trainer, shapes: dict[str, tuple[int, ...]], steps: int) -> None:
+        """UserError where the disk, or with mode "bins" the memory, is too small."""
+        each, most = float32_bytes(shapes), self._bins.max_bins
+        memory = self._bins.most_bytes(each)
         if self.mode == "bins":
-            return "fewer callbacks.collector.bins"
-        bins = size(self._bins.max_bins * float32_bytes(shapes))
-        return f"callbacks.collector.mode=bins ({self._bins.max_bins} means, {bins}) or fewer max_members"
+            count, way_out = most, "fewer callbacks.collector.bins"
+            what = f"the {most} means of callbacks.collector"
+            reserve_memory(trainer, self, torch.device("cpu"), memory * (not len(self._bins)), what, f"use {way_out}")
+        elif holds_adapters(self._names):
+            count, way_out = min(steps, self.max_members), "fewer callbacks.collector.max_members"
+        else:
+            count = min(steps, self.max_members)
+            way_out = f"callbacks.collector.mode=bins ({most} means, {size(memory)} of memory) or fewer max_members"
+        # one more than is kept: the oldest goes when the newest is whole
+        reserve_disk(trainer, self, "collector", count, count + 1, each, way_out)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # at the end of the batch the schedule has moved on already
@@ -227,14 +248,15 @@ class CheckpointCollector(Callback):
         self._queue.stop()
         if self.mode == "bins" and len(self._bins):
             self._writer.replace_all(self._bins.snapshots())
-        self._writer.close()
+        # a run that was stopped early may go on
+        self._writer.close(finished=self._last_step >= self._schedule.last)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._queue.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._queue.stop()
-        self._writer = None
+        self._writer, self.reserved = None, {}
 
     def _warn_of_decay(self, rates: Sequence[float]) -> None:
         if rates and rates[-1] < DECAYED * max(rates):
@@ -340,35 +362,6 @@ def describe_training(trainer: Trainer, module: LightningModule) -> dict[str, An
     folder = Path(trainer.default_root_dir)
     run = str(read_run(folder)["fingerprint"]) if (folder / RUN_FILE).is_file() else ""
     return {"run": run, "module": hashlib.sha256(what.encode()).hexdigest()}
-
-
-def float32_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Room of one member."""
-    return sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-
-
-def check_room(
-    folder: Path,
-    count: int,
-    peak: int,
-    shapes: dict[str, tuple[int, ...]],
-    limit: float | None,
-    key: str,
-    way_out: str,
-) -> None:
-    """UserError before training if `peak` members in float32 do not fit on the disk or `count` in `limit` GiB."""
-    each = float32_bytes(shapes)
-    free = free_bytes(folder) + stored_bytes(folder)
-    if peak * each > free:
-        where = f"{size(free)} are free"
-    elif limit is not None and count * each > limit * 2**30:
-        where = f"callbacks.{key}.disk_limit={limit:g} allows {size(int(limit * 2**30))}"
-    else:
-        return
-    raise UserError(
-        f"callbacks.{key} will keep {count} times {size(each)}, {size(count * each)}, in {folder}, where {where}: "
-        f"use {way_out}"
-    )
 
 
 def _known_rates(trainer: Trainer, steps: Sequence[int]) -> list[float]:

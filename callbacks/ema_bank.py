@@ -14,15 +14,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from genlight.callbacks.checkpoint_collector import (
-    check_room,
     describe_training,
-    float32_bytes,
     parameter_names,
     together,
     training_length,
 )
+from genlight.callbacks.room import float32_bytes, reserve_disk, reserve_memory
 from genlight.checkpoints.ema_profiles import power_gamma, power_rate
-from genlight.checkpoints.mixing import free_bytes
 from genlight.checkpoints.trajectory import Average, save_average
 from genlight.checkpoints.writer import BackgroundWriter, TrajectoryWriter
 from genlight.errors import UserError
@@ -77,6 +75,7 @@ class EMABank(Callback):
         self.dirpath = Path(dirpath)
         self.rates, self.power_snapshots = rates, power_snapshots
         self.parameters, self.disk_limit = parameters, disk_limit
+        self.reserved: dict[str, int] = {}
         self._names: list[str] = []
         self._averages: dict[str, list[Tensor]] = {}
         self._writers: dict[float, TrajectoryWriter] = {}
@@ -119,27 +118,19 @@ class EMABank(Callback):
             )
             self._writers[sigma_rel].check()
         count = len(self.gammas) * (self._total // self._every) + len(self.rates)
-        way_out = (
-            f"fewer power_snapshots ({self.power_snapshots} now; each takes {size(float32_bytes(shapes))} a width)"
-        )
-        check_room(self.dirpath, count, count, shapes, self.disk_limit, "ema_bank", way_out)
-        self._check_memory(weights, float32_bytes(shapes))
+        each, device = float32_bytes(shapes), weights[0].device
+        way_out = f"fewer power_snapshots ({self.power_snapshots} now; each takes {size(each)} a width)"
+        reserve_disk(trainer, self, "ema_bank", count, count, each, way_out)
+        way_out = f"fewer than {len(self.rates)} callbacks.ema_bank.rates, or callbacks.ema_bank=null"
+        reserve_memory(trainer, self, device, len(self._keys()) * each, "the averages of EMABank", way_out)
         self._averages = {key: [w.float().clone() for w in weights] for key in self._keys()}
+        self.reserved.pop(str(device), None)  # they are there now
         if self._saved is not None:
             self._restore(self._saved)
         elif self._last_step:
             rank_zero_warn(
                 f"the checkpoint holds no averages of EMABank: they begin at step {self._last_step}, and "
                 "reconstructions from them will not be exact"
-            )
-
-    def _check_memory(self, weights: list[Tensor], copy: int) -> None:
-        """UserError where the averages, each of so many bytes, do not fit on the device of the weights."""
-        device, count = weights[0].device, len(self._keys())
-        if device.type in ("cpu", "cuda") and count * copy > (free := free_bytes(device)):
-            raise UserError(
-                f"the averages of EMABank take {size(count * copy)} of memory on {device}, where {size(free)} are "
-                f"free: fewer than {len(self.rates)} callbacks.ema_bank.rates, or callbacks.ema_bank=null"
             )
 
     def _keys(self) -> list[str]:
@@ -215,4 +206,4 @@ class EMABank(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._queue.stop()
-        self._averages, self._writers = {}, {}
+        self._averages, self._writers, self.reserved = {}, {}, {}

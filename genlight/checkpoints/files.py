@@ -168,7 +168,11 @@ def _prefix(held: Collection[str], known: Collection[str], place: Path) -> str:
     best = min(unknown, key=lambda begin: len(unknown[begin]))
     if unknown[best] or not held:
         name = min(unknown[best], default="")
-        raise UserError(f"method.trajectory: {place} holds {name!r}, which is no weight of the module")
+        raise UserError(
+            f"method.trajectory: {place} holds {name!r}, which is no weight of the module. Where a library renames "
+            "weights as it saves them, save them under the names of the network in memory: "
+            "safetensors.torch.save_file(dict(network.named_parameters()), file)"
+        )
     return best
 
 

@@ -167,6 +167,16 @@ def combine_factors(downs: Sequence[Tensor], ups: Sequence[Tensor], weights: Arr
     return FactorStack.of(downs, ups).combine(weights, rank)
 
 
+def holds_adapters(names: Sequence[str]) -> bool:
+    """Whether both factors of an adapted layer are among the names."""
+    known = set(names)
+    return any(_PATTERN.search(name) and _up_of(name) in known for name in names)
+
+
+def _up_of(down: str) -> str:
+    return _PATTERN.sub(lambda found: _DOWN[found.group()], down)
+
+
 def lora_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """Names of the down and the up factor of each adapted layer.
 
@@ -176,7 +186,7 @@ def lora_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     known, pairs = set(names), []
     for name in names:
         if _PATTERN.search(name):
-            up = _PATTERN.sub(lambda found: _DOWN[found.group()], name)
+            up = _up_of(name)
             if up not in known:
                 raise ValueError(f"the LoRA factor {name!r} has no {up!r} beside it")
             pairs.append((name, up))
@@ -186,6 +196,22 @@ def lora_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     if alone is not None:
         raise ValueError(f"the LoRA factor {alone!r} has no down factor beside it")
     return pairs
+
+
+def grouped_pairs(names: Sequence[str], groups: Sequence[str]) -> dict[tuple[str, str], int]:
+    """The group of each of `lora_pairs`.
+
+    Raises:
+        ValueError: a factor without the other one, or in another group than it, where its coefficients would be lost.
+    """
+    group = dict(zip(names, group_of_names(names, groups), strict=True))
+    pairs = lora_pairs(names)
+    for down, up in pairs:
+        if group[down] != group[up]:
+            raise ValueError(
+                f"groups = {list(groups)} part the LoRA factors {down!r} and {up!r}: a pattern must fit both of them"
+            )
+    return {pair: group[pair[0]] for pair in pairs}
 
 
 class LoraMixer:
@@ -203,13 +229,13 @@ class LoraMixer:
         basis: Basis | None = None,
         groups: Sequence[str] = (".*",),
     ) -> None:
-        """Arguments and errors are those of `WeightMixer`. All factors are read; both of a pair share a group."""
+        """Arguments and errors are those of `WeightMixer`, and those of `grouped_pairs`. All factors are read."""
         self.trajectory = trajectory
         self.coordinates = Coordinates.of(basis or Raw(), [member.count for member in trajectory.members])
         self.num_groups = len(groups)
         self.truncation: dict[str, float] = {}
         self._group = dict(zip(trajectory.names, group_of_names(trajectory.names, groups), strict=True))
-        self._pairs = lora_pairs(trajectory.names)
+        self._pairs = list(grouped_pairs(trajectory.names, groups))
         paired = {name for pair in self._pairs for name in pair}
         self._plain = [name for name in trajectory.names if name not in paired]
         self._members = range(len(trajectory.members))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genlight.checkpoints.bases import Array, Basis, Coordinates, Raw, group_of_names
+from genlight.checkpoints.cgroup import bytes_left
 from genlight.errors import UserError
 
 # Columns of 16-bit differences that are widened at once: on a CPU the widened block should stay in its cache
@@ -88,8 +89,6 @@ class WeightMixer:
 
     Attributes:
         resident: whether the differences are held on the device.
-        stale_buffers: names of running statistics in the module. They belong to the weights it had and are never
-            mixed: recompute them (`torch.optim.swa_utils.update_bn`). Empty where a mapping was given.
     """
 
     def __init__(
@@ -133,7 +132,6 @@ class WeightMixer:
             )
             for group in range(self.num_groups)
         ]
-        self.stale_buffers = running_statistics(live)
         self.attach(live)
         with torch.inference_mode(False), torch.no_grad():
             self._original = {name: self._live[name].detach().clone() for name in self._names}
@@ -353,15 +351,8 @@ def member_rows(weights: Array, groups: int, members: int) -> Array:
     return rows
 
 
-def running_statistics(live: nn.Module | Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of buffers that norms fill while they train, which belong to one set of weights."""
-    if not isinstance(live, nn.Module):
-        return ()
-    return tuple(name for name, _ in live.named_buffers() if name.endswith(("running_mean", "running_var")))
-
-
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left; on a CPU with what the cache of files would give up.
+    """Memory that a device has left; on a CPU with what the cache of files would give up, below a container's limit.
 
     Raises:
         UserError: a device that does not tell.
@@ -370,7 +361,8 @@ def free_bytes(device: torch.device) -> int:
         # the count of free pages leaves the cache out, which reading a trajectory fills
         meminfo = Path("/proc/meminfo")
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-        return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(min(free, bytes_left()))
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     raise UserError(f"device_bytes must be given for a device of type {device.type!r}")

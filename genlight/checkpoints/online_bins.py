@@ -50,6 +50,10 @@ class OnlineBins:
         """Checkpoints in each bin, oldest first."""
         return [bin.count for bin in self._bins]
 
+    def most_bytes(self, copy: int) -> int:
+        """Memory that they take at most, for weights that take `copy` bytes in float32: sums take twice as much."""
+        return 2 * self.max_bins * copy
+
     def add(self, step: int, tensors: Mapping[str, Tensor], lr: float | None = None) -> None:
         """Take in the checkpoint of `step`; the float32 tensors are kept, not copied.
 

@@ -253,6 +253,29 @@ def _open_file(folder: Path, member: Member) -> Any:
 
 
 @dataclass(frozen=True)
+class SavedAverage:
+    """An `Average` in a file.
+
+    Attributes:
+        rate, step: as there.
+        path: of the file.
+    """
+
+    rate: float
+    step: int
+    path: Path
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Float32, by parameter name; read at each call, since several would fill the memory.
+
+        Raises:
+            CorruptFileError: the file is altered.
+        """
+        return io.load_tensors(self.path)[0]
+
+
+@dataclass(frozen=True)
 class Average:
     """A moving average of weights that was tracked while training.
 
@@ -300,22 +323,23 @@ def check_averages(folder: str | os.PathLike[str], shapes: Mapping[str, Sequence
                 )
 
 
-def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> list[Average]:
-    """The averages of a folder by ascending rate; empty where there is none.
+def read_averages(folder: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> list[SavedAverage]:
+    """The averages of a folder by ascending rate; empty where there is none. Their weights are read where asked for.
 
     Args:
         folder: with files of `save_average`, such as ``<run>/trajectory/ema``.
         shapes: what each must hold: those of the trajectory they belong to.
 
     Raises:
-        CorruptFileError: names the file that is damaged, or holds other parameters.
+        CorruptFileError: names the file whose header is damaged, or that holds other parameters.
     """
     check_averages(folder, shapes)
     averages = []
     for path in average_files(folder):
-        tensors, labels = io.load_tensors(path)
+        with safe_open(path, framework="pt") as file:
+            labels = file.metadata() or {}
         try:
-            averages.append(Average(float(labels["rate"]), int(labels["step"]), tensors))
+            averages.append(SavedAverage(float(labels["rate"]), int(labels["step"]), path))
         except (KeyError, ValueError):
             raise io.CorruptFileError(f"{path} is not a moving average of genlight") from None
     return sorted(averages, key=lambda average: average.rate)

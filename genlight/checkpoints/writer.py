@@ -44,7 +44,7 @@ class TrajectoryWriter:
         dtype: "float32", or "bfloat16_difference": members are written in float32, and `close` turns all but the newest
             into 16-bit differences to it, which needs the larger room until then.
         resume_at: the optimizer step that training continues from: later members are dropped; 0 drops all. None keeps
-            what is there.
+            what is there. From a later step than 0 on, the interval may be another one than that of the members there.
 
     Raises:
         ValueError: a value out of range, or no parameter.
@@ -115,10 +115,14 @@ class TrajectoryWriter:
         self._begin()
         self._commit([self._write(snapshot) for snapshot in snapshots])
 
-    def close(self) -> None:
-        """Drop what `resume_at` drops and, with dtype "bfloat16_difference", turn members into differences."""
+    def close(self, *, finished: bool = True) -> None:
+        """Drop what `resume_at` drops and, with dtype "bfloat16_difference", turn members into differences.
+
+        Args:
+            finished: False: further members may follow, and differences to the newest would be to another one then.
+        """
         members = self._begin()
-        if self.dtype == "float32" or len(members) < 2:
+        if not finished or self.dtype == "float32" or len(members) < 2:
             return
         newest = io.load_tensors(self.folder / members[-1].file)[0]
         for number, member in enumerate(members[:-1]):
@@ -146,7 +150,11 @@ class TrajectoryWriter:
         if not (self.folder / INDEX_FILE).exists():
             return []
         index = read_index(self.folder)
-        for what, there, here in (("origin", index.origin, self.origin), ("shape", index.shapes, self.shapes)):
+        origin = dict(index.origin)
+        if self.resume_at:
+            # a training that goes on may be longer than it was to be, and its interval with it
+            origin["every_n_steps"] = self.origin["every_n_steps"]
+        for what, there, here in (("origin", origin, self.origin), ("shape", index.shapes, self.shapes)):
             for key in sorted({*there, *here}):
                 if there.get(key) != here.get(key):
                     raise UserError(
@@ -248,10 +256,15 @@ class BackgroundWriter:
 
 def free_bytes(folder: str | os.PathLike[str]) -> int:
     """Free room where `folder` is or will be."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: str | os.PathLike[str]) -> Path:
+    """The folder, or the nearest one above it that exists."""
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def stored_bytes(folder: str | os.PathLike[str]) -> int:

@@ -27,6 +27,12 @@ def remarks_before(work: CheckpointWork) -> list[str]:
             "or module.pretrained has them: where a training averaged its weights (callbacks.ema) they are the "
             "average, among parts of single checkpoints"
         )
+    norms = [name for name, _ in work.module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if stale := [name for name in norms if f"{name.rpartition('.')[0]}.weight" in held]:
+        remarks.append(
+            f"{len(stale)} running statistics of norms ({stale[0]}, …) are not mixed: they stay as ckpt_path or "
+            "module.pretrained has them. Recompute them for the artifact (torch.optim.swa_utils.update_bn)"
+        )
     metrics, method = getattr(work.module, "metrics", None), work.method
     if isinstance(metrics, GenerativeMetrics) and method.objective == f"val/{metrics.name_of('fd')}":
         remarks += few_samples(metrics, method.settings.fidelity, "search.fidelity")

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from genlight import io
 from genlight.loops.checkpoint_remarks import remarks_after
 from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
@@ -57,6 +55,10 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
     headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
     kept = next(row for row in rows if row["weights"] == chosen.name)
     headline[f"{name}_artifact"] = kept[name]
+    # a model card is about its artifact, so the run's own metrics are those of what it holds
+    short = {logged: logged.removeprefix("val/") for logged in own if not logged.endswith("_std")}
+    metrics = {logged: kept[each] for logged, each in short.items()}
+    before = {f"{each}_before": own[logged] for logged, each in short.items()}
     notes = [
         f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
         f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}",
@@ -66,7 +68,7 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         *work.runner.notes,
     ]
     return MethodResult(
-        {**own, **headline},
+        {**metrics, **before, **headline},
         method="LCSC (linear combination of checkpoints)",
         table=rows,
         notes=notes,
@@ -102,9 +104,7 @@ def _row(work: CheckpointWork, variant: Variant, values: Mapping[str, float]) ->
 def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
     figures = Path(work.evaluations.trainer.default_root_dir) / "figures"
     steps = [member.last_step for member in work.space.trajectory.members]
-    shown = [kind for kind in (LCSC, "ema", "line") if kind in best]
-    curves = {best[kind].name: _weights(work, best[kind])[0] for kind in shown}
-    weights_over_steps(steps, curves, figures / "coefficients.png")
+    weights_over_steps(steps, _curves(work, best), figures / "coefficients.png")
     for kind, result in work.results.items():
         points = [(r.index, r.score, r.source, r.fidelity) for r in result.records]
         name = kind.lower().replace(" ", "-")
@@ -121,10 +121,16 @@ def _pictures(work: CheckpointWork, best: Mapping[str, Variant]) -> None:
         sampler_comparison(samples, figures / "comparison.png")
 
 
-def _weights(work: CheckpointWork, variant: Variant) -> np.ndarray[Any, Any]:
-    if not isinstance(variant.weights, Combination):
-        raise TypeError("an average that was tracked in training has no weights over checkpoints")
-    return work.space.weights(variant.weights)
+def _curves(work: CheckpointWork, best: Mapping[str, Variant]) -> dict[str, list[float]]:
+    """Weights over checkpoints to be shown, by name: one line, or one for each group where groups have their own."""
+    curves: dict[str, list[float]] = {}
+    for variant in (best[kind] for kind in (LCSC, GRADIENT, "ema", "line") if kind in best):
+        assert isinstance(variant.weights, Combination)
+        rows = work.space.weights(variant.weights).tolist()
+        names = [f"{variant.name}: {group}" for group in work.space.groups]
+        alike = all(row == rows[0] for row in rows)
+        curves |= {variant.name: rows[0]} if alike else dict(zip(names, rows, strict=True))
+    return curves
 
 
 def save_artifact(work: CheckpointWork, chosen: Variant, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

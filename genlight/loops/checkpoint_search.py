@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from genlight.checkpoints.bases import Basis, GeometricBins, group_of_names
+from genlight.checkpoints.bases import Basis, GeometricBins
 from genlight.checkpoints.files import FileTrajectory, paths_of
 from genlight.checkpoints.importing import import_checkpoints
+from genlight.checkpoints.lora import grouped_pairs
 from genlight.checkpoints.mixing import check_names
 from genlight.checkpoints.part import TrajectoryPart
 from genlight.checkpoints.trajectory import INDEX_FILE, Trajectory
@@ -132,7 +133,7 @@ class CheckpointSearch:
             space = CheckpointCoefficients(
                 part, self.basis, self.groups, signed=self.signed, device_bytes=self.device_bytes
             )
-            group_of_names(part.names, self.groups)
+            grouped_pairs(part.names, self.groups)
         require_capability(module, LiveWeights, space, ("every generator and language model of genlight",))
         with in_config("method.trajectory"):
             check_names(part, module.live_weights())

@@ -13,7 +13,7 @@ import torch
 
 from genlight.checkpoints.baselines import baseline_candidates
 from genlight.checkpoints.post_hoc import PostHocEMA, post_hoc_averages
-from genlight.checkpoints.trajectory import Average, check_averages, read_averages
+from genlight.checkpoints.trajectory import SavedAverage, check_averages, read_averages
 from genlight.errors import UserError
 from genlight.loops.checkpoint_gradient import descended
 from genlight.loops.cost import CHOICE
@@ -39,7 +39,7 @@ _RANDOM_GENERATION = 20
 TRACKING, DESCENT = "tracked averages", "gradient descent"  # in the account of time
 
 
-Weights = Combination | Average | PostHocEMA
+Weights = Combination | SavedAverage | PostHocEMA
 
 
 @dataclass(frozen=True)

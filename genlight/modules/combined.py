@@ -47,4 +47,13 @@ def other_sampler(source: str | Path | None, module: Any) -> str | None:
                 f"{source}: its weights were combined for {name} = {stated.get(name)} of the sampler, here it is "
                 f"{own[name]}: they may be worse than those of the training"
             )
+    given = stated.get("config")
+    config: dict[str, Any] = given if isinstance(given, dict) else {}
+    # another version of the library may know more options
+    for name in sorted(config.keys() & own["config"].keys()):
+        if config[name] != own["config"][name]:
+            return (
+                f"{source}: its weights were combined for {name} = {config[name]} of the {own['class']}, here it is "
+                f"{own['config'][name]}: they may be worse than those of the training"
+            )
     return None

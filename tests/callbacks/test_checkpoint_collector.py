@@ -5,12 +5,13 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from command_line import genlight
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from oracles.faults import EXIT_CODE, die_at, fail_at, hooked, in_child
 from oracles.ranks import in_ranks
 from oracles.toy_training import ToyModule, quiet, train
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from trainer import two_process_driver as driver
 
 from genlight import io
-from genlight.callbacks import checkpoint_collector
+from genlight.callbacks import checkpoint_collector, room
 from genlight.callbacks.checkpoint_collector import CheckpointCollector, Schedule
 from genlight.callbacks.ema_bank import EMABank
 from genlight.checkpoints.trajectory import Trajectory, read_averages
@@ -146,6 +147,30 @@ def test_a_resumed_run_ends_with_the_same_bytes(options: dict[str, Any], tmp_pat
     assert contents(tmp_path / "whole") == contents(tmp_path / "t")
 
 
+class Stop(Callback):
+    """Ends the training after a step, as a limit of time does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16_difference"}, {"mode": "bins", "bins": 3}], ids=["files", "difference", "bins"]
+)
+def test_a_run_stopped_in_the_window_is_whole_and_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
+    train(tmp_path / "run", callbacks=(collector(tmp_path / "whole", **options),))
+    train(tmp_path / "stopped", callbacks=(collector(tmp_path / "t", **options), Stop(10)))
+    early = Trajectory.open(tmp_path / "t")
+    assert early.members[0].first_step == 5 and early.steps[-1] == 9
+    newest, _ = newest_whole_checkpoint(tmp_path / "stopped")
+    assert newest is not None and "step=10" in newest.name
+    train(tmp_path / "stopped", resume=newest, callbacks=(collector(tmp_path / "t", **options),))
+    assert contents(tmp_path / "whole") == contents(tmp_path / "t")
+
+
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16_difference"}, {"mode": "bins", "bins": 3}])
 def test_a_run_that_died_after_its_last_step_ends_when_it_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "run", callbacks=(collector(tmp_path / "whole", **options),), max_steps=12)
@@ -211,10 +236,55 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, monkeypatc
     module = Linear()
     with pytest.raises(UserError, match=r"disk_limit=1e-09 allows .*mode=bins \(16 means"):
         fit(module, [collector(tmp_path / "t", disk_limit=1e-9)], tmp_path)
-    monkeypatch.setattr(checkpoint_collector, "free_bytes", lambda folder: 30)
+    monkeypatch.setattr(room, "free_bytes", lambda folder: 30)
     with pytest.raises(UserError, match=r"will keep 4 times 12 B.* where 30 B are free: use callbacks.collector.mode"):
         fit(module, [collector(tmp_path / "t")], tmp_path)
+    monkeypatch.setattr(room, "free_memory", lambda device: 90)
+    with pytest.raises(UserError, match=r"the 4 means of .* take 96 B of memory on cpu, where 90 B are free: use"):
+        fit(module, [collector(tmp_path / "t", mode="bins", bins=4)], tmp_path)
     assert torch.equal(module.w, torch.tensor([1.0, 2.0, 3.0])) and not (tmp_path / "t").exists()
+
+
+def test_what_all_callbacks_take_together_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two would fit by itself."""
+    monkeypatch.setattr(room, "free_bytes", lambda folder: 150)
+    monkeypatch.setattr(room, "free_memory", lambda device: 120)
+
+    def bank(name: str) -> EMABank:
+        return EMABank(str(tmp_path / name), rates=(0.5,), sigma_rels=(0.1,), power_snapshots=10)
+
+    fit(Linear(), [collector(tmp_path / "one")], tmp_path)
+    fit(Linear(), [bank("two")], tmp_path)
+    with pytest.raises(UserError, match=r"ema_bank .* 11 times 12 B, .* 150 B are free and other .* take 60 B of them"):
+        fit(Linear(), [collector(tmp_path / "t"), bank("e")], tmp_path)
+    monkeypatch.setattr(room, "free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"EMABank take 24 B of memory on cpu, where 120 B are .* take 120 B of them"):
+        fit(Linear(), [collector(tmp_path / "t", mode="bins", bins=5), bank("e")], tmp_path)
+
+
+def test_means_of_the_factors_of_adapters_are_refused(tmp_path: Path) -> None:
+    module = Linear()
+    module.lora_A, module.lora_B = nn.Linear(3, 1, bias=False), nn.Linear(1, 3, bias=False)
+    with pytest.raises(UserError, match="mode=bins would keep means of the two factors of adapters"):
+        fit(module, [collector(tmp_path / "t", mode="bins")], tmp_path)
+    # no product of two that change
+    fit(module, [collector(tmp_path / "t", mode="bins", bins=2, parameters="lora_B")], tmp_path)
+    assert len(Trajectory.open(tmp_path / "t").members) == 2
+
+
+def test_only_the_process_that_writes_keeps_means(tmp_path: Path) -> None:
+    saved = collector(tmp_path, mode="bins")
+    saved._bins.add(4, {"w": torch.zeros(3)})
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda done, all: True)
+    for first in (True, False):
+        other = collector(tmp_path, mode="bins")
+        other.load_state_dict(saved.state_dict())
+        trainer: Any = SimpleNamespace(
+            global_step=4, is_global_zero=first, world_size=2, estimated_stepping_batches=10, strategy=strategy,
+            callbacks=[], default_root_dir=tmp_path, lr_scheduler_configs=[],
+        )  # fmt: skip
+        other.on_train_start(trainer, Linear())
+        assert len(other._bins) == first
 
 
 def test_a_full_disk_while_training_is_told_in_one_line(tmp_path: Path) -> None:
@@ -280,6 +350,25 @@ def test_the_command_collects_and_resumes_to_the_same_bytes(tmp_path: Path) -> N
     io.remove_path(folder / "checkpoints" / "step-000006.ckpt")
     assert genlight(tmp_path, *words, "resume=true") == 0
     assert contents(folder / "trajectory") == whole
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_the_command_goes_on_with_a_longer_training(
+    every: int | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["fit", "callbacks=collector", "trainer.limit_val_batches=0", "callbacks.sample_grid=null", "run.name=a"]
+    words += [] if every is None else [f"callbacks.collector.every_n_steps={every}"]
+    assert genlight(tmp_path, *words) == 0
+    folder = tmp_path / "a" / "fit" / "trajectory"
+    short = contents(folder)
+    assert genlight(tmp_path, *words, "resume=true", "trainer.max_steps=300") == 0
+    found = Trajectory.open(folder)
+    assert found.steps == ([4, 6] if every else [3, 4, 5, 6]) + list(range(76, 301, 2))
+    assert found.origin["every_n_steps"] == 2
+    assert all(contents(folder)[name] == short[name] for name in short if name.startswith("step-"))
+    power = Trajectory.open(folder / "ema" / "power-0.05")
+    assert power.steps[:6] == [1, 2, 3, 4, 5, 6] and power.steps[-2:] == [291, 300]
+    assert "will have a gap" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from oracles.toy_training import ToyModule, quiet, train
 
-from genlight.callbacks import ema_bank
+from genlight.callbacks import ema_bank, room
 from genlight.callbacks.checkpoint_collector import CheckpointCollector
 from genlight.callbacks.ema_bank import RATES, EMABank
 from genlight.checkpoints.ema_profiles import (
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
 
 
 def test_averages_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ema_bank, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"1.0 kB are free: fewer than 10 callbacks\.ema_bank\.rates, or .*=null"):
         run(tmp_path)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints.stand_in import live_weights, random_trajectory
 from safetensors.torch import save_file
 
@@ -55,6 +56,21 @@ def opened_without(folder: Path, step: int) -> FileTrajectory:
 def test_a_step_may_stand_after_a_dot() -> None:
     paths = [Path(f"run2/net.{step}") for step in (5, 10)]
     assert steps_of(paths) == dict(zip((5, 10), paths, strict=True))
+
+
+def test_experts_that_are_saved_one_by_one_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    """transformers holds all experts of a layer in one parameter, and saves them under other names."""
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    network = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, tie_word_embeddings=True))
+    live = {f"network.{name}": value for name, value in network.named_parameters()}
+    for step in (1, 2):
+        network.save_pretrained(tmp_path / f"checkpoint-{step}")
+        save_file(dict(network.named_parameters()), tmp_path / f"raw-{step}.safetensors")
+    with pytest.raises(UserError, match=r"experts\.0\.w1.* no weight of the module.*dict\(network\.named_parameters"):
+        FileTrajectory.open([f"{tmp_path}/checkpoint-*"], live)
+    found = FileTrajectory.open([f"{tmp_path}/raw-*.safetensors"], live)
+    assert set(found.names) == set(live)
 
 
 def test_what_cannot_be_combined_is_named(folders: Path) -> None:

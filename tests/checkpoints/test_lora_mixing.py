@@ -53,6 +53,14 @@ def test_cut_back_it_is_the_nearest_and_says_how_far(members: int, rank: int) ->
     assert float((mixed.up @ mixed.down - wanted).norm() / wanted.norm()) == pytest.approx(best)
 
 
+def test_factors_in_different_groups_are_refused() -> None:
+    tensors = [{DOWN: torch.randn(2, 6), UP: torch.randn(6, 2), "norm.weight": torch.randn(3)} for _ in range(3)]
+    live = {name: value.clone() for name, value in tensors[-1].items()}
+    with pytest.raises(ValueError, match=rf"\['lora_A', '\.\*'\] part the LoRA factors '{DOWN}' and '{UP}'"):
+        LoraMixer(MemoryTrajectory(tensors), live, groups=["lora_A", ".*"])
+    LoraMixer(MemoryTrajectory(tensors), live, groups=["to_q", ".*"]).mix(np.array([[0.5, 0.5], [3.0, 4.0]]))
+
+
 def test_a_rank_above_the_layer_is_padded() -> None:
     downs, ups = factors(2, 5, rows=3, columns=3)
     mixed = combine_factors(downs, ups, np.array([0.5, 0.5]))

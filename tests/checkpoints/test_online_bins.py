@@ -65,6 +65,16 @@ def test_state_continues_bit_for_bit() -> None:
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in two.tensors)
 
 
+def test_memory_is_what_was_said_at_most() -> None:
+    bins, most = OnlineBins(16), 0
+    for step in range(1, 151):
+        bins.add(step, {"a": torch.zeros(100)})
+        held = sum(value.nbytes for bin in bins._bins for value in bin.total.values())
+        assert held <= bins.most_bytes(4 * 100)
+        most = max(most, held)
+    assert most > 0.8 * bins.most_bytes(4 * 100)
+
+
 def test_given_tensors_are_never_changed() -> None:
     given_tensors = [checkpoint(step) for step in range(1, 20)]
     bins = OnlineBins(3)

@@ -130,6 +130,14 @@ def test_a_closed_trajectory_of_differences_can_go_on(tmp_path: Path) -> None:
     assert all(torch.equal(found.read(1, name), before[name]) for name in SHAPES)
 
 
+def test_a_training_that_goes_on_may_have_another_interval(tmp_path: Path) -> None:
+    folder = filled(tmp_path, [10, 20])
+    output = writer(folder, every_n_steps=25, resume_at=20)
+    output.append(45, weights(45))
+    assert_holds(folder, [10, 20, 45])
+    assert Trajectory.open(folder).origin["every_n_steps"] == 25
+
+
 def test_means_replace_all_members(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     output = writer(folder, dtype="bfloat16_difference")
@@ -313,6 +321,11 @@ def test_averages_come_back_and_others_are_refused(tmp_path: Path) -> None:
     found = read_averages(tmp_path, SHAPES)
     assert [(a.rate, a.step) for a in found] == [(0.9, 50), (0.99, 50)]
     assert torch.equal(found[0].tensors["b.weight"], weights(50)["b.weight"])
+    damaged = bytearray(found[1].path.read_bytes())
+    damaged[-1] ^= 1
+    found[1].path.write_bytes(damaged)
+    with pytest.raises(io.CorruptFileError, match=r"rate-0\.99\.safetensors"):
+        found[1].tensors  # noqa: B018
     with pytest.raises(io.CorruptFileError, match=r"rate-0.9.safetensors belongs to another trajectory"):
         read_averages(tmp_path, {**SHAPES, "a.bias": (5,)})
     with pytest.raises(io.CorruptFileError, match=r"parameter 'c'; callbacks\.ema_bank\.parameters"):

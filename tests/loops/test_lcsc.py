@@ -162,7 +162,9 @@ def test_the_artifact_is_the_winner(root: Path, capsys: pytest.CaptureFixture) -
     assert main(["validate", *words, f"run.root={root}", "run.name=again"]) == 0
     found = report_of(root / "again" / "validate")["metrics"]["val/fd_digits"]
     assert found == pytest.approx(held["fd_digits"], rel=1e-4)
-    assert report_of(folder)["metrics"]["fd_digits_artifact"] == held["fd_digits"]
+    metrics = report_of(folder)["metrics"]
+    assert metrics["val/fd_digits"] == metrics["fd_digits_artifact"] == held["fd_digits"]
+    assert metrics["fd_digits_before"] == pytest.approx(metrics["fd_digits_last"], rel=1e-4)
     assert content["sampler"]["class"] == "CMStochasticIterativeScheduler" and content["seeds"]["search"] == 0
     assert "of the sampler, here it is" not in capsys.readouterr().err
     assert main(["validate", *words, f"run.root={root}", "run.name=twice", "module.num_inference_steps=2"]) == 0
@@ -313,6 +315,11 @@ def test_a_person_is_told_what_is_left_out(root: Path) -> None:
     lacking, few = remarks_before(work)
     assert f"lack 1 of {len(trajectory.names) + 1} parameters (other" in lacking
     assert "search.fidelity=40 samples are fewer than the 2048 features of val/fid" in few
+    # of a norm that was trained, not of one beside it
+    layer = trajectory.names[0].rpartition(".")[0]
+    buffers = [(f"{place}.running_mean", torch.zeros(1)) for place in (layer, "frozen")]
+    module.named_buffers = lambda: iter(buffers)  # type: ignore[method-assign]
+    assert f"1 running statistics of norms ({layer}.running_mean, …) are not mixed" in remarks_before(work)[1]
 
 
 def test_what_fails_on_the_select_draw_is_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
