@@ -58,6 +58,10 @@ class NotThere(UserError):
     """A dry run needs what a fit would make."""
 
 
+class RefusedCommand(UserError):
+    """A command was wrong, or its run folder is of another config: it did nothing."""
+
+
 _trainings: ContextVar[list[Training] | None] = ContextVar("trainings", default=None)
 
 
@@ -72,16 +76,21 @@ def fits_nothing() -> Iterator[list[Training]]:
         _trainings.reset(token)
 
 
-def fit_where_missing(recipe: str, is_there: Callable[[], bool], what: str, folder: str | Path, *words: str) -> None:
+def fit_where_missing(
+    recipe: str, is_there: Callable[[], bool], what: str, folder: str | Path, *words: str, replace: bool = False
+) -> None:
     """Fit the experiment `recipe`, in a process of its own, unless `is_there`; other processes wait for it.
+
+    A fit that was interrupted goes on from its checkpoint.
 
     Args:
         what: is missing, for the person who watches.
-        folder: where the lock lies on which others wait.
-        words: overrides of the command.
+        folder: of the runs, where the lock lies on which others wait.
+        words: overrides of the command, which leave its run in `folder`.
+        replace: begin anew where the run that is there is of another config.
 
     Raises:
-        UserError: the fit failed.
+        UserError: the fit failed, or `folder` has a run of another config.
         NotThere: in a dry run, outside of its copies.
     """
     from filelock import FileLock
@@ -98,7 +107,26 @@ def fit_where_missing(recipe: str, is_there: Callable[[], bool], what: str, fold
         if is_there():
             return
         print_line(f"{what} is not there yet: fit experiment={recipe}")
-        run_command("fit", f"experiment={recipe}", "run.overwrite=true", *words)
+        command = ("fit", f"experiment={recipe}", *words)
+        run = Path(folder) / _name_of(recipe, words) / "fit"
+        if not (run / RUN_FILE).is_file():
+            run_command(*command)
+            return
+        try:
+            run_command(*command, "resume=true")
+        except RefusedCommand as error:
+            if not replace:
+                raise UserError(
+                    f"{what} is not there, and {run} has a fit that cannot go on as this one, see above: end it by its "
+                    "own command, or remove the folder"
+                ) from error
+            print_line(f"{run} is begun anew")
+            run_command(*command, "run.overwrite=true")
+
+
+def _name_of(recipe: str, words: Sequence[str]) -> str:
+    """Of the run of a command."""
+    return next((word.removeprefix("run.name=") for word in words if word.startswith("run.name=")), recipe)
 
 
 def _rehearse(recipe: str, what: str, words: Sequence[str]) -> None:
@@ -109,9 +137,8 @@ def _rehearse(recipe: str, what: str, words: Sequence[str]) -> None:
     if said is None:
         raise UserError(f"the dry run of fit experiment={recipe} gave no estimate")
     run_command("fit", f"experiment={recipe}", "run.overwrite=true", *words, *_FEW_STEPS, show=False)
-    name = next((word.removeprefix("run.name=") for word in words if word.startswith("run.name=")), recipe)
     if (found := _trainings.get()) is not None:
-        found.append(Training(name, said, time.monotonic() - begun))
+        found.append(Training(_name_of(recipe, words), said, time.monotonic() - begun))
 
 
 def in_copy(config: Any, folder: Path) -> Any:
@@ -157,6 +184,30 @@ def _link(folder: Path, copy: Path) -> None:
         ]
 
 
+def fit_below_where_missing(recipe: str, source: str | Path, key: str, run_root: str | Path, cache: str | Path) -> None:
+    """Fit the experiment `recipe` below `run_root` where `source`, the folder of its run or one in it, is missing.
+
+    Args:
+        source: <run_root>/<recipe>/fit, or a folder below.
+        key: of the config that names it, for messages.
+        run_root: folder of all runs.
+        cache: of features and data.
+
+    Raises:
+        UserError: `source` is missing and not what the fit makes, the fit failed, or it left no such folder.
+    """
+    made = Path(run_root) / recipe / "fit" / "artifact"
+    is_to_come = Path(source).absolute().is_relative_to(made.parent.absolute()) and not made.exists()
+    if not Path(source).exists() and not is_to_come:
+        raise UserError(
+            f"{key} = {source} is not there, and is not what fit experiment={recipe} makes, which is {made}"
+        )
+    words = (f"run.root={run_root}", f"paths.cache={cache}")
+    fit_where_missing(recipe, Path(source).exists, f"{key} = {source}", run_root, *words)
+    if not Path(source).exists():
+        raise UserError(f"fit experiment={recipe} has not written {key} = {source}")
+
+
 def fit_run_where_missing(
     recipe: str, source: str | Path, key: str, cache: str | Path, words: Sequence[str] = ()
 ) -> None:
@@ -196,6 +247,7 @@ def run_command(command: str, *words: str, show: bool = True) -> str:
         What it wrote to its standard output, "" where that was shown.
 
     Raises:
+        RefusedCommand: it did not begin.
         UserError: it failed.
     """
     alone = {key: value for key, value in os.environ.items() if not (key in LAUNCHED or key.startswith(SLURM))}
@@ -206,6 +258,12 @@ def run_command(command: str, *words: str, show: bool = True) -> str:
         stdout=None if show else subprocess.PIPE,
         text=True,
     )
-    if done.returncode != 0:
-        raise UserError(f"{command} {words[0]} failed (exit code {done.returncode}), see above")
+    check_ended(done.returncode, command, words[0])
     return done.stdout or ""
+
+
+def check_ended(code: int, command: str, word: str) -> None:
+    """RefusedCommand or UserError for the exit code of a command that did not do its work."""
+    if code != 0:
+        kind = RefusedCommand if code == 2 else UserError
+        raise kind(f"{command} {word} failed (exit code {code}), see above")

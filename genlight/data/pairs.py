@@ -225,7 +225,8 @@ class PairsDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must share with this one: the pairs."""
-        return {"fingerprint": fingerprint_of(pairs_record(self.teacher, self.settings))}
+        record = {**pairs_record(self.teacher, self.settings), "num_pairs": self.settings.num_pairs}
+        return {"fingerprint": fingerprint_of(record)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """UserError if training goes on from a checkpoint of other pairs."""

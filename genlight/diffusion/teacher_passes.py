@@ -33,6 +33,7 @@ def teacher_involved(
     choose: Choose,
     first: int,
     last: int,
+    split_timestep: int | None = None,
 ) -> Decoded:
     """The student's sample, of which the teacher decides some groups again ("pre-trained-n-m", arXiv 2412.17153).
 
@@ -46,7 +47,9 @@ def teacher_involved(
         noise: [B, N, C], of the student.
         labels: [B] int64.
         choose: what makes the teacher's tokens of probabilities, such as a flow from the same noise.
-        first, last: groups, counted from 1.
+        first, last: groups, counted from 1. The student goes on after `last` - 1 of them, which it should have learned.
+        split_timestep: the groups from this one on that the student says in the end are vectors in place of codes;
+            None: all are codes.
 
     Raises:
         ValueError: not 1 ≤ first < last ≤ number of groups + 1.
@@ -62,7 +65,24 @@ def teacher_involved(
         tokens = decode(teacher, labels, settings, choose, prefix, last - 1)
     if last > num_groups:
         return Decoded(tokens, functional.embedding(tokens, codebook))
-    return few_steps(student, codebook, noise, labels, (last - 1,), tokens=tokens)
+    return few_steps(student, codebook, noise, labels, (last - 1,), split_timestep, tokens)
+
+
+def drawn_choice(numbers: Tensor, group_sizes: Sequence[int]) -> Choose:
+    """Draws tokens, for `decode`: each is the first code up to which the probabilities add up to more than its number.
+
+    Args:
+        numbers: [B, N], uniform in [0, 1).
+        group_sizes: of all groups.
+    """
+    ends = ends_of(group_sizes)
+
+    def choose(probabilities: Tensor, group: int) -> Tensor:
+        totals = probabilities.double().cumsum(-1)
+        wanted = numbers[:, ends[group] : ends[group + 1], None] * totals[..., -1:]
+        return torch.searchsorted(totals, wanted, right=True)[..., 0]
+
+    return choose
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from genlight.loops.dd_quantized import (
     quantized_variants,
     save_with_quantized,
 )
-from genlight.loops.dd_variants import DRAWN, TEACHER, Choices, variants_of
+from genlight.loops.dd_variants import DRAWN, TEACHER, Choices, involved_name, student_name, variants_of
 from genlight.loops.dd_work import LATENCIES, VARIANTS, CurveWork, Measured, by_name
 from genlight.loops.evaluation import CandidateTrainer
 from genlight.loops.few_samples import few_samples
@@ -36,8 +36,8 @@ class DecodingCurve:
     independent tokens (onestep*); the student in few bits. All have the same noise, labels and metrics.
 
     Args:
-        involved: pairs (first, last), counted from 1: the teacher decides these groups but the last; null: one of each
-            kind.
+        involved: pairs (first, last), counted from 1: the teacher decides these groups but the last, from which the
+            student goes on, as it has to have learned; null: one of each kind.
         refine: passes of the teacher after the student's one.
         skip: by how many groups the teacher stops early; null: a sixth, a third and a half of them.
         skip_zeros: further rows where zeros, not the likeliest codes, take the place of what is left out.
@@ -84,7 +84,7 @@ class DecodingCurve:
             found = work.measure()
         teacher, drawn = by_name(work.variants, found)
         rows = [work.row(variant, each, teacher, drawn) for variant, each in zip(work.variants, found, strict=True)]
-        notes = [_NOTE, *([_BITS] if self.quantized else [])]
+        notes = [_NOTE, *([_BITS] if self.quantized else []), *self._not_learned(module)]
         notes += few_samples(module.metrics, datamodule.num_samples, "data.images.num_samples")
         if self.latency_batches:
             with work.evaluations.timing(LATENCIES):
@@ -102,7 +102,7 @@ class DecodingCurve:
         if trainer.is_global_zero:
             _pictures(work, found, rows, Path(trainer.default_root_dir) / "figures")
         return MethodResult(
-            {**first.logged, **_headline(rows, self.quantized)},
+            {**first.logged, **_headline(rows, module, self.quantized)},
             method="Distilled Decoding",
             table=rows,
             notes=notes,
@@ -110,6 +110,16 @@ class DecodingCurve:
             spent=work.evaluations.spent,
             save=lambda folder, whole: save_with_quantized(whole, work.quantized, folder),
         )
+
+    def _not_learned(self, module: Any) -> list[str]:
+        """Remarks on rows in which the student goes on from where it did not learn to."""
+        groups, learned = len(module.student.group_sizes), list(module.timesteps)
+        return [
+            f"'{involved_name(first, last)}': the student goes on after {last - 1} groups, which it has not learned: "
+            f"module.timesteps = {learned}"
+            for first, last in self.involved or ()
+            if last <= groups and last - 1 not in learned
+        ]
 
     def dry_run(self, trainer: Any, module: Any, datamodule: Any) -> CostEstimate:
         """Every variant on a few samples, multiplied."""
@@ -158,10 +168,12 @@ def _frechet(row: dict[str, Any]) -> str | None:
     return next((name for name in row if name == "fid" or name.startswith("fd_")), None)
 
 
-def _headline(rows: Sequence[dict[str, Any]], quantized: Sequence[str]) -> dict[str, float]:
-    """The Fréchet distance of the rows that are asked for most; their likelihood where no images are compared."""
+def _headline(rows: Sequence[dict[str, Any]], module: Any, quantized: Sequence[str]) -> dict[str, float]:
+    """The Fréchet distance of the rows that are asked for most, the student's as it is configured; their likelihood
+    where no images are compared."""
     name = _frechet(rows[0]) or "nll"
-    wanted = {"teacher": TEACHER, "student": "student, 1 step", "onestep": "onestep*, by class"}
+    student = student_name(module.num_inference_steps, module.split_timestep)
+    wanted = {"teacher": TEACHER, "student": student, "onestep": "onestep*, by class"}
     wanted |= {f"student_{each}": quantized_name(each) for each in quantized}
     values = {row["variant"]: row[name] for row in rows}
     return {f"{name}_{short}": float(values[long]) for short, long in wanted.items()}
@@ -172,7 +184,7 @@ def _pictures(work: CurveWork, found: Sequence[Measured], rows: Sequence[dict[st
     shown = {
         variant.name: each.images
         for variant, each in zip(work.variants, found, strict=True)
-        if variant.name == TEACHER or variant.kind in ("student", "quantized")
+        if variant.name == TEACHER or variant.kind in ("student", "vectors", "quantized")
     }
     sampler_comparison(shown, figures / "comparison.png")
     name = _frechet(rows[0])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from genlight.diffusion.flow_codes import Method, flow_choice
-from genlight.diffusion.teacher_passes import Marginals, refine, stopped_early, teacher_involved
-from genlight.nets.autoregressive import Choose, decode, multinomial
+from genlight.diffusion.teacher_passes import Marginals, drawn_choice, refine, stopped_early, teacher_involved
+from genlight.nets.autoregressive import Choose, decode
 from genlight.nets.few_step import Decoded
 from genlight.nets.residual_vq import ResidualQuantizer
 from genlight.quantization.accounting import tensor_bytes
@@ -64,11 +66,11 @@ class Choices:
     skip_zeros: bool = False
 
     def involved_in(self, num_groups: int, timesteps: Sequence[int]) -> list[tuple[int, int]]:
-        """The teacher up to where the student's second step begins, and the teacher alone for the last quarter."""
+        """The teacher up to where the student's second step begins, if it learned one, and for the last quarter."""
         if self.involved is not None:
             return [(int(first), int(last)) for first, last in self.involved]
-        second = timesteps[1] if len(timesteps) > 1 else max(1, num_groups // 3)
-        return [(1, second + 1), (num_groups + 1 - max(1, num_groups // 4), num_groups + 1)]
+        second = [(1, timestep + 1) for timestep in timesteps[1:2]]
+        return [*second, (num_groups + 1 - max(1, num_groups // 4), num_groups + 1)]
 
     def skip_of(self, num_groups: int) -> list[int]:
         """Numbers of groups that are left out, each once."""
@@ -86,22 +88,20 @@ def variants_of(
     found = [Variant(TEACHER, "teacher", groups, _teacher(module, choices, groups))]
     for name, seed in _SEEDS.items():
         found.append(Variant(name, "teacher", groups, _drawn(module, seed)))
-    for steps in range(1, len(module.timesteps) + 1):
-        timesteps = module.timesteps[:steps]
-        name = f"student, {steps} step{'s' if steps > 1 else ''}"
-        found.append(Variant(name, "student", steps, _student(module, timesteps, groups), megabytes))
-    if module.split_timestep is not None:
-        split = module.split_timestep
-        vectors = _student(module, (0,), split)
-        found.append(Variant(f"student, vectors from {split}", "vectors", 1, vectors, megabytes))
+    for split in (None,) if module.split_timestep is None else (None, module.split_timestep):
+        for steps in range(1, len(module.timesteps) + 1):
+            run = _student(module, module.sampling_timesteps(steps), groups if split is None else split)
+            kind = "student" if split is None else "vectors"
+            found.append(Variant(student_name(steps, split), kind, steps, run, megabytes))
     for first, last in choices.involved_in(groups, module.timesteps):
 
         def involved(noise: Tensor, label: Tensor, first: int = first, last: int = last) -> Decoded:
             choose, teacher = _flow(module, choices, noise), module.active_teacher.model
-            return teacher_involved(module.told_student(), teacher, settings, noise, label, choose, first, last)
+            told, split = module.told_student(), module.split_timestep
+            return teacher_involved(told, teacher, settings, noise, label, choose, first, last, split)
 
         calls = (first > 1) + (last - first) + (last <= groups)
-        found.append(Variant(f"teacher for {first} to {last - 1}", "teacher involved", calls, involved))
+        found.append(Variant(involved_name(first, last), "teacher involved", calls, involved))
     for passes in choices.refine:
 
         def refined(noise: Tensor, label: Tensor, passes: int = passes) -> Decoded:
@@ -126,6 +126,17 @@ def variants_of(
     return found
 
 
+def student_name(steps: int, split_timestep: int | None) -> str:
+    """The row of a student in so many steps; None: all are codes."""
+    name = f"student, {steps} step{'s' if steps > 1 else ''}"
+    return name if split_timestep is None else f"{name}, vectors from {split_timestep}"
+
+
+def involved_name(first: int, last: int) -> str:
+    """The row of a teacher that decides groups `first` to `last` - 1."""
+    return f"teacher for {first} to {last - 1}"
+
+
 def _flow(module: DistilledDecodingModule, choices: Choices, noise: Tensor) -> Choose:
     model = module.teacher.model
     return flow_choice(noise, model.codebook, model.group_sizes, steps=choices.steps, method=choices.method)
@@ -144,17 +155,23 @@ def _teacher(module: DistilledDecodingModule, choices: Choices, num_groups: int)
 
 
 def _drawn(module: DistilledDecodingModule, seed: int) -> Callable[[Tensor, Tensor], Decoded]:
-    """The teacher by drawing, which is how it is sampled elsewhere; the noise is not used."""
-    generators: dict[torch.device, torch.Generator] = {}
+    """The teacher by drawing, which is how it is sampled elsewhere, independently of the flow from this noise."""
 
     def run(noise: Tensor, label: Tensor) -> Decoded:
-        if noise.device not in generators:
-            generators[noise.device] = torch.Generator(noise.device).manual_seed(seed)
         model = module.active_teacher.model
-        tokens = decode(model, label, module.settings, multinomial(generators[noise.device]))
+        choose = drawn_choice(_numbers(noise, seed).to(noise.device), model.group_sizes)
+        tokens = decode(model, label, module.settings, choose)
         return Decoded(tokens, functional.embedding(tokens, model.codebook))
 
     return run
+
+
+def _numbers(noise: Tensor, seed: int) -> Tensor:
+    """Uniform in [0, 1) for each token, [B, N]: a sample's are from its own stream, which its noise [N, C] names, so
+    that neither the batch that it is in counts nor what was drawn before."""
+    rows = noise.cpu().numpy()
+    drawn = [np.random.default_rng((seed, zlib.crc32(row.tobytes()))).random(len(row), np.float32) for row in rows]
+    return torch.from_numpy(np.stack(drawn))
 
 
 def _student(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional
 
 from genlight.diffusion.flow_codes import Method, flow_choice
-from genlight.errors import UserError, in_config
+from genlight.errors import in_config
 from genlight.modules.data_check import check_classes, check_images, check_precision
+from genlight.modules.described import DescribedWeights
 from genlight.modules.generation import GeneratorValidation
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
@@ -28,13 +32,15 @@ from genlight.modules.token_folder import (
 from genlight.nets.autoregressive import SamplingSettings, decode
 from genlight.nets.llamagen import LlamaGen, LlamaGenTransformer
 from genlight.nets.var import VAR, VARTransformer
-from genlight.recipes import fit_where_missing
+from genlight.recipes import fit_below_where_missing
 
-# held-out images over which the likelihood is measured in a validation, at most
+# images over which the likelihood is measured in a validation, at most
 LIKELIHOOD_IMAGES = 1000
+# a search and a choice have images of their own, apart from those of the report
+_HALVES = {"search": 0, "select": 1}
 
 
-class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
+class AutoregressiveModule(GeneratorValidation, DescribedWeights, Optimization, LightningModule):
     """Cross-entropy of every token given the class and the groups of tokens before its own (LlamaGen, VAR).
 
     A sample is a function of its noise: each token is where the flow of Distilled Decoding carries the token's own
@@ -78,6 +84,11 @@ class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
         if not 0 <= label_dropout < 1:
             raise ValueError(f"module.label_dropout = {label_dropout} must be in [0, 1)")
         self.settings = sampling or SamplingSettings()
+        if self.settings.top_k > network.config["num_codes"]:
+            raise ValueError(
+                f"module.sampling.top_k = {self.settings.top_k} must be at most {network.config['num_codes']}, "
+                "module.network.num_codes"
+            )
         if self.settings.guidance_scale > 1 and label_dropout == 0:
             raise ValueError("module.sampling.guidance_scale above 1 needs module.label_dropout above 0")
         if flow_steps < 1:
@@ -88,20 +99,17 @@ class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
         self.label_dropout = float(label_dropout)
         self.flow_steps, self.flow_method = int(flow_steps), flow_method
         self._tokenizer: SavedTokenizer | None = None
+        self._datamodule: weakref.ref[Any] | None = None
+        self._likelihood: float | None = None
 
     def prepare(self, run_root: str | Path, cache: str | Path) -> None:
         """Fit the tokenizer by ``tokenizer_recipe`` below ``run_root`` if its folder is missing.
 
         Raises:
-            UserError: the fit failed, or left no such folder.
+            UserError: the folder is not what the fit makes, or the fit failed.
         """
-        source, recipe = self.tokenizer_source, self.tokenizer_recipe
-        if recipe is None:
-            return
-        words = (f"run.root={run_root}", f"paths.cache={cache}")
-        fit_where_missing(recipe, Path(source).exists, f"the tokenizer {source}", run_root, *words)
-        if not Path(source).exists():
-            raise UserError(f"fit experiment={recipe} has not written module.tokenizer = {source}")
+        if self.tokenizer_recipe is not None:
+            fit_below_where_missing(self.tokenizer_recipe, self.tokenizer_source, "module.tokenizer", run_root, cache)
 
     @property
     def tokenizer(self) -> SavedTokenizer:
@@ -144,6 +152,8 @@ class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
         """UserError naming both config keys and values if the data does not fit tokenizer or network."""
         check_images(datamodule, self.image_shape, "module.tokenizer channels", "module.tokenizer image size")
         check_classes(datamodule, self.network.num_classes, "module.network.num_classes")
+        # a search validates with batches alone; an averaged copy of the module must not copy the images
+        self._datamodule = weakref.ref(datamodule)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
         label = batch["label"]
@@ -180,23 +190,51 @@ class AutoregressiveModule(GeneratorValidation, Optimization, LightningModule):
         """Images [B, C, H, W] in [-1, 1] from unit noise [B, *sample_shape] and labels [B]."""
         return self.tokenizer.network.decode(self.sample_tokens(noise, label))
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        # now: at the end of the epoch averaged weights, those of samples and artifact, have gone again
+        self._likelihood = None
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None and self._datamodule is not None:
+            datamodule = self._datamodule()
+        if datamodule is not None and not self.trainer.sanity_checking:
+            # a fit has no search whose images are to be kept from it
+            fits = self.trainer.state.fn == TrainerFn.FITTING
+            self._likelihood = self.held_out_likelihood(datamodule, "report" if fits else datamodule.draw)
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if not self.trainer.sanity_checking:
-            self.log("val/nll", self.held_out_likelihood(self.trainer.datamodule))  # type: ignore[attr-defined]
+        if self._likelihood is not None:
+            self.log("val/nll", self._likelihood)
 
     @torch.no_grad()
-    def held_out_likelihood(self, datamodule: Any) -> float:
-        """Nats per token of the first test images, at most `LIKELIHOOD_IMAGES` and the batch that reaches them."""
-        total, count = 0.0, 0
-        for batch in datamodule.reference_loader("test"):
+    def held_out_likelihood(self, datamodule: Any, draw: str = "report") -> float:
+        """Nats per token of the first images of a draw, at most `LIKELIHOOD_IMAGES` and the batch that reaches them.
+
+        The draw "report" has those of "test", "search" and "select" every other one of "train".
+        """
+        half = _HALVES.get(draw)
+        total, count, seen = 0.0, 0, 0
+        for batch in datamodule.reference_loader("test" if half is None else "train"):
             if count >= LIKELIHOOD_IMAGES:
                 break
-            images, label = batch["image"].to(self.device), batch["label"].to(self.device)
-            tokens = self.tokenizer.network.encode(images)
-            total += float(self.negative_log_likelihood(tokens, label)) * len(images)
-            count += len(images)
+            images, label = batch["image"], batch["label"]
+            if half is not None:
+                rows = slice((half - seen) % 2, None, 2)
+                seen += len(images)
+                images, label = images[rows], label[rows]
+            if len(images):
+                images, label = images.to(self.device), label.to(self.device)
+                tokens = self.tokenizer.network.encode(images)
+                total += float(self.negative_log_likelihood(tokens, label)) * len(images)
+                count += len(images)
         return total / count
+
+    def description(self) -> dict[str, Any]:
+        """What the weights mean, as plain values: architecture of the network, and the tokenizer with its weights."""
+        config = json.loads(json.dumps(self.network.config))
+        network = {"class": type(self.network).__name__, "config": config}
+        return {"network": network, "tokenizer": self.tokenizer.fingerprint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; what does not fit raises a UserError that names the first keys."""

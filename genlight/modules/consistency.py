@@ -21,7 +21,8 @@ from genlight.modules.exported_pipeline import Network, predict
 from genlight.modules.latents import FrozenVAE
 from genlight.modules.networks import differences, first_of, plain_config, prepare_network
 from genlight.modules.target_network import TargetNetwork, has_stepped, refuse_shards, repeatable
-from genlight.modules.teacher import FrozenTeacher, ensure_teacher, read_teacher, translate_times
+from genlight.modules.teacher import FrozenTeacher, read_teacher, translate_times
+from genlight.recipes import fit_below_where_missing
 
 # of the checkpoint: the target's weights are neither the student's nor a submodule's
 TARGET = "consistency_target"
@@ -127,9 +128,9 @@ class ConsistencyModule(DiffusionModule):
             super()._require(key, value)
 
     def prepare(self, run_root: str | Path, cache: str | Path) -> None:
-        """Fit the teacher by ``teacher_recipe`` below ``run_root`` if its folder is missing; see `ensure_teacher`."""
+        """Fit the teacher by ``teacher_recipe`` below ``run_root`` if its folder is missing; see `genlight.recipes`."""
         if self.teacher_source is not None and self.teacher_recipe is not None:
-            ensure_teacher(self.teacher_source, self.teacher_recipe, run_root, cache)
+            fit_below_where_missing(self.teacher_recipe, self.teacher_source, "module.teacher", run_root, cache)
 
     @property
     def teacher(self) -> FrozenTeacher:

@@ -3,7 +3,8 @@
 Noise is not kept on disk: that of pair i is drawn again from (seed, i), and its label is i modulo the number of
 classes. So a pair takes four bytes a token, and four for its guidance scale where each has its own. Pairs are made in
 shards, each decoded in one batch and kept in one file, so that the bytes of a shard depend neither on the number of
-processes nor on whether the making was interrupted.
+processes nor on whether the making was interrupted. The number of pairs is not part of what they are: where more are
+asked for, those that are there stay.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class PairSettings:
         return -(-self.num_pairs // self.shard_size)
 
     def indices(self, shard: int) -> Indices:
-        """The pairs of a shard."""
+        """The pairs of a shard; the last may have fewer than the others."""
         return np.arange(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_pairs))
 
 
@@ -133,14 +134,13 @@ class Pairs:
 
 
 def pairs_record(teacher: TokenTeacher, settings: PairSettings) -> dict[str, Any]:
-    """What decides the pairs; its fingerprint names their folder."""
+    """What decides the pairs, however many; its fingerprint names their folder."""
     record = {
         "kind": "pairs",
         "version": 1,
         "teacher": teacher.fingerprint,
         "num_classes": teacher.num_classes,
         "noise_shape": list(teacher.noise_shape),
-        "num_pairs": settings.num_pairs,
         "seed": settings.seed,
         "shard_size": settings.shard_size,
         "steps": settings.steps,
@@ -182,13 +182,15 @@ def make_pairs(
         made = _decode(teacher.to(device), settings, shard, device)
         if shard == 0:
             io.atomic_write_json(folder / ACCURACY, _accuracy(teacher, settings, made["tokens"], device))
-        io.save_tensors(_file(folder, shard), made, {"shard": str(shard)})
+        io.save_tensors(_file(folder, settings, shard), made, {"shard": str(shard)})
     return len(missing)
 
 
 def missing_shards(folder: Path, settings: PairSettings, rank: int = 0, world_size: int = 1) -> list[int]:
     """Numbers of the shards that `folder` lacks, or has damaged, of those of a process."""
-    return [shard for shard in range(rank, settings.num_shards, world_size) if not _is_whole(folder, shard)]
+    return [
+        shard for shard in range(rank, settings.num_shards, world_size) if not _is_whole(_file(folder, settings, shard))
+    ]
 
 
 def read_pairs(folder: str | Path, teacher: TokenTeacher, settings: PairSettings) -> Pairs:
@@ -207,14 +209,14 @@ def read_pairs(folder: str | Path, teacher: TokenTeacher, settings: PairSettings
     for shard in range(settings.num_shards):
         part = slice(shard * settings.shard_size, (shard + 1) * settings.shard_size)
         try:
-            found, _ = io.load_tensors(_file(folder, shard))
+            found, _ = io.load_tensors(_file(folder, settings, shard))
             tokens[part] = found["tokens"]
             if guidance is not None:
                 guidance[part] = found["guidance"]
         except (FileNotFoundError, KeyError) as error:
             raise UserError(
-                f"{folder} lacks shard {shard} of {settings.num_shards}: not all pairs are made. Several machines make "
-                "them together, below a paths.cache that all of them see"
+                f"{folder} lacks shard {shard} of {settings.num_shards}: not all pairs are made, which the fit of a "
+                "student does. Several machines make them together, below a paths.cache that all of them see"
             ) from error
     return Pairs(tokens, teacher.num_classes or 1, code_dim, settings.seed, guidance)
 
@@ -274,13 +276,16 @@ def _accuracy(
     return {"checked": checked, "flipped": flipped, "steps": FINER_STEPS, "method": FINER_METHOD}
 
 
-def _file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
+def _file(folder: Path, settings: PairSettings, shard: int) -> Path:
+    """Of a shard that has fewer pairs than others the name says how many, as a larger set has all of them."""
+    count = len(settings.indices(shard))
+    part = "" if count == settings.shard_size else f"-first-{count}"
+    return folder / f"shard-{shard:05d}{part}.safetensors"
 
 
-def _is_whole(folder: Path, shard: int) -> bool:
+def _is_whole(file: Path) -> bool:
     try:
-        io.load_tensors(_file(folder, shard))
+        io.load_tensors(file)
     except (FileNotFoundError, io.CorruptFileError):
         return False
     return True

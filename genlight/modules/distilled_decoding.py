@@ -22,21 +22,21 @@ from torch.nn import functional
 from genlight.diffusion.distances import Distance, distance
 from genlight.errors import UserError, in_config
 from genlight.modules.data_check import check_classes, check_images, check_precision
-from genlight.modules.described import DescribedWeights
 from genlight.modules.distilled_folder import save_student
 from genlight.modules.generation import GeneratorValidation
+from genlight.modules.learned_timesteps import LearnedTimesteps
 from genlight.modules.networks import check_state_dict
 from genlight.modules.optimization import Optimization
-from genlight.modules.teacher import ensure_teacher
 from genlight.modules.token_folder import TokenTeacher, read_token_teacher
 from genlight.nets.autoregressive import SamplingSettings, check_guidance_range
 from genlight.nets.captions import texts_of
 from genlight.nets.dd_student import Student, ToldStudent, student_of, take_from
 from genlight.nets.few_step import Decoded, StudentNetwork, check_timesteps, ends_of, few_steps, mix
 from genlight.nets.published import load_published
+from genlight.recipes import fit_below_where_missing
 
 
-class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimization, LightningModule):
+class DistilledDecodingModule(GeneratorValidation, LearnedTimesteps, Optimization, LightningModule):
     """A student of an autoregressive network, trained to say all tokens from noise, or from noise and the first ones.
 
     Training shows the codes of the first groups and noise in the place of the others, and asks for the others: by
@@ -120,9 +120,9 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
         self._perceptual: Distance | None = None
 
     def prepare(self, run_root: str | Path, cache: str | Path) -> None:
-        """Fit the teacher by ``teacher_recipe`` below ``run_root`` if its folder is missing; see `ensure_teacher`."""
+        """Fit the teacher by ``teacher_recipe`` below ``run_root`` if its folder is missing; see `genlight.recipes`."""
         if self.teacher_recipe is not None:
-            ensure_teacher(self.teacher_source, self.teacher_recipe, run_root, cache)
+            fit_below_where_missing(self.teacher_recipe, self.teacher_source, "module.teacher", run_root, cache)
 
     @property
     def teacher(self) -> TokenTeacher:
@@ -284,13 +284,6 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
             losses["perceptual"] = self._perceptual(made, decoder.decode_vectors(codes)).mean()
         return losses
 
-    def sampling_timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
-        """The timesteps of sampling in so many steps; None: as configured. ValueError if not so many were trained."""
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if not 1 <= steps <= len(self.timesteps):
-            raise ValueError(f"num_inference_steps = {steps} must be from 1 to {len(self.timesteps)}")
-        return self.timesteps[:steps]
-
     def decode_noise(
         self,
         noise: Tensor,
@@ -311,7 +304,7 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 self.teacher.model.codebook,
                 noise,
                 label,
-                self.sampling_timesteps() if timesteps is None else timesteps,
+                self.sampling_timesteps() if timesteps is None else self.learned(timesteps),
                 self.split_timestep if split_timestep is None else split_timestep,
             )
         finally:
@@ -364,8 +357,8 @@ class DistilledDecodingModule(GeneratorValidation, DescribedWeights, Optimizatio
                 the teacher's. Defaults: the module's.
 
         Raises:
-            ValueError: no labels of a teacher of classes, a label that is not known, timesteps out of range, or another
-                guidance scale.
+            ValueError: no labels of a teacher of classes, a label that is not known, timesteps that were not learned,
+                or another guidance scale.
         """
         return self.images_of(self.decode_noise(noise, label, **options))
 

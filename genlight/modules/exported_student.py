@@ -31,16 +31,19 @@ _TYPES |= {"I8": torch.int8, "U8": torch.uint8}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name."""
-    data = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
+    """The tensors of a safetensors file, by name; ValueError if it ends too early."""
     found = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            count = math.prod(entry["shape"])
-            offset = start + entry["data_offsets"][0]
-            flat = torch.frombuffer(data, dtype=_TYPES[entry["dtype"]], count=count, offset=offset)
-            found[name] = flat.reshape(entry["shape"]).clone()
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        start = file.tell()
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            data = bytearray(end - first)  # the memory of the tensor itself
+            file.seek(start + first)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{path} is truncated")
+            found[name] = torch.frombuffer(data, dtype=_TYPES[entry["dtype"]]).reshape(entry["shape"])
     return found
 
 
@@ -87,12 +90,13 @@ class Student:
         Args:
             noise: [B, N, C].
             labels: classes [B]; features [B, T, D] of a student of texts; None: of a student that knows neither.
-            timesteps: how many groups of tokens are decided before each pass; None: as the student was saved.
+            timesteps: how many groups of tokens are decided before each pass, of ``config["trained_timesteps"]``; None:
+                as the student was saved.
             guidance_scale: in the range that the student was told; None: as the student was saved.
 
         Raises:
-            ValueError: no class, or one that is not known, timesteps that do not increase from 0 within the groups, or
-                a guidance scale that was not learned.
+            ValueError: no class, or one that is not known, timesteps that do not increase from 0 or were not learned,
+                or a guidance scale that was not learned.
         """
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         low, high = self.config["student"].get("guidance_range", [self.config["guidance_scale"]] * 2)
@@ -105,6 +109,8 @@ class Student:
         steps = self.config["timesteps"] if timesteps is None else timesteps
         if not steps or steps[0] != 0 or any(a >= b for a, b in itertools.pairwise([*steps, len(self.ends) - 1])):
             raise ValueError(f"timesteps = {steps} must increase from 0 to less than {len(self.ends) - 1}")
+        if not set(steps) <= set(learned := self.config["trained_timesteps"]):
+            raise ValueError(f"timesteps = {steps} must be of {learned}, which the student has learned")
         if not self.is_textual and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(f"labels must be from 0 to {self.num_classes - 1}")
         noise, labels = noise.to(self.device), labels.to(self.device)

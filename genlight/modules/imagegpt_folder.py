@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from genlight.nets.imagegpt import ColourClusters, ImageGPT, imagegpt_options
 
 # what transformers writes beside the weights; the second since its fifth version, where a processor has several parts
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# how many colours `generate` of transformers draws from where no number is named; 0 is all of them
+DEFAULT_TOP_K = 50
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -39,8 +42,8 @@ def imagegpt_folder(source: str | Path) -> Path | None:
 def read_imagegpt(folder: Path) -> tuple[ImageGPT, SamplingSettings]:
     """The network of a folder of transformers, frozen, on the CPU, and how its samples are drawn.
 
-    Temperature, top-k and top-p are those of its generation_config.json, where it names them: transformers samples
-    with the same.
+    Temperature, top-k and top-p are those that transformers samples with: of its generation_config.json where it names
+    them, else the library's own, a top-k of `DEFAULT_TOP_K` among them.
 
     Raises:
         UserError: no ImageGPT, no colours, weights that do not fit or are not safetensors, or settings out of range.
@@ -66,7 +69,7 @@ def read_imagegpt(folder: Path) -> tuple[ImageGPT, SamplingSettings]:
             raise ValueError(
                 f"vocab_size = {network.config.vocab_size} must be {len(clusters.codebook) + 1}, one more than colours"
             )
-        settings = _settings(folder)
+        settings = _settings(folder, len(clusters.codebook))
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: {error}") from error
     network.eval().requires_grad_(False)
@@ -89,9 +92,11 @@ def _colours(folder: Path) -> ColourClusters:
     )
 
 
-def _settings(folder: Path) -> SamplingSettings:
+def _settings(folder: Path, num_codes: int) -> SamplingSettings:
     path = folder / "generation_config.json"
     record = read_json(path) if path.is_file() else {}
     names = ("temperature", "top_k", "top_p")
     given: dict[str, Any] = {name: record[name] for name in names if record.get(name) is not None}
-    return SamplingSettings(**given)
+    settings = SamplingSettings(**{"top_k": DEFAULT_TOP_K, **given})
+    # all are left where there are no more
+    return replace(settings, top_k=settings.top_k if settings.top_k < num_codes else 0)

@@ -12,7 +12,6 @@ from genlight.diffusion.consistency import boundary_scalings
 from genlight.diffusion.noise_schedules import expand
 from genlight.errors import UserError
 from genlight.modules.exported_pipeline import Network
-from genlight.recipes import fit_where_missing
 
 
 class FrozenTeacher:
@@ -87,18 +86,6 @@ def read_teacher(source: str | Path, guidance_scale: float = 1.0) -> FrozenTeach
         return FrozenTeacher(module, guidance_scale)
     except ValueError as error:
         raise UserError(f"module.teacher_guidance_scale: {error}") from error
-
-
-def ensure_teacher(source: str, recipe: str, run_root: str | Path, cache: str | Path) -> None:
-    """Fit the experiment `recipe`, in a process of its own, if the folder `source` is missing; others wait for it.
-
-    Raises:
-        UserError: the fit failed, or left no such folder.
-    """
-    words = (f"run.root={run_root}", f"paths.cache={cache}")
-    fit_where_missing(recipe, Path(source).exists, f"the teacher {source}", run_root, *words)
-    if not Path(source).exists():
-        raise UserError(f"fit experiment={recipe} has not written module.teacher = {source}")
 
 
 def time_embeddings(network: Network) -> list[tuple[nn.Module, nn.Linear]]:

@@ -52,6 +52,13 @@ class SavedTokenizer:
         _, height, width = self.image_shape
         return int((height // self.network.downsampling) * (width // self.network.downsampling))
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture and weights."""
+        digest = hashlib.sha256(json.dumps(_tokenizer_record(self), sort_keys=True).encode())
+        add_weights(digest, self.network.state_dict())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class TokenTeacher:

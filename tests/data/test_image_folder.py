@@ -1,3 +1,5 @@
+import hashlib
+import os
 import shutil
 
 import pytest
@@ -36,6 +38,24 @@ def joined(data, split):
 def test_images_are_found_at_any_depth_without_hidden_ones(folder):
     files = list_images(folder)
     assert len(files) == 40 and files == sorted(files) and files[0] == "ant/set0/0.png"
+
+
+def test_links_to_folders_are_followed_and_none_for_ever(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("ant", "cat"):
+        (linked / name).symlink_to(folder / name)
+    assert list_images(linked) == list_images(folder)
+    (folder / "cat" / "above").symlink_to(linked)
+    (folder / "cat" / "itself").symlink_to(folder / "cat")
+    assert list_images(linked) == list_images(folder / "cat" / "above")
+    assert list_images(linked)[:20] == list_images(folder)[:20] and len(list_images(linked)) == 40
+
+
+def test_a_name_that_is_not_utf8_is_a_name(folder, make, png):
+    (folder / "cat" / os.fsdecode(b"\xff.png")).write_bytes(png(3))
+    assert len(make(folder, held_out_fraction=0.0).images("train")) == 41
+    assert is_held_out("ä.png", 0.5) == (hashlib.sha256("ä.png".encode()).digest()[0] < 128)
 
 
 def test_class_folders_are_numbered_in_alphabetical_order(folder, make):

@@ -102,8 +102,9 @@ def test_a_fit_makes_the_pairs_once_and_a_checkpoint_of_others_is_refused(folder
     assert {path: path.stat().st_mtime_ns for path in files} == stamps
     data = pairs(folder)
     data.load_state_dict(data.state_dict())
-    with pytest.raises(UserError, match="other pairs"):
-        pairs(folder, seed=1).load_state_dict(data.state_dict())
+    for options in ({"seed": 1}, {"num_pairs": 31}):
+        with pytest.raises(UserError, match="other pairs"):
+            pairs(folder, **options).load_state_dict(data.state_dict())
 
 
 def test_a_dry_run_makes_a_few_pairs_and_keeps_none(folder: str) -> None:

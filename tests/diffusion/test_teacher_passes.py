@@ -8,7 +8,7 @@ from nets.test_teachers import CLASSES, CODES, make, randomised
 from torch import Tensor
 
 from genlight.diffusion.flow_codes import flow_choice
-from genlight.diffusion.teacher_passes import Marginals, refine, stopped_early, teacher_involved
+from genlight.diffusion.teacher_passes import Marginals, drawn_choice, refine, stopped_early, teacher_involved
 from genlight.metrics.tokens import negative_log_likelihood
 from genlight.nets.autoregressive import AutoregressiveModel, SamplingSettings, decode
 from genlight.nets.dd_student import Student, student_of
@@ -61,6 +61,11 @@ def test_the_teacher_decides_the_groups_it_is_given(kind: str) -> None:
             assert torch.equal(found.tokens, rest.tokens)
         if first == 1:
             assert torch.equal(found.tokens[:, : ends[last - 1]], chain[:, : ends[last - 1]])
+        if last <= groups:
+            split = teacher_involved(student, teacher, SETTINGS, noise, labels, choose, first, last, groups - 1)
+            wanted = few_steps(student, teacher.codebook, noise, labels, (last - 1,), groups - 1, middle)
+            assert torch.equal(split.tokens, found.tokens) and torch.equal(split.vectors, wanted.vectors)
+            assert torch.equal(split.vectors, found.vectors) == (last == groups + 1)
     for first, last in ((0, 2), (2, 2), (1, groups + 2)):
         with pytest.raises(ValueError, match="first < last"):
             teacher_involved(student, teacher, SETTINGS, noise, labels, choose, first, last)
@@ -80,6 +85,21 @@ def test_mixed_precision_does_not_reach_the_teacher(kind: str) -> None:
         whole = teacher_involved(student, teacher, SETTINGS, noise, labels, choose, 1, groups + 1)
         assert torch.equal(whole.tokens, chain)
         assert torch.equal(negative_log_likelihood(teacher, chain, labels, SETTINGS), likelihood)
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    """Of 40,000 numbers for each of two groups; what has no probability is not drawn, by the least number neither."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [0.7, 0.0, 0.0, 0.1, 0.0, 0.2], [0, 0, 0, 0, 0, 1.0]])
+    numbers = torch.rand(40_000, 3, generator=generator)
+    numbers[0], numbers[1] = 0, 1 - 2**-24
+    choose = drawn_choice(numbers, (1, 2))
+    parts = [choose(shares[rows].expand(len(numbers), -1, -1), group) for group, rows in enumerate(([0], [1, 2]))]
+    tokens = torch.cat(parts, 1)
+    assert tokens[0].tolist() == [1, 0, 5] and tokens[1].tolist() == [4, 5, 5]
+    for place, wanted in enumerate(shares):
+        found = tokens[:, place].bincount(minlength=6) / len(tokens)
+        assert ((found - wanted).abs() <= 5 * (wanted * (1 - wanted) / len(tokens)).sqrt()).all()
 
 
 def test_independent_tokens_have_the_frequencies_that_were_counted() -> None:

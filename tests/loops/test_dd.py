@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from command_line import assert_accounted, report_of, the_error, untrained_features
 from modules.tiny_imagegpt import saved_imagegpt
 from modules.tiny_token_teacher import saved_teacher, tiny_teacher
@@ -64,7 +65,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert fit(root, "var", "module.timesteps=[0,1]") == 0
         words = ["method.refine=[1,16]", "method.involved=[[1,6],[13,17],[1,17]]", "method.latency_batches=[1,3]"]
         words += ["method.quantized=[w8,w8a8,w4]"]
-        assert validate(root, "llamagen", "all", *words, "module.split_timestep=8") == 0
+        words += ["module.split_timestep=8", "module.num_inference_steps=2"]
+        assert validate(root, "llamagen", "all", *words) == 0
     return root
 
 
@@ -89,7 +91,8 @@ def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
         "teacher, drawn again": 16,
         "student, 1 step": 1,
         "student, 2 steps": 2,
-        "student, vectors from 8": 1,
+        "student, 1 step, vectors from 8": 1,
+        "student, 2 steps, vectors from 8": 2,
         "teacher for 1 to 5": 6,
         "teacher for 13 to 16": 5,
         "teacher for 1 to 16": 16,
@@ -109,16 +112,18 @@ def test_the_table_holds_teacher_student_and_all_between(root: Path) -> None:
     assert all(row["ms_1"] > 0 for row in rows.values())
     sizes = {name: row["megabytes"] for name, row in rows.items() if row["megabytes"] is not None}
     assert sizes["student, 1 step"] > sizes["student, 1 step, w8"] > sizes["student, 1 step, w4"] > 0
-    assert len(sizes) == 6
-    assert "fewer than" not in " ".join(report_of(folder)["notes"])
+    assert len(sizes) == 7
+    notes = " ".join(report_of(folder)["notes"])
+    assert "fewer than" not in notes and "has not learned" not in notes
     metrics = report_of(folder)["metrics"]
     assert metrics["fd_digits_teacher"] == rows["teacher"]["fd_digits"]
-    assert metrics["fd_digits_student"] == rows["student, 1 step"]["fd_digits"]
+    assert metrics["fd_digits_student"] == rows["student, 2 steps, vectors from 8"]["fd_digits"]
     assert metrics["fd_digits_student_w8"] == rows["student, 1 step, w8"]["fd_digits"]
     for name in ("w8", "w8a8", "w4"):
         assert (folder / "artifact" / name / "sample.py").is_file()
     # the module as it is configured
-    assert metrics["val/fd_digits"] == pytest.approx(rows["student, vectors from 8"]["fd_digits"], rel=1e-4)
+    assert metrics["val/fd_digits"] == pytest.approx(metrics["fd_digits_student"], rel=1e-4)
+    assert len({row["fd_digits"] for name, row in rows.items() if name.startswith("student, ")}) > 6
     figures = {path.name for path in (folder / "figures").glob("*.png")}
     assert {"comparison.png", "quality.png"} <= figures
 
@@ -133,8 +138,9 @@ def test_what_must_equal_the_teacher_does(root: Path) -> None:
     assert rows["teacher for 1 to 5"]["agreement_first_quarter"] == 1.0
     assert rows["skip-8"]["agreement_first_quarter"] == 1.0 > rows["skip-8"]["agreement"] > 0.5
     # the same tokens, other vectors
-    one, vectors = rows["student, 1 step"], rows["student, vectors from 8"]
-    assert one["agreement"] == vectors["agreement"] and one["fd_digits"] != vectors["fd_digits"]
+    for steps in ("1 step", "2 steps"):
+        codes, vectors = rows[f"student, {steps}"], rows[f"student, {steps}, vectors from 8"]
+        assert codes["agreement"] == vectors["agreement"] and codes["fd_digits"] != vectors["fd_digits"]
     assert rows["teacher, drawn"]["bigram_distance"] is None
 
 
@@ -148,6 +154,7 @@ def test_a_var_is_distilled_too_and_stops_between_scales(root: Path) -> None:
     assert rows["skip-1"]["nll"] is None and rows["skip-1"]["fd_digits"] > 0
     assert rows["teacher"]["calls"] == 3
     assert rows["student, 1 step, w8"]["megabytes"] < rows["student, 1 step"]["megabytes"]
+    assert report_of(folder)["metrics"]["fd_digits_student"] == rows["student, 1 step"]["fd_digits"]
     few = "data.images.num_samples=12 samples are fewer than the 16 features of val/fd_digits"
     assert few in " ".join(report_of(folder)["notes"])
 
@@ -171,10 +178,12 @@ def test_a_student_that_is_told_scales_is_measured_at_the_one_asked_for(
     told = ["module.guidance_range=[1,3]", f"module.teacher={root}/teacher-llamagen", f"run.root={root}"]
     assert main(["fit", *MODEL, *FIT, *told, "run.name=told"]) == 0
     few = ["method.refine=[16]", "method.skip=[8]", "method.latency_batches=[]", f"ckpt_path={root}/told/fit"]
-    few += ["method.involved=[[1,6]]", "method.skip_zeros=true"]
+    few += ["method.involved=[[1,6],[2,4]]", "method.skip_zeros=true"]
     measure = ["validate", *MODEL, *told, *few, "run.overwrite=true"]
     assert main([*measure, "run.name=told-high", "module.guidance_scale=2.5"]) == 0
     rows, others = rows_of(root / "told-high" / "validate"), rows_of(root / "all" / "validate")
+    (note,) = [note for note in report_of(root / "told-high" / "validate")["notes"] if "has not learned" in note]
+    assert note.startswith("'teacher for 2 to 3': the student goes on after 3 groups") and note.endswith("[0, 5]")
     refined = rows["student + 16 passes of the teacher"]
     assert refined["agreement"] == 1.0 and refined["nll"] == pytest.approx(rows["teacher"]["nll"])
     assert rows["skip-8, zeros"]["calls"] == 8 and rows["skip-8, zeros"]["nll"] is None
@@ -237,6 +246,13 @@ def test_a_released_student_is_measured_and_exported_by_the_recipe_of_its_teache
     assert torch.equal(saved["student.backbone.head.weight"], weights["head.weight"])
 
 
+def test_no_recipe_takes_vectors_that_are_means() -> None:
+    """Squared error alone makes them so."""
+    for path in (Path(__file__).parents[2] / "conf" / "experiment" / "dd").glob("*.yaml"):
+        module = yaml.safe_load(path.read_text()).get("module", {})
+        assert module.get("split_timestep") is None or module.get("perceptual_weight", 0) > 0, path.name
+
+
 def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["method.involved=[[1,18]]"], "method: involved = [1, 18]"),
@@ -244,7 +260,8 @@ def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -
         (["method.refine=[0]"], "method.refine = [0] must be 1 or more"),
         (["data.num_pairs=9"], "data: num_pairs = 9 must be at least 10"),
         (["method.quantized=[w3]"], "method.quantized = ['w3']: w3 must be one of w8, w8a8, w4"),
-        (["data.num_pairs=61"], "pairs"),
+        (["data.num_pairs=61"], "lacks shard 2 of 3: not all pairs are made"),
+        (["module.timesteps=[0,9]"], "module.timesteps = [0, 9], but the checkpoint has learned [0, 5]"),
     ):
         assert validate(root, "llamagen", "mistake", "run.overwrite=true", *words) != 0
         assert message in the_error(capsys.readouterr().err)

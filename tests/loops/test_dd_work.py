@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genlight.diffusion.flow_codes import flow_choice
 from genlight.loops import dd_work
-from genlight.loops.dd_variants import Choices, Variant, _teacher, _with_zeros
+from genlight.loops.dd_variants import Choices, Variant, _drawn, _teacher, _with_zeros
 from genlight.loops.dd_work import CurveWork
 from genlight.nets.autoregressive import decode
 from genlight.nets.few_step import Decoded
@@ -87,3 +87,32 @@ def test_the_teacher_by_the_flow_is_what_made_the_pairs_in_any_precision() -> No
         stopped = _with_zeros(module, choices, 11)(noise, label)
     assert torch.equal(stopped.tokens, pairs[:, :11]) and torch.equal(stopped.vectors[:, :11], codebook[pairs[:, :11]])
     assert stopped.vectors.shape == noise.shape and not stopped.vectors[:, 11:].any()
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "var"])
+def test_what_is_drawn_depends_on_sample_and_seed_alone(kind: str) -> None:
+    """Not on the batch, nor on what was drawn before; and it is no more like the flow's than another draw is."""
+    teacher = tiny_teacher(kind)
+    module: Any = SimpleNamespace(teacher=teacher, active_teacher=teacher, settings=teacher.settings)
+    noise = torch.randn(200, *teacher.noise_shape, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(200) % 10
+    first, again = _drawn(module, 1), _drawn(module, 2)
+    whole = first(noise, label)
+    first(noise[:3], label[:3])
+    parts = [first(noise[part], label[part]).tokens for part in (slice(0, 7), slice(7, 200))]
+    assert torch.equal(torch.cat(parts), whole.tokens)
+    assert torch.equal(whole.vectors, teacher.model.codebook[whole.tokens])
+    other, flow = (
+        again(noise, label).tokens,
+        _teacher(module, Choices((), (), (), 32, "2m"), len(teacher.model.group_sizes)),
+    )
+    chance = (other == whole.tokens).double().mean()
+    assert abs((flow(noise, label).tokens == whole.tokens).double().mean() - chance) < 0.03 and chance < 0.9
+
+
+def test_the_student_goes_on_from_what_it_learned() -> None:
+    """Unless other groups are asked for."""
+    choices = Choices(None, (), (), 32, "2m")
+    assert choices.involved_in(16, (0, 5)) == [(1, 6), (13, 17)]
+    assert choices.involved_in(16, (0,)) == [(13, 17)]
+    assert Choices([(2, 4)], (), (), 32, "2m").involved_in(16, (0,)) == [(2, 4)]

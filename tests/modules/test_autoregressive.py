@@ -103,6 +103,8 @@ def test_a_fit_learns_measures_and_saves_what_it_measured(kind: str, folder: str
     data.noise_shape = made.sample_shape
     run = lightning.Trainer(
         max_steps=30,
+        val_check_interval=30,
+        check_val_every_n_epoch=None,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -112,9 +114,15 @@ def test_a_fit_learns_measures_and_saves_what_it_measured(kind: str, folder: str
         callbacks=[StepSeed(0), EMAWeightAveraging(decay=0.8)],
         use_distributed_sampler=False,
     )
+    data.draw = "report"
     before = run.validate(made, data, verbose=False)[0]["val/nll"]
+    data.draw = "select"  # as in every fit
     run.fit(made, data)
+    data.draw = "report"
+    last = float(run.callback_metrics["val/nll"])
     after = run.validate(made, data, verbose=False)[0]["val/nll"]
+    # of the averaged weights, as the samples of that validation and the folder
+    assert last == pytest.approx(after, rel=1e-6)
     assert after < before - 0.3 and after < math.log(CODES)
     assert made.grid_images is not None and made.grid_images.shape == (20, 1, 8, 8)
     made.save_pretrained(tmp_path / "artifact")
@@ -136,6 +144,47 @@ def test_likelihood_is_of_held_out_images(kind: str, folder: str) -> None:
     assert made.held_out_likelihood(data) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_search_and_a_choice_have_halves_of_the_training_images(kind: str, folder: str) -> None:
+    """Of batches of any size, also where a half has no image of the last one."""
+    made, data = module(kind, folder).eval(), digits(eval_batch_size=32)
+    images, label = (torch.cat([batch[key] for batch in data.reference_loader("train")]) for key in ("image", "label"))
+    for half, draw in enumerate(("search", "select")):
+        tokens = made.tokenizer.network.encode(images[half::2])
+        wanted = made.negative_log_likelihood(tokens, label[half::2]).item()
+        for size in (32, 299):
+            data.eval_batch_size = size
+            assert made.held_out_likelihood(data, draw) == pytest.approx(wanted, rel=1e-4)
+    assert made.held_out_likelihood(data, "search") != pytest.approx(made.held_out_likelihood(data), rel=1e-4)
+
+
+def test_the_likelihood_is_left_out_where_no_data_is_known(kind: str, folder: str, tmp_path: Path) -> None:
+    data, made = digits(), module(kind, folder)
+    data.noise_shape = made.sample_shape
+    run = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path)
+    assert run.validate(made, data.val_dataloader(), verbose=False) == [{}]
+    made.check_data(data)
+    assert run.validate(made, data.val_dataloader(), verbose=False)[0].keys() == {"val/nll"}
+
+
+def test_another_network_or_tokenizer_has_another_fingerprint(kind: str, folder: str, tmp_path: Path) -> None:
+    made = module(kind, folder)
+    assert made.fingerprint() == module(kind, folder).fingerprint()
+    checkpoint: dict[str, Any] = {}
+    made.on_save_checkpoint(checkpoint)
+    made.on_load_checkpoint(checkpoint)
+    other = saved(kind)
+    with torch.no_grad():
+        next(other.network.parameters()).add_(1.0)
+    save_tokenizer(tmp_path / "other", other)
+    changed = module(kind, str(tmp_path / "other"))
+    assert changed.fingerprint() != made.fingerprint()
+    with pytest.raises(UserError, match="the checkpoint is of another model than the module: tokenizer"):
+        changed.on_load_checkpoint(checkpoint)
+    with torch.no_grad():
+        next(made.network.parameters()).add_(1.0)
+    assert made.fingerprint() != module(kind, folder).fingerprint()
+
+
 def test_a_missing_tokenizer_is_fitted_by_its_recipe(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,12 +193,17 @@ def test_a_missing_tokenizer_is_fitted_by_its_recipe(
     def fit(recipe: str, is_there: Any, what: str, folder: Any, *words: str) -> None:
         asked.append((recipe, is_there(), str(folder), words))
 
-    monkeypatch.setattr("genlight.modules.autoregressive.fit_where_missing", fit)
-    made = module(kind, str(tmp_path / "none"), tokenizer_recipe="dd/digits_tokenizer")
+    monkeypatch.setattr("genlight.recipes.fit_where_missing", fit)
+    source = str(tmp_path / "dd" / "digits_tokenizer" / "fit" / "artifact")
+    made = module(kind, source, tokenizer_recipe="dd/digits_tokenizer")
     with pytest.raises(UserError, match=r"has not written module\.tokenizer"):
-        made.prepare("runs", "cache")
-    assert asked == [("dd/digits_tokenizer", False, "runs", ("run.root=runs", "paths.cache=cache"))]
-    module(kind, str(tmp_path / "none")).prepare("runs", "cache")
+        made.prepare(tmp_path, "cache")
+    wanted = ("dd/digits_tokenizer", False, str(tmp_path), (f"run.root={tmp_path}", "paths.cache=cache"))
+    assert asked == [wanted]
+    module(kind, str(tmp_path / "none")).prepare(tmp_path, "cache")
+    misspelt = module(kind, source.replace("_tokenizer", "_tokeniser"), tokenizer_recipe="dd/digits_tokenizer")
+    with pytest.raises(UserError, match=r"module\.tokenizer = .*_tokeniser.* is not what fit experiment=dd"):
+        misspelt.prepare(tmp_path, "cache")
     assert len(asked) == 1
 
 
@@ -162,6 +216,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (text, {}, "text_dim"),
         (network, {"label_dropout": 1.0}, "label_dropout = 1"),
         (network, {"flow_steps": 0}, "flow_steps = 0"),
+        (network, {"sampling": SamplingSettings(top_k=CODES + 1)}, rf"module.sampling.top_k = .* at most {CODES}, mod"),
         (network, {"label_dropout": 0.0, "sampling": SamplingSettings(guidance_scale=2.0)}, "guidance_scale"),
     ):
         with pytest.raises(ValueError, match=message):

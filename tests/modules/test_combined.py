@@ -21,6 +21,19 @@ def test_another_number_of_steps_is_told(tiny, tmp_path):
     assert sampler_of(module(1))["config"]["sigma_max"] == 80.0 and sampler_of(object()) is None
 
 
+def test_another_option_of_the_sampler_is_told(tiny, tmp_path):
+    module = ConsistencyModule(tiny.unet(), EDMSchedule(), ConsistencyTraining(), num_inference_steps=1)
+    stated = sampler_of(module)
+    stated["config"]["an_option_of_another_version"] = 1
+    atomic_write_json(tmp_path / COEFFICIENTS, {"sampler": stated})
+    assert other_sampler(tmp_path, module) is None
+    stated["config"]["sigma_max"] = 5.0
+    atomic_write_json(tmp_path / COEFFICIENTS, {"sampler": stated})
+    assert "for sigma_max = 5.0 of the CMStochasticIterativeScheduler, here it is 80.0" in other_sampler(
+        tmp_path, module
+    )
+
+
 def test_a_config_with_infinity_is_written_and_read_back(tiny, tmp_path):
     """Strict JSON has no number for it: lambda_min_clipped is -inf."""
     module = tiny.module("epsilon")

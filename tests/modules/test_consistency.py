@@ -26,7 +26,7 @@ from genlight.errors import UserError
 from genlight.modules.consistency import TARGET, ConsistencyModule
 from genlight.modules.diffusion import DiffusionModule
 from genlight.modules.target_network import TargetNetwork, repeatable
-from genlight.modules.teacher import FrozenTeacher, ensure_teacher, time_embeddings, translate_times
+from genlight.modules.teacher import FrozenTeacher, time_embeddings, translate_times
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO
 
 RADAM = functools.partial(torch.optim.RAdam, lr=1e-3)
@@ -371,8 +371,16 @@ def test_samplers_of_diffusion_models_are_refused(tiny):
 
 
 def test_a_teacher_that_is_there_is_not_trained_again(teacher_folder, tmp_path):
-    ensure_teacher(teacher_folder, "no/such/experiment", tmp_path / "runs", tmp_path)
+    module = ConsistencyModule(teacher=str(teacher_folder), teacher_recipe="no/such/experiment")
+    module.prepare(tmp_path / "runs", tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_misspelt_teacher_is_no_reason_to_train_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("genlight.recipes.run_command", None)
+    wrong = tmp_path / "no" / "such" / "fit" / "artifact"
+    with pytest.raises(UserError, match=rf"module\.teacher = {wrong} is not there, and is not what .* makes"):
+        ConsistencyModule(teacher=str(wrong), teacher_recipe="no/experiment").prepare(tmp_path, tmp_path)
 
 
 def test_a_checkpoint_holds_the_target_beside_the_weights(tiny, tmp_path):

@@ -113,6 +113,23 @@ def test_a_damaged_shard_is_made_again_and_whole_ones_are_not(tmp_path: Path) ->
         read_pairs(tmp_path, teacher, SETTINGS)
 
 
+def test_where_more_are_asked_for_only_the_new_ones_are_made(teacher: TokenTeacher, tmp_path: Path) -> None:
+    """Those of the shard that was not full among them; by two processes, to the bytes of one that makes all at once."""
+    more = dataclasses.replace(SETTINGS, num_pairs=70)
+    assert folder_of("cache", teacher, more) == folder_of("cache", teacher, SETTINGS)
+    make_pairs(tmp_path / "grown", teacher, SETTINGS)
+    before = contents(tmp_path / "grown")
+    assert [make_pairs(tmp_path / "grown", teacher, more, rank=rank, world_size=2) for rank in range(2)] == [2, 1]
+    assert make_pairs(tmp_path / "new", teacher, more) == 9
+    after = contents(tmp_path / "grown")
+    assert after == before | contents(tmp_path / "new")
+    whole = read_pairs(tmp_path / "grown", teacher, more)
+    assert len(whole) == 70 and torch.equal(whole.tokens, read_pairs(tmp_path / "new", teacher, more).tokens)
+    # whoever wants the first ones still has them
+    assert make_pairs(tmp_path / "grown", teacher, SETTINGS) == 0
+    assert torch.equal(read_pairs(tmp_path / "grown", teacher, SETTINGS).tokens[:48], whole.tokens[:48])
+
+
 def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
     teacher = tiny_teacher()
     with pytest.raises(UserError, match="holds no pairs"):

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from genlight.diffusion.flow_codes import flow_choice
 from genlight.errors import UserError
 from genlight.io import read_json
 from genlight.modules.distilled_decoding import DistilledDecodingModule
+from genlight.modules.exported_student import read_tensors
 from genlight.modules.token_folder import save_token_teacher
 from genlight.nets.autoregressive import decode
 from genlight.nets.published import published_sources
@@ -160,6 +162,51 @@ def test_a_checkpoint_of_another_student_is_refused(folders: dict[str, str]) -> 
     assert fresh.fingerprint() == one.fingerprint()
 
 
+def test_a_student_goes_on_from_nothing_that_it_has_not_learned(folders: dict[str, str]) -> None:
+    """From fewer it does, and a checkpoint that does not say what it has learned is taken."""
+    checkpoint: dict = {}
+    one = module_of(folders["llamagen"], timesteps=(0, 5, 7))
+    one.on_save_checkpoint(checkpoint)
+    module_of(folders["llamagen"], timesteps=(0, 7)).on_load_checkpoint(checkpoint)
+    other = module_of(folders["llamagen"], timesteps=(0, 6))
+    message = r"module\.timesteps = \[0, 6\], but the checkpoint has learned \[0, 5, 7\]"
+    with pytest.raises(UserError, match=message):
+        other.on_load_checkpoint(checkpoint)
+    other.on_load_checkpoint({"genlight_module": checkpoint["genlight_module"]})
+    noise, label = torch.randn(2, *one.sample_shape), torch.tensor([0, 1])
+    assert one.sample(noise, label, timesteps=(0, 7)).shape == (2, *one.image_shape)
+    with pytest.raises(ValueError, match=r"timesteps = \[0, 6\]: the student has learned \[0, 5, 7\]"):
+        one.sample(noise, label, timesteps=(0, 6))
+
+
+def test_a_file_is_read_into_the_memory_of_its_tensors(tmp_path: Path) -> None:
+    """Of all types; nothing besides is held, and a file that ends too early is not taken."""
+    path, kinds = tmp_path / "it.safetensors", (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+    given = {str(kind): torch.randint(0, 100, (300, 1000)).to(kind) for kind in (*kinds, torch.float64)}
+    safetensors.torch.save_file({**given, "one": torch.tensor(0.5)}, path, metadata={"kind": "test"})
+    tracemalloc.start()
+    found = read_tensors(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.pop("one") == 0.5 and found.keys() == given.keys()
+    assert all(found[key].dtype == given[key].dtype and torch.equal(found[key], given[key]) for key in given)
+    assert peak < 1.05 * path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"it\.safetensors is truncated"):
+        read_tensors(path)
+
+
+def test_a_misspelt_teacher_is_no_reason_to_train_one(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genlight.recipes.run_command", None)
+    folder = saved_teacher(tmp_path / "dd" / "teacher" / "fit" / "artifact")
+    DistilledDecodingModule(str(folder), teacher_recipe="dd/teacher").prepare(tmp_path, tmp_path)
+    wrong = str(folder).replace("teacher", "techer")
+    with pytest.raises(UserError, match=rf"module\.teacher = {wrong} is not there, and is not what .* makes"):
+        DistilledDecodingModule(wrong, teacher_recipe="dd/teacher").prepare(tmp_path, tmp_path)
+
+
 def test_a_copy_shares_the_teacher(folders: dict[str, str]) -> None:
     module = module_of(folders["llamagen"])
     assert copy.deepcopy(module).teacher.model.transformer is module.teacher.model.transformer
@@ -208,7 +255,7 @@ found = student.sample(given["noise"], label), student.sample(given["noise"], la
 for a, b in zip(found, expected):
     assert a.shape == b.shape and (a - b).abs().max() < 1e-4, (a - b).abs().max()
 assert student.noise(3, seed=0).shape == (3, *given["noise"].shape[1:])
-for wrong in ([1], [0, 0], [0, 99], []):
+for wrong in ([1], [0, 0], [0, 99], [0, 1], []):
     try:
         student.sample(given["noise"], label, wrong)
     except ValueError:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,8 @@ import torch
 from modules.test_distilled_decoding import ALONE
 from modules.tiny_imagegpt import COLOURS, saved_imagegpt, tiny_colours, tiny_imagegpt
 from nets.test_teachers import randomised
+from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 from genlight.data.digits import DigitsDataModule
 from genlight.data.pairs import PairsDataModule
@@ -42,6 +45,25 @@ def test_a_folder_of_transformers_is_a_teacher(tmp_path: Path) -> None:
     assert other.settings == SamplingSettings(temperature=0.9, top_k=4) and other.fingerprint != teacher.fingerprint
     with pytest.raises(ValueError, match="saved by transformers"):
         save_token_teacher(tmp_path / "copy", teacher)
+
+
+def test_a_folder_that_names_no_filter_is_sampled_as_transformers_samples_it(tmp_path: Path) -> None:
+    """Of 80 colours that are almost as likely as each other the library draws from some only, unless it is told 0."""
+    torch.manual_seed(0)
+    config = ImageGPTConfig(vocab_size=81, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    network: Any = ImageGPTForCausalImageModeling(config).eval()
+    network.save_pretrained(tmp_path)
+    ImageGPTImageProcessorPil(clusters=torch.rand(80, 3).tolist()).save_pretrained(tmp_path)
+    start = torch.full((3000, 1), 80)
+    for record, count in ((None, 50), ({"top_k": 0}, 80), ({"top_k": 7}, 7), ({"top_k": 99}, 80)):
+        if record is not None:
+            atomic_write_json(tmp_path / "generation_config.json", record)
+            network = ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
+        drawn = network.generate(start, max_new_tokens=1, do_sample=True)[:, 1].unique()
+        teacher = read_token_teacher(tmp_path)
+        tokens, label = torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        found = parallel_probabilities(teacher.model, tokens, label, teacher.settings)[0, 0].nonzero()[:, 0]
+        assert len(drawn) == count and torch.equal(drawn, found)
 
 
 def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
