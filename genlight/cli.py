@@ -163,17 +163,13 @@ def _run_hydra(overrides: list[str]) -> int:
         if not any(word.startswith("-") for word in overrides) and accepted(overrides) is None:
             return USAGE_ERROR
         hydra.main(config_path="pkg://genlight.conf", config_name="config", version_base="1.3")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last from Hydra's own checks
         from genlight.config_errors import explain
 
         if "traceback=true" in overrides:
             raise
         with _composing():
             raise explain(error, overrides) from None
-    except ValueError as error:  # Hydra's own checks of its flags
-        if "traceback=true" in overrides:
-            raise
-        raise UserError(str(error)) from None
     finally:
         sys.argv = original
     return max(codes, default=0)

@@ -226,4 +226,9 @@ def _check_guards(path: str, node: dict[str, Any], typed: Sequence[str]) -> None
 def _check_type(path: str, value: Any, annotation: ast.expr | None) -> None:
     if not signatures.accepts(annotation, value):
         shown = "null" if value is None else repr(value)
-        raise ConfigError(path, f"{path}={shown} has the wrong type: expected {signatures.describe(annotation)}")
+        quoted = ""
+        if isinstance(value, int | float) and signatures.accepts(annotation, ""):
+            quoted = f"; as a text it is written \"{path}='{shown}'\""
+        raise ConfigError(
+            path, f"{path}={shown} has the wrong type: expected {signatures.describe(annotation)}{quoted}"
+        )

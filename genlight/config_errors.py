@@ -11,6 +11,8 @@ from genlight.config_check import ConfigError, nearest
 from genlight.errors import UserError
 
 CONF = Path(__file__).parent / "conf"
+# what looks like a name, and is read as something else
+_NO_TEXT = ("null", "true", "false")
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:
@@ -65,8 +67,10 @@ def _no_option(overrides: list[str]) -> UserError:
         key, _, value = override.lstrip("+~").partition("=")
         if not key:
             return UserError(f"'{override}' names no key: the form is key=value")
-        if _is_group(key) and (not value or not re.fullmatch(r"[A-Za-z_][\w/.-]*", value) or value == "null"):
-            return UserError(f"{key}={value} names no option of {key} (there are: {', '.join(options_of(key))})")
+        if _is_group(key) and (not value or not re.fullmatch(r"[A-Za-z_][\w/.-]*", value) or value in _NO_TEXT):
+            options = options_of(key)
+            way_out = f"; {key}=none leaves it out" if "none" in options else ""
+            return UserError(f"{key}={value} names no option of {key} (there are: {', '.join(options)}){way_out}")
     return UserError("a config group takes the name of one of its options: group=option")
 
 

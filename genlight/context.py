@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Run:
         started: ``time.monotonic()`` at the start.
         notes: what the report has to say besides numbers.
         fingerprint: hash of the config.
+        begin: says that the run has begun: what it replaces goes.
         room: where there must be room for what it keeps; "": in the folder of all runs.
     """
 
@@ -36,4 +38,5 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    begin: Callable[[], None] = lambda: None
     room: str = ""

@@ -123,9 +123,12 @@ def _options(file: str, lines: list[str], node: Any, prefix: str) -> Iterator[Op
 
 
 def _source(lines: list[str], node: Any) -> Iterator[str]:
+    """The lines of a value, without comments: the last of them are above the next key."""
     first, last = node.start_mark, node.end_mark
     for number in range(first.line, last.line + 1):
         line = lines[number] if number < len(lines) else ""
+        if line.strip().startswith("#"):
+            continue
         yield line[first.column if number == first.line else 0 : last.column if number == last.line else None] + " "
 
 

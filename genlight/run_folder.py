@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +26,19 @@ LOCK_FILE = ".lock"
 STATUSES = ("running", "finished", "failed", "interrupted")
 _KIND = "run"
 _VERSION = 1
+ERROR_FILE = "error.log"
 _NOT_A_RUN = {LOCK_FILE, OWNER_FILE, ".hydra"}
+# where the run that another one replaces waits inside of its folder: on the way there or back, and as a whole
+_ON_THE_WAY, _ASIDE, _TO_GO = ".replacing", ".replaced", ".replaced.tmp-old"
+# of a config, what is written rather than read
+_WRITTEN = ("run", "callbacks", "logger")
 _ABSENT = "(absent)"
 # A lock that is garbage collected is let go: a folder stays held until `close`, even if nobody keeps the object.
 _held: dict[int, Any] = {}
+
+
+class OtherConfigError(UserError):
+    """A run cannot be resumed with this config."""
 
 
 class RunFolder:
@@ -37,12 +47,18 @@ class RunFolder:
     Attributes:
         path: the folder.
         resumed: whether it continues an earlier run.
+        earlier: the config of that run, as it was recorded.
+        replaces: whether an earlier run lies aside, which comes back unless this one begins.
         fingerprint: hash of the config, without the ignored keys and the values of secrets.
     """
 
-    def __init__(self, path: Path, lock: Any, record: dict[str, Any], resumed: bool) -> None:
+    def __init__(
+        self, path: Path, lock: Any, record: dict[str, Any], earlier: dict[str, Any] | None, replaces: bool
+    ) -> None:
         self.path = path
-        self.resumed = resumed
+        self.resumed = earlier is not None
+        self.earlier = earlier
+        self.replaces = replaces
         self._lock = lock
         _held[id(lock)] = lock
         self._record = record
@@ -65,13 +81,14 @@ class RunFolder:
             command: the command line, word by word.
             config: the resolved config, plain values only.
             resume: continue the run that is there; an empty folder starts a new one.
-            overwrite: remove the run that is there first.
+            overwrite: replace the run that is there; it lies aside until `begin`.
             ignore_keys: dotted keys that a resumed run may change, e.g. "resume" or "trainer.max_steps"; a key covers
                 all below it.
 
         Raises:
-            UserError: another process holds the folder, it is occupied, or `resume` meets another config (the message
-                shows the first differing keys).
+            UserError: another process holds the folder, it is occupied, or `config` names a path in the run that
+                `overwrite` would replace.
+            OtherConfigError: `resume` meets another config; the message shows the first differing keys.
             CorruptFileError: its run.json is not whole.
         """
         if resume and overwrite:
@@ -81,6 +98,7 @@ class RunFolder:
         try:
             plain = _plain(masked(dict(config)))
             record = _new_record([masked_override(word) for word in command], plain, tuple(ignore_keys))
+            _put_back(path)
             old = _old_record(path, resume, overwrite)
             if old is not None and resume:
                 _check_same_config(path, old, record, tuple(ignore_keys))
@@ -90,12 +108,16 @@ class RunFolder:
                     {key: old[key] for key in ("command", "started", "ended", "status")},
                 ]
             io.remove_leftovers(path)
-            if old is not None and overwrite:
-                _empty(path)
+            replaces = old is not None and overwrite
+            if replaces:
+                _check_reads_nothing_of(path, plain)
+                _put_aside(path)
             io.atomic_write_json(path / OWNER_FILE, _owner())
             io.atomic_write_json(path / RUN_FILE, record)
-            return cls(path, lock, record, resumed=old is not None and resume)
+            return cls(path, lock, record, old["config"] if old is not None and resume else None, replaces)
         except BaseException:
+            with suppress(UserError, OSError):  # else it comes back when the folder is opened again
+                _put_back(path)
             lock.release()
             raise
 
@@ -103,9 +125,16 @@ class RunFolder:
     def fingerprint(self) -> str:
         return str(self._record["fingerprint"])
 
+    def begin(self) -> None:
+        """From now on this run counts: the one that it replaces is removed. A second call does nothing."""
+        if self.replaces:
+            io.rename(self.path / _ASIDE, self.path / _TO_GO)  # half of it must never come back
+            self.replaces = False
+            io.remove_path(self.path / _TO_GO)
+
     def close(self, status: str = "finished") -> None:
         """Record how the run ended ("finished", "failed" or "interrupted") and let go of the folder. A second call does
-        nothing.
+        nothing. Unless this run has begun or is finished, the one that it replaces is put back.
 
         Raises:
             ValueError: an unknown status.
@@ -115,8 +144,13 @@ class RunFolder:
         if not self._lock.is_locked:
             return
         try:
-            self._record = {**self._record, "status": status, "ended": _now()}
-            io.atomic_write_json(self.path / RUN_FILE, self._record)
+            if status == "finished":
+                self.begin()
+            if self.replaces:
+                _put_back(self.path)
+            else:
+                self._record = {**self._record, "status": status, "ended": _now()}
+                io.atomic_write_json(self.path / RUN_FILE, self._record)
         finally:
             self._lock.release()
             _held.pop(id(self._lock), None)
@@ -297,15 +331,41 @@ def _check_same_config(path: Path, old: dict[str, Any], new: dict[str, Any], ign
         return
     shown = "; ".join(found[:3])
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-    raise UserError(
+    raise OtherConfigError(
         f"{path} cannot be resumed with another config: {shown}{more}; give the same values, choose another "
         "run.name, or begin anew with run.overwrite=true in place of resume=true"
     )
 
 
-def _empty(path: Path) -> None:
-    """Remove an old run. Its run.json goes last: a process killed in between leaves a folder that still counts as a
-    run."""
-    inner = [entry for entry in sorted(path.iterdir()) if entry.name not in (LOCK_FILE, RUN_FILE)]
-    for entry in [*inner, path / RUN_FILE]:
-        io.remove_path(entry)
+def _check_reads_nothing_of(path: Path, config: dict[str, Any]) -> None:
+    """UserError where a config names a path in the run that is to be replaced."""
+    own = path.resolve()
+    for key, value in _flat({key: value for key, value in config.items() if key not in _WRITTEN}, ()).items():
+        if isinstance(value, str) and os.path.exists(value) and Path(value).resolve().is_relative_to(own):
+            raise UserError(
+                f"{key}={value} lies in {path}, which run.overwrite=true would replace: choose another run.name"
+            )
+
+
+def _put_aside(path: Path) -> None:
+    """Move a run into a folder of its own within its folder. Killed at any time, `_put_back` undoes it."""
+    inner = [entry for entry in sorted(path.iterdir()) if entry.name != LOCK_FILE]
+    waiting = io.create_folder(path / _ON_THE_WAY)
+    for entry in inner:
+        io.rename(entry, waiting / entry.name)
+    io.rename(waiting, path / _ASIDE)
+
+
+def _put_back(path: Path) -> None:
+    """Put the run that lies aside in the place of the one that should have replaced it, whose error alone stays."""
+    waiting, aside = path / _ON_THE_WAY, path / _ASIDE
+    if aside.exists():
+        for entry in sorted(path.iterdir()):
+            if entry.name not in (LOCK_FILE, ERROR_FILE, _ASIDE):
+                io.remove_path(entry)
+        io.rename(aside, waiting)
+    if waiting.exists():
+        for entry in sorted(waiting.iterdir()):
+            if not (path / entry.name).exists():
+                io.rename(entry, path / entry.name)
+        io.remove_path(waiting)

@@ -18,7 +18,7 @@ from genlight.context import Run
 from genlight.errors import UserError
 from genlight.leaving import leaving_on_signals
 from genlight.reports.environment import environment, git_diff
-from genlight.run_folder import RunFolder, process_rank, run_path
+from genlight.run_folder import ERROR_FILE, OtherConfigError, RunFolder, config_differences, process_rank, run_path
 
 # what a resumed run may change
 FREE_KEYS = (
@@ -48,8 +48,21 @@ FREE_KEYS = (
     "method.mixed.milliseconds",
     "method.mixed.ratios",
     "callbacks.progress",
+    # scores do not depend on these, and checkpoints that do say so themselves
+    "strategy",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.num_workers",
 )
-FAILURE = 1
+# what depends on it has it in its own fingerprint; inside a fit it decides what is validated
+FREE_TO_MEASURE = ("data.eval_batch_size",)
+_COUNTED = ("devices", "num_nodes")
+_LESS_MEMORY = {
+    "fit": "a new run with a lower data.batch_size (and a higher trainer.accumulate_grad_batches) takes less",
+    "validate": "the same command with resume=true and a lower data.eval_batch_size goes on",
+}
+FAILURE, USAGE_ERROR = 1, 2
 
 
 def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:
@@ -79,7 +92,8 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: Ex
         this = Run(config, plain, recorded(config, plain), config.command, words, experiment, path, started)
         if process_rank() == 0:
             folder = _open_folder(this)
-            this.fingerprint = folder.fingerprint
+            this.fingerprint, this.begin = folder.fingerprint, folder.begin
+            _remark_on_processes(this, folder)
             surroundings = environment(words)
             io.atomic_write_json(folder.path / "environment.json", surroundings)
             if surroundings["git_dirty"] and (changes := git_diff()):
@@ -88,14 +102,15 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: Ex
         state, code = "finished", 0
     except SystemExit as stop:
         state, code = "interrupted", int(stop.code or 0)
-        if folder is not None and not config.dry_run:
+        if folder is not None and not (config.dry_run or folder.replaces):
             sys.stderr.write("stopped: the same command with resume=true goes on from what is saved\n")
     except KeyboardInterrupt:
         state, code = "interrupted", 128 + signal.SIGINT
     except Exception as error:
         if trace:
             raise
-        _tell(error, folder)
+        _tell(error, folder, config.command)
+        code = USAGE_ERROR if isinstance(error, OtherConfigError) else FAILURE
     finally:
         if folder is not None and not _closed(folder, state):
             code = code or FAILURE
@@ -104,9 +119,13 @@ def _run(config: Any, choices: dict[str, Any], overrides: list[str], scratch: Ex
 
 def _closed(folder: RunFolder, state: str) -> bool:
     """Record how the run ended; a full or broken disk may not take it, which is told in one line."""
+    comes_back = folder.replaces and state != "finished"
     try:
         folder.close(state)
+        if comes_back:
+            sys.stderr.write(f"{folder.path} is as it was: nothing was replaced\n")
     except (UserError, OSError) as error:
+        # what lies aside comes back when the folder is opened again
         sys.stderr.write(f"error: {folder.path} stays marked as running: {_in_one_line(error)}\n")
         return False
     return True
@@ -120,8 +139,27 @@ def _open_folder(this: Run) -> RunFolder:
         config=this.recorded,
         resume=this.plain["resume"],
         overwrite=run_keys["overwrite"],
-        ignore_keys=FREE_KEYS,
+        ignore_keys=free_keys(this.command),
     )
+
+
+def free_keys(command: str) -> tuple[str, ...]:
+    """What a resumed run of a command may change."""
+    return (*FREE_KEYS, *(FREE_TO_MEASURE if command == "validate" else ()))
+
+
+def _remark_on_processes(this: Run, folder: RunFolder) -> None:
+    """Say that a fit goes on with another global batch."""
+    if this.command != "fit" or folder.earlier is None:
+        return
+    before, now = ({key: config["trainer"].get(key) for key in _COUNTED} for config in (folder.earlier, this.recorded))
+    if changed := config_differences({"trainer": before}, {"trainer": now}):
+        remark = (
+            f"the training goes on with another number of processes ({'; '.join(changed)}), and so with another global "
+            "batch, which is data.batch_size times their number times trainer.accumulate_grad_batches"
+        )
+        this.notes.append(remark)
+        sys.stderr.write(f"warning: {remark}\n")
 
 
 def recorded(config: Any, plain: dict[str, Any]) -> dict[str, Any]:
@@ -140,18 +178,19 @@ def _keep_references(resolved: Any, raw: Any) -> Any:
     return raw if isinstance(raw, str) and ("${oc.env:" in raw or "${run.dir}" in raw) else resolved
 
 
-def _tell(error: Exception, folder: RunFolder | None) -> None:
+def _tell(error: Exception, folder: RunFolder | None, command: str) -> None:
     """One line for the person; the traceback of what was not foreseen goes to a file."""
     text = _in_one_line(error)
     foreseen = isinstance(error, UserError) or _is_misconfigured(error)
     if type(error).__name__ == "OutOfMemoryError":
-        text, foreseen = f"out of memory on the device: {text}; lower data.batch_size or data.eval_batch_size", True
+        way_out = _LESS_MEMORY.get(command, "a smaller model takes less")
+        text, foreseen = f"out of memory on the device: {text}; {way_out}", True
     if not foreseen:
         text = f"{type(error).__name__}: {text}"
         if folder is not None:
             with suppress(UserError, OSError):  # the disk may be what failed
-                io.atomic_write_text(folder.path / "error.log", traceback.format_exc())
-                text += f" (details in {folder.path / 'error.log'}; traceback=true shows them)"
+                io.atomic_write_text(folder.path / ERROR_FILE, traceback.format_exc())
+                text += f" (details in {folder.path / ERROR_FILE}; traceback=true shows them)"
     rank = process_rank()
     sys.stderr.write(f"error: {f'[process {rank}] ' if rank else ''}{text}\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from genlight import io
 from genlight.build import build
+from genlight.callbacks.begun import Begun
 from genlight.callbacks.exact_resume import last_metrics
 from genlight.callbacks.progress import display_of
-from genlight.callbacks.timing import StepTimer, print_line
+from genlight.callbacks.timing import MEASURED, WARM_UP, StepTimer, print_line
 from genlight.context import Run
 from genlight.errors import UserError
 from genlight.leaving import let_requeue
@@ -28,18 +29,19 @@ from genlight.reports.cost import after_trainings, free_bytes, longer, network_m
 from genlight.reports.environment import environment
 from genlight.reports.figures import curves
 from genlight.reports.finishing import finishing
+from genlight.reports.handing_over import ARTIFACT, print_result, track
 from genlight.reports.metrics_csv import merge_metrics
+from genlight.reports.not_finite import finite, finite_row, not_finite
 from genlight.reports.origin import weights_record
 from genlight.reports.progress import IN_ALL
-from genlight.reports.report import FeaturesRecord, Report, parse_report, result_table, write_report
+from genlight.reports.report import FeaturesRecord, Report, parse_report, write_report
 from genlight.run_folder import process_rank
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO, load_checkpoint, newest_whole_checkpoint
 from genlight.trainer.consolidate import consolidated_state_dict
 from genlight.trainer.resident import is_sharded
-from genlight.trainer.sharded_folder import is_sharded_checkpoint
+from genlight.trainer.sharded_folder import TRAINER_FILE, is_sharded_checkpoint
 from genlight.trainer.strategies import check_callbacks
 
-ARTIFACT = "artifact"
 CHECKPOINTS = "checkpoints"
 _PICTURES = 2
 
@@ -53,6 +55,7 @@ class Session:
         seed_everything(config.seed, workers=True, verbose=False)
         self.room = this.room or this.plain["run"]["root"]
         self.timer = StepTimer(this.started, stop=bool(config.dry_run), folder=self.room)
+        self.begun = Begun(this.begin)
         self.trainer = self._build_trainer()
         self.datamodule: Any = build(config.data, "data")
         self.module: Any = build(config.module, "module")
@@ -75,7 +78,7 @@ class Session:
         """Load the weights to be measured, and let the method do its work."""
         method = self._build_method()
         self._prepare_measurement()
-        self.timer.quiet = getattr(method, "predicts_cost", False)
+        self.timer.quiet = self.begun.says_itself = getattr(method, "predicts_cost", False)
         with display_of(self.trainer).phase(IN_ALL):
             result = method.run(self.trainer, self.module, self.datamodule)
         whole = self._whole_module() if result.save is not None else None  # on all processes: they may hold a part each
@@ -86,8 +89,10 @@ class Session:
                 dict(result.metrics), str(self.datamodule.draw), result.num_samples or measured, result
             )
             if result.save is not None:
-                self._save_artifact(report, result.method, lambda folder: result.save(folder, whole))
+                self._save_artifact(report, result.method, lambda folder: result.save(folder, whole), result.parts)
             self._finish(report)
+            if report.not_finite and not report.metrics:
+                raise UserError(f"no metric of this model is a number: see {self.run.folder / 'report.md'}")
 
     def dry_run(self, trainings: Sequence[Training]) -> None:
         """A few steps, and what the whole run will cost, with the fits that were found missing on the way.
@@ -98,6 +103,11 @@ class Session:
         estimate = None
         self.datamodule.dry_run = True
         if self.run.command == "fit":
+            if 0 <= self.trainer.max_steps < WARM_UP + MEASURED:
+                raise UserError(
+                    f"trainer.max_steps={self.trainer.max_steps} is too short to be estimated: a dry run takes "
+                    f"{WARM_UP + MEASURED} steps"
+                )
             self._prepare_module()
             self._prepare_data("select")
             self._leave_out(trainings)
@@ -145,7 +155,7 @@ class Session:
             config.trainer,
             "trainer",
             strategy=strategy,
-            callbacks=[*callbacks, self.timer],
+            callbacks=[*callbacks, self.timer, self.begun],
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(self.run.folder),
@@ -215,6 +225,8 @@ class Session:
         """The real side of the metrics: features at hand, statistics of real images, the floor."""
         if self.metrics is None or not hasattr(self.module, "sample"):
             return
+        if hasattr(self.metrics, "set_reference") and self.datamodule.num_samples < 2:
+            raise UserError(f"data.num_samples={self.datamodule.num_samples}: metrics need 2 samples or more")
         if getattr(self.metrics, "extractor", None) is not None:
             _ensure_features(self.metrics.extractor, Path(self.run.plain["paths"]["cache"]))
         if not hasattr(self.metrics, "set_reference"):
@@ -277,6 +289,9 @@ class Session:
             print_line("nothing was saved yet: the run starts from the beginning")
             return None
         path = self._newest(folder, set_aside=True)
+        done = int(io.read_labels(path / TRAINER_FILE if path.is_dir() else path).get("step", "0"))
+        if 0 <= self.trainer.max_steps < done:
+            raise UserError(f"{path} has {done} steps already, more than trainer.max_steps={self.trainer.max_steps}")
         print_line(f"continuing from {path}")
         return str(path)
 
@@ -291,6 +306,10 @@ class Session:
             known = {field.name for field in fields(FeaturesRecord)}
             features = {k: v for k, v in features.items() if k in known}
         predicted = (result.predicted if result else None) or self.timer.estimate
+        lost = not_finite(metrics, self.metrics)
+        this.notes.extend(lost.values())
+        for remark in lost.values():
+            print_line(f"warning: {remark}")
         record = {
             **environment(this.words),
             "experiment": this.experiment,
@@ -300,8 +319,9 @@ class Session:
             "weights": [asdict(weights_record(source)) for source in self._base_models()],
             "deterministic": this.plain["trainer"].get("deterministic"),
             "draw": draw,
-            "metrics": {name: value for name, value in metrics.items() if value == value},
-            "table": [dict(row) for row in result.table] if result else [],
+            "metrics": finite(metrics),
+            "not_finite": list(lost),
+            "table": [finite_row(row) for row in result.table] if result else [],
             "floor": self.floor.to_dict() if measured else None,
             "features": features,
             "num_samples": num_samples,
@@ -312,13 +332,21 @@ class Session:
         }
         return parse_report(record)
 
-    def _save_artifact(self, report: Report, method: str, write: Callable[[Path], None]) -> None:
+    def _save_artifact(
+        self,
+        report: Report,
+        method: str,
+        write: Callable[[Path], None],
+        parts: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         from genlight.reports.model_card import write_model_card
 
         with io.atomic_folder(self.run.folder / ARTIFACT, replace=True) as folder:
             write(folder)
             data = str(getattr(self.datamodule, "name", "data"))
-            write_model_card(folder, report, dataset=data, method=method, base_model=self._base_models())
+            for name, metrics in {"": report.metrics, **(parts or {})}.items():
+                one = replace(report, metrics=finite(metrics))
+                write_model_card(folder / name, one, dataset=data, method=method, base_model=self._base_models())
 
     def _base_models(self) -> list[str]:
         """Where the weights came from that this run began with."""
@@ -358,43 +386,14 @@ class Session:
         seconds = time.monotonic() - self.run.started
         report = write_report(folder, replace(report, files=names, real={**report.real, "total_seconds": seconds}))
         for logger in self.trainer.loggers:
-            _track(logger, folder, report)
-        _print_result(folder, report, files)
-
-
-def _track(logger: Any, folder: Path, report: Report) -> None:
-    """The result to a tracker that takes tables and folders (W&B), which is then closed."""
-    if hasattr(logger, "log_table"):
-        logger.log_table("report", ["metric", "value"], [[name, value] for name, value in report.metrics.items()])
-    if hasattr(logger, "log_folder"):
-        logger.log_folder(folder / "report.json", f"{folder.name}-report", "report")
-        if (folder / ARTIFACT).is_dir():
-            logger.log_folder(folder / ARTIFACT, f"{folder.name}-artifact", "model")
-    if hasattr(logger, "finish"):
-        logger.finish()
+            track(logger, folder, report)
+        print_result(folder, report, files)
 
 
 def _ensure_features(extractor: Any, cache: Path) -> None:
     """Train the feature network where it is missing and there is a recipe."""
     if extractor.recipe:
         what = f"the feature network {extractor.name}"
-        fit_where_missing(extractor.recipe, extractor.is_available, what, cache, f"paths.cache={cache}")
+        word = f"paths.cache={cache}"
+        fit_where_missing(extractor.recipe, extractor.is_available, what, cache, word, replace=True)
     extractor.setup()
-
-
-def _print_result(folder: Path, report: Report, files: list[Path]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    floors = report.floor.metrics if report.floor else {}
-    for name, value in report.metrics.items():
-        if report.table and "/" not in name:
-            continue  # it stands in the table too
-        floor = floors.get(name.rsplit("/", 1)[-1])
-        console.print(f"{name:<24} {value:.4g}" + ("" if floor is None else f"   (real against real: {floor:.4g})"))
-    if report.table:
-        # cells that are three letters wide cannot be read
-        console.print(result_table(report.table, console.width))
-    console.print("look at", style="bold")
-    for file in [folder / "report.md", *files, *([folder / ARTIFACT] if (folder / ARTIFACT).is_dir() else [])]:
-        console.print(f"  {file}", soft_wrap=True)

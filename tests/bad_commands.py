@@ -197,6 +197,11 @@ def _removed_key(config: dict[str, Any], draw: random.Random) -> tuple[list[str]
     return [f"~{key}"], [key.rpartition(".")[2].replace("stepps", "steps")]
 
 
+def _no_option(config: dict[str, Any], draw: random.Random) -> tuple[list[str], list[str]]:
+    group = draw.choice(GROUPS)
+    return [f"{group}={draw.choice(('null', '1', 'true'))}"], [f"{group}="]
+
+
 RULES: dict[str, Callable[[dict[str, Any], random.Random], tuple[list[str], list[str]]]] = {
     "misspelt key": _misspelt_key,
     "key of another group": _key_of_another_group,
@@ -212,6 +217,7 @@ RULES: dict[str, Callable[[dict[str, Any], random.Random], tuple[list[str], list
     "missing file": _missing_file,
     "key added that is there": _added_key,
     "key removed that is needed": _removed_key,
+    "no option": _no_option,
 }
 
 

@@ -12,7 +12,7 @@ from oracles.faults import in_child
 from oracles.ranks import in_ranks
 
 from genlight.cli import main
-from genlight.errors import UserError
+from genlight.recipes import check_ended
 
 TINY = [
     "trainer.max_steps=6",
@@ -96,8 +96,7 @@ def run_in_own_process(*words: str, timeout: float = 280) -> None:
 def run_forked(command: str, *words: str, show: bool = True) -> str:
     """In place of `genlight.recipes.run_command`: in a child of this process, which need not import torch again."""
     assert show
-    if (code := in_child(lambda: sys.exit(main([command, *words])))) != 0:
-        raise UserError(f"{command} {words[0]} failed (exit code {code})")
+    check_ended(in_child(lambda: sys.exit(main([command, *words]))), command, words[0])
     return ""
 
 

@@ -15,6 +15,11 @@ def test_every_key_has_a_description(file: str) -> None:
     assert [option.path for option in options.options(file) if not option.text] == []
 
 
+@pytest.mark.parametrize("file", options.files())
+def test_a_default_ends_before_the_comment_of_the_next_key(file: str) -> None:
+    assert [option.path for option in options.options(file) if " # " in f" {option.default} "] == []
+
+
 def test_a_key_without_comment_and_docstring_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("# mine\n_target_: torch.nn.Linear\nfirst: 1\n\n# two\nsecond: 2\n")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,83 @@ def test_overwrite_removes_the_old_run_only(tmp_path: Path) -> None:
         assert not folder.resumed
     assert set(contents(tmp_path)) == {".lock", "owner.json", "run.json"}
     assert read_run(tmp_path)["config"] == {"seed": 2}
+
+
+def occupied(path: Path) -> dict[str, bytes]:
+    """Make a folder with a finished run; what it holds beside who has it."""
+    take(path).close()
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "a").write_text("x")
+    (path / "old").write_text("x")
+    return kept(path)
+
+
+def kept(path: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(path).items() if name != ".lock"}
+
+
+@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
+def test_a_run_that_fails_before_it_begins_replaces_nothing(error: BaseException, tmp_path: Path) -> None:
+    before = occupied(tmp_path)
+    with pytest.raises(type(error)), take(tmp_path, {"seed": 2}, overwrite=True) as folder:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "error.log").write_text("why")
+        assert folder.replaces and not (tmp_path / "old").exists()
+        raise error
+    assert kept(tmp_path) == {**before, "error.log": b"why"}
+
+
+def test_a_run_that_has_begun_stays_although_it_fails(tmp_path: Path) -> None:
+    occupied(tmp_path)
+    with pytest.raises(UserError), take(tmp_path, {"seed": 2}, overwrite=True) as folder:
+        folder.begin()
+        folder.begin()
+        raise UserError("x")
+    assert set(contents(tmp_path)) == {".lock", "owner.json", "run.json"}
+    assert read_run(tmp_path)["status"] == "failed"
+
+
+def test_what_a_run_reads_is_not_replaced(tmp_path: Path) -> None:
+    before = occupied(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints")
+    for source in (tmp_path / "link", tmp_path / "run"):
+        config = {"module": {"members": [{"source": str(source)}]}, "callbacks": {"dirpath": str(source)}}
+        with pytest.raises(UserError, match=r"module\.members\.0\.source=.* which run\.overwrite=true would replace"):
+            take(tmp_path / "run", config, overwrite=True)
+        assert kept(tmp_path / "run") == before
+    take(tmp_path / "run", {"callbacks": {"dirpath": str(source)}, "data": str(tmp_path)}, overwrite=True).close()
+
+
+def test_a_kill_at_any_call_of_replacing_leaves_one_run_whole(tmp_path: Path) -> None:
+    """The old one, which is back when the folder is opened again, or the new one; also if that opening is killed."""
+    number, status, left = 0, EXIT_CODE, []
+    while status == EXIT_CODE:
+        number += 1
+        path = tmp_path / str(number)
+        before = occupied(path)
+
+        def replaced(path: Path = path, number: int = number) -> None:
+            with hooked(die_at(number)):
+                folder = take(path, {"seed": 2}, overwrite=True)
+                (path / "new").write_text("x")
+                folder.begin()
+                folder.close()
+
+        def opened_again(path: Path = path, number: int = number) -> None:
+            with hooked(die_at(number % 7 + 1)), suppress(UserError):
+                take(path)
+
+        status = in_child(replaced)
+        in_child(opened_again)
+        with pytest.raises(UserError, match="holds a run already"):
+            take(path)
+        left.append(read_run(path)["config"]["seed"])
+        found = {name: content for name, content in kept(path).items() if name != "owner.json"}
+        if left[-1] == 1:
+            assert found == {name: content for name, content in before.items() if name != "owner.json"}
+        else:
+            assert {name for name in found if ".tmp-" not in name} == {"run.json", "new"}
+    assert left == sorted(left) and set(left) == {1, 2}
 
 
 def test_files_of_others_are_never_touched(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from command_line import TINY, genlight, report_of, the_error, untrained_features
 from oracles.faults import exit_code, start_child
 from oracles.kills import at_checkpoint, kill
+from safetensors.torch import load_file, save_file
 
 from genlight import io
 from genlight.trainer.checkpoint_io import load_checkpoint
@@ -98,6 +99,22 @@ def test_the_score_does_not_depend_on_the_batch_size(root: Path) -> None:
     assert genlight(root, "validate", "run.name=batches", f"ckpt_path={fit}", "data.eval_batch_size=7") == 0
     one, other = (report_of(root / name / "validate")["metrics"]["val/fd_digits"] for name in ("batches", "run"))
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_model_that_makes_no_numbers_is_no_success(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of the report is written, and says what came out."""
+    broken = shutil.copytree(root / "tiny" / "fit" / "artifact", root / "broken")
+    io.remove_path(broken / "manifest.json")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
+    assert genlight(root, "validate", "run.name=no-numbers", f"ckpt_path={broken}") == 1
+    told, folder = capsys.readouterr().err, root / "no-numbers" / "validate"
+    remark = "val/fd_digits is not a number (nan): 40 of 40 samples hold NaN or infinity"
+    assert f"warning: {remark}" in told and "no metric of this model is a number" in the_error(told)
+    report, page = report_of(folder), (folder / "report.md").read_text()
+    assert report["metrics"] == {} and report["not_finite"] == ["val/fd_digits"] and remark in report["notes"]
+    assert "| `val/fd_digits` | not a number |" in page and "Nothing was measured" not in page
+    assert io.read_json(folder / "run.json")["status"] == "failed"
 
 
 def test_the_same_command_gives_the_same_weights(root: Path) -> None:
@@ -206,6 +223,9 @@ def test_classes_and_guidance_work_by_switches(root: Path) -> None:
         (["fit", "run.name=f4", "module.prediction_type=flow"], "prediction_type"),
         (["fit", "run.name=f5", "module.optimizer.lr=1e30", "trainer.gradient_clip_val=null"], "step"),
         (["fit", "run.name=f6", "trainer.accelerator=gpu"], "GPU"),
+        (["validate", "run.name=v4", "data.num_samples=1"], "data.num_samples=1: metrics need 2 samples or more"),
+        (["fit", "run.name=f9", "trainer.max_steps=4", "dry_run=true", "data=cifar10", "data.root=nowhere"], "takes 5"),
+        (["fit", "run.name=tiny", "resume=true", "trainer.max_steps=4"], "has 6 steps already, more than trainer.max"),
         (["fit", "run.name=f7", "+module.network.block_out_chanels=[8]"], "block_out_channels"),
     ],
     ids=lambda v: " ".join(v[1:]) if isinstance(v, list) else None,
@@ -226,6 +246,44 @@ def test_another_architecture_is_named_by_its_first_keys(root: Path, capsys: pyt
     ]
     assert genlight(root, *words) != 0
     assert "block_out_channels" in capsys.readouterr().err
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of a run was written."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "error.log"))
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["+module.pretrained={folder}/artifact"], "run.overwrite=true would replace"),
+        (["data=cifar10", "data.root=/nowhere"], "/nowhere"),
+        (["trainer.accelerator=gpu"], "GPU"),
+        (["module.network.in_channels=3", "module.network.out_channels=3"], "data.channels"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_what_fails_before_its_first_step_replaces_nothing(
+    root: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder = root / "kept" / "fit"
+    if not folder.exists():
+        shutil.copytree(root / "tiny" / "fit", folder)
+    before = written(folder)
+    words = [word.format(folder=folder) for word in words]
+    assert genlight(root, "fit", "run.name=kept", "run.overwrite=true", *words) == 1
+    assert expected in capsys.readouterr().err
+    assert written(folder) == before and (folder / "artifact" / "manifest.json").is_file()
+
+
+def test_a_run_that_begins_replaces_the_one_before(root: Path) -> None:
+    folder = root / "replaced" / "fit"
+    shutil.copytree(root / "tiny" / "fit", folder)
+    (folder / "old").write_text("x")
+    assert genlight(root, "fit", "run.name=replaced", "run.overwrite=true", "trainer.max_steps=2") == 0
+    assert not (folder / "old").exists() and not list(folder.glob(".repl*"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002.ckpt"]
 
 
 def test_a_second_process_stops_at_once_and_names_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,18 @@ def test_fit_checkpoint_resume_and_consolidation(name: str, tmp_path: Path, monk
         assert both["metrics"]["val/fd_digits"] == pytest.approx(one["metrics"]["val/fd_digits"], rel=1e-4)
 
 
+def test_a_fit_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """From inside an epoch of eight batches into epochs of four global ones, and back; the report says so."""
+    words = ("fit", "run.name=moved", "data.batch_size=100", "callbacks.checkpoint.every_n_train_steps=3")
+    assert genlight(tmp_path, *words) == 0
+    two = ("resume=true", "strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=9")
+    run_in_ranks(words[0], *TINY, f"run.root={tmp_path}", *words[1:], *two)
+    folder = tmp_path / "moved" / "fit"
+    assert "trainer.devices: was 1, now 2" in report_of(folder)["notes"][0]
+    assert genlight(tmp_path, *words, "resume=true", "trainer.max_steps=12") == 0
+    assert max(path.name for path in (folder / "checkpoints").iterdir()) == "step-000012.ckpt"
+
+
 @pytest.mark.slow  # half a minute; zero3 is consolidated above
 def test_a_language_model_in_shards_is_saved_with_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

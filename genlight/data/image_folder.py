@@ -20,19 +20,29 @@ _HASH_AT_MOST_FILES = 1000
 
 
 def list_images(root: Path) -> list[str]:
-    """Image files below `root`, by suffix, as sorted relative paths with "/"; hidden files and folders are left out."""
+    """Image files below `root`, by suffix, as sorted relative paths with "/"; hidden files and folders are left out.
+
+    Links to folders are followed, but for those that lead back to a folder above them.
+    """
     found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and not _leads_back(Path(folder, name), root)
+        ]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 found.append(Path(folder, name).relative_to(root).as_posix())
     return sorted(found)
 
 
+def _leads_back(path: Path, root: Path) -> bool:
+    above = (folder for folder in path.parents if folder.is_relative_to(root))
+    return path.is_symlink() and any(path.samefile(folder) for folder in above)
+
+
 def is_held_out(file: str, fraction: float) -> bool:
     """Whether a relative path belongs to the test split: by its hash, so adding files moves no other file."""
-    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") < fraction * 2.0**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(file)).digest()[:8], "big") < fraction * 2.0**64
 
 
 class ImageFolderDataModule(ImageDataModule):

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from genlight.callbacks.begun import has_begun
 from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import MEASURED, StepTimer, print_line
 from genlight.errors import UserError
@@ -99,6 +100,7 @@ def announce(trainer: Any, predicted: CostEstimate) -> None:
     if trainer.is_global_zero:
         print_line(predicted.line())
     left = predicted.total_seconds - predicted.setup_seconds
+    has_begun(trainer)
     display_of(trainer).expect({**{phase.name: phase.total for phase in predicted.phases}, IN_ALL: left})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genlight import io
+from genlight.callbacks.begun import has_begun
 from genlight.callbacks.progress import display_of
 from genlight.callbacks.timing import print_line
 from genlight.errors import UserError
@@ -115,6 +116,7 @@ class Stack:
         check_logged(self.objective, logged)
         self.mode = direction(self.mode, self.objective, module.metrics)
         artifacts = dict[str, Path]()
+        has_begun(trainer)
         display_of(trainer).close()  # each stage shows its own progress
         for name in self.stages:
             artifacts[name] = self._stage(name, {PLAIN: start, **artifacts}, folder)

@@ -41,6 +41,9 @@ class GenerativeMetrics(nn.Module):
     The extractor is not a child module: its weights belong in no checkpoint, optimizer, average or shard of the model
     that carries the metrics.
 
+    Attributes:
+        num_samples, num_broken: samples of the last ``compute``, and those of them that were not finite.
+
     Args:
         extractor: the features to measure in.
         metrics: some of "fd" (Heusel et al. 2017), "kid" (Bińkowski et al. 2018), "is" (Salimans et al. 2016),
@@ -81,7 +84,7 @@ class GenerativeMetrics(nn.Module):
         self.reference_split = reference_split
         self.seed = seed
         self._sync = sync
-        self.num_samples = 0
+        self.num_samples = self.num_broken = 0
         self.reference: ReferenceStatistics | None = None
         self.samples: _Samples | None = None
         self.frechet: _FrechetDistance | None = None
@@ -187,14 +190,14 @@ class GenerativeMetrics(nn.Module):
         samples = self._ready()
         samples.complete()
         features, logits, counts = samples.compute()
-        self.num_samples, num_broken = int(counts[0]), int(counts[1])
+        self.num_samples, self.num_broken = int(counts[0]), int(counts[1])
         if self.num_samples < 2:
             raise RuntimeError(f"metrics need at least two generated images, got {self.num_samples}")
         values: dict[str, float] = {}
         if self.frechet is not None:
             # every process takes part in the merge, also when the result cannot be finite
             values[self.name_of("fd")] = float(self.frechet.compute())
-        if num_broken:
+        if self.num_broken:
             return {name: math.nan for name in self._names()}
         if "kid" in self.metrics:
             values |= self._kernel_distance(features)

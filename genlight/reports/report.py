@@ -91,6 +91,7 @@ class Report:
         data: fingerprint of the data set, or None where it has none.
         weights: those that the run began with, from each source.
         deterministic: `trainer.deterministic`: true where torch was held to deterministic kernels.
+        not_finite: names of metrics that came out as NaN or infinity, which are not in `metrics`.
     """
 
     __pydantic_config__ = STRICT
@@ -115,6 +116,7 @@ class Report:
     data: str | None = None
     weights: list[WeightsRecord] = field(default_factory=list)
     deterministic: bool | Literal["warn"] | None = None
+    not_finite: list[str] = field(default_factory=list)
     date: str = ""
     kind: Literal["report"] = "report"
     version: Literal[1] = 1
@@ -239,7 +241,7 @@ def size(count: float) -> str:
 
 
 def _result(report: Report) -> str:
-    if not report.metrics:
+    if not report.metrics and not report.not_finite:
         return "## Result\n\nNothing was measured: samples only."
     floors = report.floor.metrics if report.floor else {}
     rows = ["| metric | value | real against real | ratio |", "|---|---|---|---|"]
@@ -255,6 +257,7 @@ def _result(report: Report) -> str:
         title = title_of(name, report.features)
         label = f"`{name}`" if title == name else f"{title} `{name}`"
         rows.append(f"| {label} | {value:.4g}{spread} | {'–' if floor is None else f'{floor:.4g}'} | {ratio} |")
+    rows += [f"| `{name}` | not a number | – | – |" for name in report.not_finite]
     return "## Result\n\n" + "\n".join(rows)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from checkpoints.stand_in import random_trajectory
 
-from genlight.loops.checkpoint_report import _row, _screened_note
+from genlight.loops.checkpoint_report import _curves, _row, _screened_note
 from genlight.loops.checkpoint_search import CheckpointSearch
-from genlight.loops.checkpoint_work import LCSC, RANDOM, CheckpointWork, Variant
+from genlight.loops.checkpoint_work import GRADIENT, LCSC, RANDOM, CheckpointWork, Variant
 from genlight.loops.search import SearchSettings
 from genlight.search.engine import SearchResult
 from genlight.search.records import Record, Trial, best_record
@@ -67,6 +67,23 @@ def test_scores_on_few_samples_are_not_ranked_among_the_others(tmp_path: Path) -
     assert [row["weights"] for row in rows if "search" not in row] == ["swa", neon[1], neon[0]]
     assert _screened_note(work, found) == [f"no search score on {FULL} samples: swa, {neon[1]}, {neon[0]}"]
     assert _screened_note(work, found[:1]) == []
+
+
+def test_the_picture_shows_every_group_and_what_gradient_descent_found(tmp_path: Path) -> None:
+    space = CheckpointCoefficients(random_trajectory(6), groups=("down", ".*"))
+    settings: Any = SearchSettings(strategy=None)  # type: ignore[arg-type]
+    work = CheckpointWork(CheckpointSearch(settings, "val/fd", str(tmp_path)), None, None, None, space, "")
+    usual = work.baselines["swa"]
+    free = space.free(usual)
+    free[1] += 0.5
+    own = space.made(free)
+    found = {
+        kind: Variant(f"{kind} 1", kind, weights, 0.0)
+        for kind, weights in ((LCSC, own), (GRADIENT, usual), ("ema", usual), ("swa", usual))
+    }
+    curves = _curves(work, found)
+    assert list(curves) == [f"{LCSC} 1: down", f"{LCSC} 1: .*", f"{GRADIENT} 1", "ema 1"]
+    assert [curves[f"{LCSC} 1: down"], curves[f"{LCSC} 1: .*"]] == space.weights(own).tolist()
 
 
 def test_a_failed_measurement_is_none() -> None:

@@ -88,6 +88,8 @@ def test_the_report_says_what_was_gained(root: Path) -> None:
         assert best["low"] <= best["rmse"] <= best["high"]
         assert report["metrics"][f"rmse_searched_{nfe}"] == searched["rmse"]
         assert report["metrics"][f"rmse_tuned_{nfe}"] == tuned["rmse"]
+        assert report["metrics"][f"fd_digits_at_{nfe}"] == tuned["fd_digits"]
+    assert "fd_digits_before" in report["metrics"] and "val/fd_digits" not in report["metrics"]
     assert "Before and after" in (folder / "report.md").read_text()
     assert report["predicted"]["total_seconds"] > 0
     assert sum("no scheduler of diffusers takes the steps" in note for note in report["notes"]) == 2
@@ -179,6 +181,13 @@ def test_two_processes_give_the_archive_of_one(root: Path, strategy: list[str]) 
     assert outcomes(folder) == outcomes(one)
 
 
+def test_a_search_of_one_process_is_resumed_by_two(root: Path) -> None:
+    kill(["validate", *SMALL, f"run.root={root}", "run.name=moved", ALONE], at_line("nfe2", 9))
+    words = ["validate", *SMALL, f"run.root={root}", "run.name=moved", ALONE, "resume=true"]
+    run_in_ranks(*words, "strategy=ddp", "trainer.devices=2", "data.num_workers=0")
+    assert histories(root / "moved" / "validate") == histories(root / "run" / "validate")
+
+
 def test_a_metric_can_be_the_objective(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Polishing in place of refinement, which needs a teacher; the hand-made schedules are measured the same way.
 
@@ -198,6 +207,8 @@ def test_a_metric_can_be_the_objective(root: Path, monkeypatch: pytest.MonkeyPat
     report = report_of(root / "metric" / "validate")
     rows = {row["sampler"]: row for row in report["table"]}
     assert {"best hand-made", "searched schedule"} == rows.keys()
+    # of one number of evaluations the run's own metrics are those of the artifact
+    assert report["metrics"]["val/fd_digits"] == rows["searched schedule"]["fd_digits"]
     lines = histories(root / "metric" / "validate")["nfe2"].splitlines()[1:]
     assert any("val/fd_digits" in json.loads(line)["facts"] for line in lines)
     assert compared == {"search": "train, part 0 of 2", "select": "train, part 1 of 2", "report": "test"}

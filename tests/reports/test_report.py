@@ -124,6 +124,12 @@ def test_records_are_strict(change, message, tmp_path):
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_a_metric_that_is_not_a_number_is_told_and_no_metric_at_all_is_something_else():
+    page = to_markdown(parse_report(record(metrics={}, not_finite=["val/fd_digits"])))
+    assert "| `val/fd_digits` | not a number | – | – |" in page and "Nothing was measured" not in page
+    assert "Nothing was measured" in to_markdown(parse_report(record(metrics={})))
+
+
 def test_missing_keys_are_named():
     incomplete = record()
     del incomplete["config_hash"]
