@@ -89,7 +89,7 @@ def test_what_an_archive_holds_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_a_run_without_room_on_the_disk_is_refused(tmp_path: Path) -> None:
-    trainer = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True)
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True, callbacks=[])
     small, large = (
         estimate([Phase("step", (1.0,), 1)], [PlannedFile("artifact", size)], tmp_path) for size in (10, 10**18)
     )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from metrics.test_video import Quarters
 from modules.test_pipeline import module_of, tiny_pipe
-from modules.tiny_folders import vae
+from modules.tiny_folders import vae, wan_vae
 
 from genlight.data.prompts import PromptsDataModule
 from genlight.errors import UserError
@@ -179,7 +179,9 @@ def test_statistics_are_of_every_step_and_branch(tmp_path: Path) -> None:
 def test_layers_whose_weights_the_network_reads_are_refused_before_the_calibration(tmp_path: Path) -> None:
     """Wan asks its time embedder for the type of a parameter."""
     method = QuantizationCalibration(samples=2, trajectory=1, keep="^proj_out", rivals=False)
-    trainer, module, data = parts_of("wan", tmp_path)
+    pipe = tiny_pipe("wan")
+    pipe.register_modules(vae=wan_vae())
+    trainer, module, data = parts_of("wan", tmp_path, pipe=pipe)
     with pytest.raises(UserError, match=r"^method.keep: condition_embedder.* asks for the weights of its layers"):
         method.run(trainer, module, data)
     assert not list(tmp_path.glob("calibration*"))

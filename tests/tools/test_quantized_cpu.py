@@ -20,12 +20,13 @@ def program(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_memory_is_that_of_tensors_alive_each_storage_once(program: dict[str, Any]) -> None:
     program["held"]()
     before = program["held"]()
-    kept = torch.ones(40 << 20, dtype=torch.uint8)
+    size = 160 << 20
+    kept = torch.ones(size, dtype=torch.uint8)
     view = kept[:100]
     after = program["held"]()
-    assert after["live"] - before["live"] == 40 << 20
-    # what else this process has freed before may have gone back to the system meanwhile
-    assert before["resident"] > 0 and after["resident"] <= before["resident"] + (50 << 20)
+    assert after["live"] - before["live"] == size
+    # not twice; what else this process has freed before may have gone back to the system meanwhile, or come again
+    assert before["resident"] > 0 and after["resident"] <= before["resident"] + 1.5 * size
     del kept, view
     assert program["held"]()["live"] == before["live"]
 
