@@ -1,6 +1,5 @@
 """What Lightning 2.6 leaves open between a checkpoint and an exactly equal continuation of the run."""
 
-import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -119,12 +118,11 @@ class ExactResume(Callback):
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """The last finite value of each metric of a fit; a run that was stopped after its last step logs nothing more, so
+    """The last value of each metric of a fit; a run that was stopped after its last step logs nothing more, so
     that those of the checkpoint count."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = {name: value for c in callbacks if isinstance(c, ExactResume) for name, value in c.metrics.items()}
-    found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return found | {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _write_row(trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from genlight.loops.checkpoint_remarks import remarks_after
 from genlight.loops.checkpoint_work import GRADIENT, LCSC, TRACKED, CheckpointWork, Variant
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, measured, score_label
-from genlight.loops.result import MethodResult
+from genlight.loops.result import MethodResult, metrics_of_artifact
 from genlight.modules.combined import COEFFICIENTS, sampler_of
 from genlight.modules.generation import GRID_IMAGES
 from genlight.reports.coefficients_figure import weights_over_steps
@@ -55,10 +55,6 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
     headline = {f"{name}_lcsc": rows[0][name], f"{name}_best_other": usual[name], f"{name}_last": last[name]}
     kept = next(row for row in rows if row["weights"] == chosen.name)
     headline[f"{name}_artifact"] = kept[name]
-    # a model card is about its artifact, so the run's own metrics are those of what it holds
-    short = {logged: logged.removeprefix("val/") for logged in own if not logged.endswith("_std")}
-    metrics = {logged: kept[each] for logged, each in short.items()}
-    before = {f"{each}_before": own[logged] for logged, each in short.items()}
     notes = [
         f"search and select scores are against halves of the other split of real images; {name} and what follows is on "
         f"the report draw. Chosen on the select draw: {winner.name}, and of the others {usual['weights']}",
@@ -68,7 +64,7 @@ def combination_result(work: CheckpointWork, own: Mapping[str, float], predicted
         *work.runner.notes,
     ]
     return MethodResult(
-        {**metrics, **before, **headline},
+        {**metrics_of_artifact(own, {"": kept}), **headline},
         method="LCSC (linear combination of checkpoints)",
         table=rows,
         notes=notes,

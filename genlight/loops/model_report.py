@@ -15,7 +15,7 @@ from genlight.io import atomic_write_text
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import as_logged, in_turn, score_label
 from genlight.loops.model_work import COSTS, TIMES, Choice, ModelWork, file_of
-from genlight.loops.result import MethodResult
+from genlight.loops.result import MethodResult, metrics_of_artifact
 from genlight.modules.model_schedule_file import write_model_schedule
 from genlight.modules.pipeline import PipelineModule
 from genlight.predictors.losses import kendall_tau
@@ -74,7 +74,10 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
     work.restore()
     name = work.method.objective.removeprefix("val/")
     headline, doubts = {}, list[str]()
+    kept = dict[str, dict[str, float]]()
     for budget, winner in winners.items():
+        measured = values[work.space.key(winner.schedule)]
+        kept[f"_at_{budget:g}"] = {logged.removeprefix("val/"): value for logged, value in measured.items()}
         reached = headline[f"{name}_at_{budget:g}"] = _value(work, values, winner)
         single = best.get((budget, "single"))
         if single is not None:
@@ -97,7 +100,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
         *work.runner.notes,
     ]
     return MethodResult(
-        {**own, **headline},
+        {**metrics_of_artifact(own, kept), **headline},
         method="OMS-DPM (model schedules)",
         table=rows,
         notes=notes,

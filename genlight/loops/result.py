@@ -37,6 +37,24 @@ class MethodResult:
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+def metrics_of_artifact(own: Mapping[str, float], kept: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What validate logs, of what an artifact holds, and of the model before under names that say so ("…_before").
+
+    The names of validate are those of an artifact that holds one model; of several, each has names of its own.
+
+    Args:
+        own: what validate logged of the model before.
+        kept: the same metrics of each that the artifact holds, by the end of their names; without "val/".
+    """
+    short = {logged: logged.removeprefix("val/") for logged in own if not logged.endswith("_std")}
+    found = {f"{name}_before": own[logged] for logged, name in short.items()}
+    for end, values in kept.items():
+        for logged, name in short.items():
+            if name in values:
+                found[logged if len(kept) == 1 else f"{name}{end}"] = float(values[name])
+    return found
+
+
 class Method(Protocol):
     """What `validate` runs: `method._target_` of the config.
 

@@ -23,7 +23,7 @@ from genlight.diffusion.solver.serialization import SolverBank
 from genlight.diffusion.solver_schedule import SolverScheduleScheduler
 from genlight.loops.cost import REPORT
 from genlight.loops.evaluation import in_turn, measured, score_label
-from genlight.loops.result import MethodResult
+from genlight.loops.result import MethodResult, metrics_of_artifact
 from genlight.loops.solver_outcome import SolverOutcome
 from genlight.reports.bootstrap import rms_interval
 from genlight.reports.cost import CostEstimate
@@ -62,7 +62,7 @@ def solver_result(
         rows = [row for outcome in outcomes for row in _rows(work, outcome)]
         _measure_metrics(work, outcomes, rows)
     searched = "rmse" if work.by_teacher else work.method.objective.removeprefix("val/")
-    metrics = {**_of_artifact(outcomes, rows, own), **_headline(rows, searched)}
+    metrics = {**metrics_of_artifact(own, _kept(outcomes, rows)), **_headline(rows, searched)}
     if work.runner.main:
         _pictures(work, outcomes, rows)
     notes = [
@@ -166,22 +166,10 @@ def _headline(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
     return {f"{name}_{short[row['sampler']]}_{row['nfe']}": float(row[name]) for row in chosen}
 
 
-def _of_artifact(
-    outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]], own: Mapping[str, float]
-) -> dict[str, float]:
-    """What validate logs, of what the artifact samples with, and of the module's own sampler under names that say so.
-
-    The names of validate are those of a single number of evaluations; of several each has names of its own.
-    """
-    found: dict[str, float] = {}
-    short = {logged: logged.removeprefix("val/") for logged in own if not logged.endswith("_std")}
-    for outcome in outcomes:
-        kept = SCHEDULE if outcome.table is None else TABLE
-        row = next(row for row in rows if (row["nfe"], row["sampler"]) == (outcome.nfe, kept))
-        for logged, name in short.items():
-            if name in row:
-                found[logged if len(outcomes) == 1 else f"{name}_at_{outcome.nfe}"] = float(row[name])
-    return {**found, **{f"{name}_before": own[logged] for logged, name in short.items()}}
+def _kept(outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What is measured of each schedule in the artifact, by the end of names."""
+    kinds = {outcome.nfe: SCHEDULE if outcome.table is None else TABLE for outcome in outcomes}
+    return {f"_at_{row['nfe']}": row for row in rows if row["sampler"] == kinds.get(row["nfe"])}
 
 
 def _pictures(work: SolverWork, outcomes: Sequence[SolverOutcome], rows: Sequence[Mapping[str, Any]]) -> None:

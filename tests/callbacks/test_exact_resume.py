@@ -1,7 +1,9 @@
 """A run resumed from any checkpoint ends as the run never stopped, bit for bit, and leaves out none of its events."""
 
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from oracles.toy_training import Event, ToyData, ToyModule, differing, quiet, train
 
+from genlight.callbacks.exact_resume import last_metrics
 from genlight.trainer.checkpoint_io import AtomicCheckpointIO
 
 quiet()
@@ -99,3 +102,9 @@ def test_a_checkpoint_saved_outside_fit_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(
         AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["state_dict"]["net.0.bias"], module.net[0].bias
     )
+
+
+def test_a_metric_that_came_out_as_no_number_is_not_forgotten() -> None:
+    trainer: Any = SimpleNamespace(callbacks=[], callback_metrics={"val/fd": torch.tensor(math.nan), "val/loss": 1.0})
+    found = last_metrics(trainer)
+    assert math.isnan(found["val/fd"]) and found["val/loss"] == 1.0

@@ -109,6 +109,8 @@ def test_every_rule_stands_beside_what_was_chosen(root: Path) -> None:
         chosen = [row for row in mine if row["chosen"]]
         assert len(chosen) == 1 and chosen[0]["select"] == min(row["select"] for row in mine)
         assert report_of(folder)["metrics"][f"fd_digits_at_{budget:g}"] == chosen[0]["fd_digits"]
+    metrics = report_of(folder)["metrics"]
+    assert "fd_digits_before" in metrics and "val/fd_digits" not in metrics  # it is of none that the artifact holds
     assert "searched" in {row["rule"] for row in rows}
     assert all(row["measured ms"] > 0 for row in rows)
     names = {path.name for path in (folder / "figures").glob("*.png")}
