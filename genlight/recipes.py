@@ -114,11 +114,11 @@ def fit_where_missing(
             return
         try:
             run_command(*command, "resume=true")
-        except RefusedCommand as error:
-            if not replace:
+        except UserError as error:
+            if not (replace and isinstance(error, RefusedCommand)):
                 raise UserError(
-                    f"{what} is not there, and {run} has a fit that cannot go on as this one, see above: end it by its "
-                    "own command, or remove the folder"
+                    f"{what} is not there, and the fit in {run} did not go on as this one, see above: where it cannot, "
+                    "end it by its own command, or remove the folder"
                 ) from error
             print_line(f"{run} is begun anew")
             run_command(*command, "run.overwrite=true")

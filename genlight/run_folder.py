@@ -98,7 +98,11 @@ class RunFolder:
         try:
             plain = _plain(masked(dict(config)))
             record = _new_record([masked_override(word) for word in command], plain, tuple(ignore_keys))
-            _put_back(path)
+            if _put_back(path) and resume:
+                raise UserError(
+                    f"what was to replace the run in {path} ended before it had begun, and the earlier run is back: "
+                    "repeat the command with run.overwrite=true, or with resume=true to go on with the earlier one"
+                )
             old = _old_record(path, resume, overwrite)
             if old is not None and resume:
                 _check_same_config(path, old, record, tuple(ignore_keys))
@@ -356,9 +360,14 @@ def _put_aside(path: Path) -> None:
     io.rename(waiting, path / _ASIDE)
 
 
-def _put_back(path: Path) -> None:
-    """Put the run that lies aside in the place of the one that should have replaced it, whose error alone stays."""
+def _put_back(path: Path) -> bool:
+    """Put the run that lies aside in the place of the one that should have replaced it, whose error alone stays.
+
+    Returns:
+        Whether one lay there.
+    """
     waiting, aside = path / _ON_THE_WAY, path / _ASIDE
+    found = aside.exists() or waiting.exists()
     if aside.exists():
         for entry in sorted(path.iterdir()):
             if entry.name not in (LOCK_FILE, ERROR_FILE, _ASIDE):
@@ -369,3 +378,4 @@ def _put_back(path: Path) -> None:
             if not (path / entry.name).exists():
                 io.rename(entry, path / entry.name)
         io.remove_path(waiting)
+    return found

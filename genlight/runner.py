@@ -184,6 +184,8 @@ def _tell(error: Exception, folder: RunFolder | None, command: str) -> None:
     foreseen = isinstance(error, UserError) or _is_misconfigured(error)
     if type(error).__name__ == "OutOfMemoryError":
         way_out = _LESS_MEMORY.get(command, "a smaller model takes less")
+        if folder is not None and folder.replaces:
+            way_out = way_out.replace("resume=true and ", "")
         text, foreseen = f"out of memory on the device: {text}; {way_out}", True
     if not foreseen:
         text = f"{type(error).__name__}: {text}"

@@ -66,7 +66,7 @@ def test_a_fit_that_was_killed_goes_on_and_one_of_another_config_is_not_touched(
     assert sorted({int(row["step"]) for row in rows if row["train/loss"]}) == [2, 3, 4, 5]
     fit("module=none")
     io.remove_path(folder / "artifact")
-    with pytest.raises(UserError, match=r"it is not there, and .* cannot go on as this one"):
+    with pytest.raises(UserError, match=r"it is not there, and the fit in .* did not go on as this one"):
         fit("seed=1")
     assert io.read_json(folder / "run.json")["config"]["seed"] == 0 and any(folder.glob("checkpoints/*"))
     fit("seed=1", replace=True)

@@ -167,6 +167,21 @@ def test_what_a_run_reads_is_not_replaced(tmp_path: Path) -> None:
     take(tmp_path / "run", {"callbacks": {"dirpath": str(source)}, "data": str(tmp_path)}, overwrite=True).close()
 
 
+def test_the_earlier_run_is_not_gone_on_with_in_silence(tmp_path: Path) -> None:
+    before = occupied(tmp_path)
+
+    def killed() -> None:
+        take(tmp_path, overwrite=True)
+        os._exit(9)
+
+    in_child(killed)
+    with pytest.raises(UserError, match=r"the earlier run is back: repeat the command with run\.overwrite=true, or"):
+        take(tmp_path, resume=True)
+    assert kept(tmp_path) == before
+    with take(tmp_path, resume=True) as folder:
+        assert folder.resumed
+
+
 def test_a_kill_at_any_call_of_replacing_leaves_one_run_whole(tmp_path: Path) -> None:
     """The old one, which is back when the folder is opened again, or the new one; also if that opening is killed."""
     number, status, left = 0, EXIT_CODE, []

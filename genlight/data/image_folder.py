@@ -24,10 +24,10 @@ def list_images(root: Path) -> list[str]:
 
     Links to folders are followed, but for those that lead back to a folder above them.
     """
-    found = []
+    found, root = [], root.resolve()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and not _leads_back(Path(folder, name), root)
+            name for name in subfolders if not name.startswith(".") and not _leads_back(Path(folder, name))
         ]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
@@ -35,9 +35,8 @@ def list_images(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _leads_back(path: Path, root: Path) -> bool:
-    above = (folder for folder in path.parents if folder.is_relative_to(root))
-    return path.is_symlink() and any(path.samefile(folder) for folder in above)
+def _leads_back(path: Path) -> bool:
+    return path.is_symlink() and any(path.samefile(folder) for folder in path.parents)
 
 
 def is_held_out(file: str, fraction: float) -> bool:

@@ -74,10 +74,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
     work.restore()
     name = work.method.objective.removeprefix("val/")
     headline, doubts = {}, list[str]()
-    kept = dict[str, dict[str, float]]()
     for budget, winner in winners.items():
-        measured = values[work.space.key(winner.schedule)]
-        kept[f"_at_{budget:g}"] = {logged.removeprefix("val/"): value for logged, value in measured.items()}
         reached = headline[f"{name}_at_{budget:g}"] = _value(work, values, winner)
         single = best.get((budget, "single"))
         if single is not None:
@@ -100,7 +97,7 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
         *work.runner.notes,
     ]
     return MethodResult(
-        {**metrics_of_artifact(own, kept), **headline},
+        {**metrics_of_artifact(own, _kept(work, winners, values)), **headline},
         method="OMS-DPM (model schedules)",
         table=rows,
         notes=notes,
@@ -113,6 +110,14 @@ def model_result(work: ModelWork, own: Mapping[str, float], predicted: CostEstim
 def of(best: Mapping[tuple[float, str], Choice], budget: float) -> list[Choice]:
     """The choices of a budget."""
     return [choice for (own, _), choice in best.items() if own == budget]
+
+
+def _kept(
+    work: ModelWork, winners: Mapping[float, Choice], values: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """What is measured of each schedule in the artifact, by the end of names."""
+    found = {budget: values[work.space.key(winner.schedule)] for budget, winner in winners.items()}
+    return {f"_at_{b:g}": {name.removeprefix("val/"): v for name, v in each.items()} for b, each in found.items()}
 
 
 def _value(work: ModelWork, values: Mapping[str, Mapping[str, float]], choice: Choice) -> float:

@@ -18,7 +18,7 @@ from genlight.loops.evaluation import CandidateTrainer, MetricObjective, in_turn
 from genlight.loops.model_costs import member_costs, reason_of, times_of, wanted_key
 from genlight.loops.model_curves import member_curves, read_curves, write_curves
 from genlight.loops.search import SearchRunner, SearchTask
-from genlight.reports.member_costs import MemberCosts, Unit, check_work, read_costs, write_costs
+from genlight.reports.member_costs import MemberCosts, Unit, check_work, read_begun_costs, read_costs, write_costs
 from genlight.search.engine import Budget, SearchResult
 from genlight.search.evaluation import one_by_one
 from genlight.search.member_failures import WithoutFailed, failed_member, failed_members, naming_members
@@ -103,7 +103,8 @@ class ModelWork:
         method, file = self.method, self.runner.folder / COSTS
         # what a search began with is what it goes on with
         begun = self.evaluations.agreed(file.is_file())
-        known = read_costs(file) if begun else self._given(method.costs) if method.costs else None
+        wanted = partial(wanted_key, self.module, self.rows, self.evaluations.trainer.strategy.root_device)
+        known = read_begun_costs(file, wanted()) if begun else self._given(method.costs) if method.costs else None
         found = self.evaluations.agreed(known)
         if found is not None and not begun:
             check_work(found, self._measured("macs")[0])

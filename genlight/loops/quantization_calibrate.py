@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from genlight.callbacks.begun import has_begun
 from genlight.loops.cost import announced, first_validation
 from genlight.loops.evaluation import measured
 from genlight.loops.quantization_bits import check_budget
@@ -204,6 +205,7 @@ class QuantizationCalibration:
             check_samples(work)
         if self.mixed is not None:
             check_budget(work, self.mixed)
+        has_begun(trainer)  # the calibration is kept as it goes
         work.calibrated  # noqa: B018 - before anything is quantized, and so that layers can be made and timed
         predicted = announced(trainer, lambda: calibrated_cost(work, first))
         return quantization_result(work, own, predicted)

@@ -226,7 +226,10 @@ def load_statistics(path: str | Path, *, fingerprint: str) -> tuple[dict[str, In
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path} does not hold statistics of layers: {error!r}") from None
     if stated != fingerprint:
-        raise UserError(f"{path} has the statistics of {stated!r}, and this calibration is {fingerprint!r}")
+        raise UserError(
+            f"{path} has the statistics of {stated!r}, and this calibration is {fingerprint!r}: go on with what it was "
+            "begun with, such as its data.eval_batch_size, or choose another run.name"
+        )
     return layers, batches
 
 

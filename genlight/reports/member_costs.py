@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -181,6 +181,24 @@ def read_costs(path: str | Path, wanted: CostKey | None = None) -> MemberCosts:
     if wanted is not None:
         costs.check(wanted)
     return costs
+
+
+def read_begun_costs(path: Path, wanted: CostKey) -> MemberCosts:
+    """What an earlier start of a search left, to go on with; torch may be another version.
+
+    Raises:
+        UserError: as `read_costs`; latencies were measured for something else.
+    """
+    found = read_costs(path)
+    if found.unit == "ms":
+        try:
+            found.check(replace(wanted, torch=found.key.torch))
+        except UserError as error:
+            raise UserError(
+                f"the search began with the latencies in {path}, {error}: go on where it began, or choose another "
+                "run.name"
+            ) from error
+    return found
 
 
 def _parsed(content: Any) -> MemberCosts:

@@ -24,7 +24,7 @@ from genlight.loops.model_costs import _overhead, wanted_key
 from genlight.loops.model_curves import read_curves, write_curves
 from genlight.loops.model_work import ModelWork
 from genlight.modules.scheduled_denoiser import ScheduledDenoiser
-from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, write_costs
+from genlight.reports.member_costs import Latency, MemberCost, MemberCosts, read_begun_costs, write_costs
 from genlight.search.protocols import Evaluation
 from genlight.search.spaces.model_rules import large_first, sandwich, small_first
 from genlight.search.spaces.model_schedule import ModelScheduleSpace
@@ -59,6 +59,19 @@ def test_costs_of_something_else_are_refused(tmp_path: Path, given: MemberCosts,
     with pytest.raises(UserError, match=expected) as error:
         work()._given(str(tmp_path / "latency.json"))
     assert "\n" not in str(error.value)
+
+
+def test_a_search_does_not_go_on_with_latencies_of_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "latency.json"
+    write_costs(file, costs(250, "a", "b"))
+    with pytest.raises(UserError, match=r"the search began with .* batch_size = 250, but this run has 20.* run\.name"):
+        read_begun_costs(file, wanted_key(MODULE, 20, "cpu"))
+    for given in (
+        costs(250, "a", "b", unit="macs"),
+        replace(costs(20, "a"), key=replace(costs(20, "a").key, torch="1")),
+    ):
+        write_costs(file, given)
+        assert read_begun_costs(file, wanted_key(MODULE, 20, "cpu")) == given
 
 
 def test_costs_of_these_members_on_this_machine_are_taken(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from metrics.test_video import Quarters
 from modules.test_pipeline import module_of, tiny_pipe
 from modules.tiny_folders import vae, wan_vae
 
+from genlight.callbacks.begun import Begun
 from genlight.data.prompts import PromptsDataModule
 from genlight.errors import UserError
 from genlight.io import load_state
@@ -174,6 +175,16 @@ def test_statistics_are_of_every_step_and_branch(tmp_path: Path) -> None:
     for entry in statistics.values():
         assert entry.absmax.shape[:2] == entry.minimum.shape == (2, 5) and entry.minimum.isfinite().all()
         assert (entry.absmax.amax(-1) > 0).all() and entry.hessian is None
+
+
+def test_a_calibration_is_kept_from_its_beginning(tmp_path: Path) -> None:
+    """The run that it replaces, if there is one, counts no longer."""
+    trainer, module, data = parts_of("sd", tmp_path)
+    noted: list[bool] = []
+    trainer.callbacks.append(begun := Begun(lambda: noted.append((tmp_path / "calibration.safetensors").exists())))
+    begun.says_itself = True
+    QuantizationCalibration(samples=2, trajectory=1, rivals=False, dequantized=False).run(trainer, module, data)
+    assert noted[0] is False
 
 
 def test_layers_whose_weights_the_network_reads_are_refused_before_the_calibration(tmp_path: Path) -> None:
