@@ -8,10 +8,9 @@ import sys
 from typing import Any
 
 from genlight.config_check import ConfigError, check, nearest, resolved
-from genlight.errors import UserError
+from genlight.errors import FAILURE, USAGE_ERROR, UserError
 from genlight.help import COMMANDS, help_text, versions_text
 
-FAILURE, USAGE_ERROR = 1, 2
 INSPECT = "inspect"
 MULTIRUN = ("--multirun", "-m")
 RERUN = "--rerun"

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# exit codes of a command: one that failed, and one that was wrong and did nothing
+FAILURE, USAGE_ERROR = 1, 2
+
 
 class UserError(Exception):
     """Something in the input is wrong: the message says what, where, and what would be right."""

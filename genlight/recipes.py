@@ -21,7 +21,7 @@ from typing import Any
 
 from genlight import io
 from genlight.callbacks.timing import print_line
-from genlight.errors import UserError
+from genlight.errors import USAGE_ERROR, UserError
 from genlight.reports.cost import seconds_said
 from genlight.run_folder import RUN_FILE
 
@@ -265,5 +265,5 @@ def run_command(command: str, *words: str, show: bool = True) -> str:
 def check_ended(code: int, command: str, word: str) -> None:
     """RefusedCommand or UserError for the exit code of a command that did not do its work."""
     if code != 0:
-        kind = RefusedCommand if code == 2 else UserError
+        kind = RefusedCommand if code == USAGE_ERROR else UserError
         raise kind(f"{command} {word} failed (exit code {code}), see above")

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from genlight import io
-from genlight.cli import RERUN, USAGE_ERROR, main
-from genlight.errors import UserError
+from genlight.cli import RERUN, main
+from genlight.errors import FAILURE, USAGE_ERROR, UserError
 from genlight.help import COMMANDS
 from genlight.reports.report import Report, read_report, result_table
 from genlight.run_folder import config_differences, process_rank, read_run
-from genlight.runner import FAILURE
 from genlight.secrets import MASK
 from genlight.sweep import MAY_DIFFER, composed, split_flags
 

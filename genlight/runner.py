@@ -15,7 +15,7 @@ from typing import Any
 from genlight import io
 from genlight.config_check import resolved
 from genlight.context import Run
-from genlight.errors import UserError
+from genlight.errors import FAILURE, USAGE_ERROR, UserError
 from genlight.leaving import leaving_on_signals
 from genlight.reports.environment import environment, git_diff
 from genlight.run_folder import ERROR_FILE, OtherConfigError, RunFolder, config_differences, process_rank, run_path
@@ -62,7 +62,6 @@ _LESS_MEMORY = {
     "fit": "a new run with a lower data.batch_size (and a higher trainer.accumulate_grad_batches) takes less",
     "validate": "the same command with resume=true and a lower data.eval_batch_size goes on",
 }
-FAILURE, USAGE_ERROR = 1, 2
 
 
 def run(config: Any, choices: dict[str, Any], overrides: list[str]) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from genlight import io
-from genlight.cli import FLAGS_WITH_VALUE, USAGE_ERROR, accepted
+from genlight.cli import FLAGS_WITH_VALUE, accepted
 from genlight.config_check import resolved
-from genlight.errors import UserError
+from genlight.errors import USAGE_ERROR, UserError
 from genlight.run_folder import RUN_FILE, config_differences, process_rank, read_run, run_path
 from genlight.runner import recorded
 from genlight.secrets import masked_override

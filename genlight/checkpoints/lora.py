@@ -198,8 +198,8 @@ def lora_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def grouped_pairs(names: Sequence[str], groups: Sequence[str]) -> dict[tuple[str, str], int]:
-    """The group of each of `lora_pairs`.
+def grouped_pairs(names: Sequence[str], groups: Sequence[str]) -> list[tuple[str, str]]:
+    """As `lora_pairs`, for parameters in groups that have coefficients of their own.
 
     Raises:
         ValueError: a factor without the other one, or in another group than it, where its coefficients would be lost.
@@ -211,7 +211,7 @@ def grouped_pairs(names: Sequence[str], groups: Sequence[str]) -> dict[tuple[str
             raise ValueError(
                 f"groups = {list(groups)} part the LoRA factors {down!r} and {up!r}: a pattern must fit both of them"
             )
-    return {pair: group[pair[0]] for pair in pairs}
+    return pairs
 
 
 class LoraMixer:
@@ -235,7 +235,7 @@ class LoraMixer:
         self.num_groups = len(groups)
         self.truncation: dict[str, float] = {}
         self._group = dict(zip(trajectory.names, group_of_names(trajectory.names, groups), strict=True))
-        self._pairs = list(grouped_pairs(trajectory.names, groups))
+        self._pairs = grouped_pairs(trajectory.names, groups)
         paired = {name for pair in self._pairs for name in pair}
         self._plain = [name for name in trajectory.names if name not in paired]
         self._members = range(len(trajectory.members))

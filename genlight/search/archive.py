@@ -30,8 +30,8 @@ VERSION = 1
 _HISTORY_KIND = "search_history"
 _ATTEMPTS_KIND = "search_attempts"
 _LONG = 160
-# of one line: a candidate may hold millions of numbers (EEP: 48 layers, 64 of 128 experts)
-_MAX_LINE_BYTES, _MAX_LINE_ENTRIES = 1 << 28, 1 << 24
+# of one candidate as JSON, which may hold millions of numbers (EEP: 48 layers, 64 of 128 experts)
+MAX_BYTES, MAX_ENTRIES = 1 << 28, 1 << 24
 _SEAL = ',"crc":"'
 
 
@@ -89,7 +89,7 @@ def unseal(line: str, where: str) -> dict[str, Any]:
     body += "}"
     if not mark or checksum != f'{zlib.crc32(body.encode()):08x}"}}':
         raise io.CorruptFileError(f"{where} is damaged: its checksum does not fit; restore the file from a copy")
-    content = io.parse_json(body, where, max_bytes=_MAX_LINE_BYTES, max_entries=_MAX_LINE_ENTRIES)
+    content = io.parse_json(body, where, max_bytes=MAX_BYTES, max_entries=MAX_ENTRIES)
     if not isinstance(content, dict):
         raise io.CorruptFileError(f"{where} holds no JSON object")
     return content

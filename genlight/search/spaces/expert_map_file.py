@@ -12,11 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from genlight.errors import UserError
 from genlight.experts.editor import ExpertEditor
 from genlight.io import read_json
+from genlight.search.archive import MAX_BYTES, MAX_ENTRIES
 from genlight.search.spaces.expert_maps import ExpertMaps, ExpertMapSpace
 
 FILE, KIND, VERSION = "expert_maps.json", "expert_maps", 1
-# two matrices for each layer: millions of numbers where there are many experts
-_MAX_BYTES, _MAX_ENTRIES = 1 << 28, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def read_expert_maps(path: str | Path) -> SavedMaps:
         FileNotFoundError, CorruptFileError: as `genlight.io.read_json`.
         UserError: another kind of file, an unknown version, or values that cannot be.
     """
-    content = read_json(path, max_bytes=_MAX_BYTES, max_entries=_MAX_ENTRIES)
+    content = read_json(path, max_bytes=MAX_BYTES, max_entries=MAX_ENTRIES)
     found = (content.get("kind"), content.get("version")) if isinstance(content, dict) else None
     if found != (KIND, VERSION):
         raise UserError(f"{path} is no {KIND} of version {VERSION}: kind and version are {found}")
